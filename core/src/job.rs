@@ -1,0 +1,15 @@
+//! What a trainer is told to do, with nothing left to choose.
+
+use crate::hyperparameters::ResolvedHyperparameters;
+use serde::{Deserialize, Serialize};
+
+/// A job's work, complete: same spec, same files, same numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainSpec {
+    /// The base model's name, as the client gave it.
+    pub model: String,
+    /// Seeds the adapter's init, the order of rows, the held-out split and dropout.
+    pub seed: u64,
+    /// Every hyperparameter, resolved.
+    pub hyperparameters: ResolvedHyperparameters,
+}

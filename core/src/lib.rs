@@ -1,0 +1,15 @@
+//! tunesmith-core: the words that every other crate shares.
+//!
+//! Ids, the states of a job and the moves between them, the error table, hyperparameters with
+//! their ranges, what a worker says to its trainer, the layout of weights, and `dataset`, which
+//! turns uploaded files into tokens with loss weights. Pure: no async, no sockets, no SQL, no burn.
+
+pub mod dataset;
+pub mod errors;
+pub mod hyperparameters;
+pub mod ids;
+pub mod job;
+pub mod metrics;
+pub mod protocol;
+pub mod state;
+pub mod weights;

@@ -1,0 +1,35 @@
+//! The loss curve: one row a step.
+
+use serde::{Deserialize, Serialize};
+
+/// What one optimiser step showed. Losses are means over the step's total loss weight, measured
+/// before the step's update; accuracies are weighted the same way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// From 1.
+    pub step: u64,
+    /// Epochs done after this step, e.g. 1.5.
+    pub epoch: f64,
+    /// Σ wᵢ·NLLᵢ / Σ wᵢ over the step's tokens.
+    pub train_loss: f64,
+    /// Share of target tokens that were also the most likely one.
+    pub train_mean_token_accuracy: f64,
+    /// The validation loss after this step's update, where one was measured.
+    pub valid_loss: Option<f64>,
+    /// Its accuracy.
+    pub valid_mean_token_accuracy: Option<f64>,
+    /// The loss over the whole validation set, measured at an epoch's end.
+    pub full_valid_loss: Option<f64>,
+    /// Its accuracy.
+    pub full_valid_mean_token_accuracy: Option<f64>,
+    /// The rate that this step used.
+    pub learning_rate: f64,
+    /// Global L2 norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Tokens seen since the job's start, this step's included.
+    pub tokens: u64,
+    /// This step's tokens over its time.
+    pub tokens_per_second: f64,
+    /// Training time since the job's start, time before a resume included.
+    pub elapsed_seconds: f64,
+}
