@@ -66,6 +66,8 @@ error_table! {
     IdempotencyConflict = "idempotency_conflict", 400, "invalid_request_error";
     /// The body passes the size that the service takes.
     PayloadTooLarge = "payload_too_large", 413, "invalid_request_error";
+    /// The range lies outside the content.
+    RangeNotSatisfiable = "range_not_satisfiable", 416, "invalid_request_error";
     /// The weights are not there in that form.
     WeightsNotAvailable = "weights_not_available", 400, "invalid_request_error";
     /// A fault of ours.

@@ -15,6 +15,11 @@ use std::path::PathBuf;
 /// The largest frame either side accepts.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
 
+/// The half of a checkpoint directory that people download.
+pub const WEIGHTS_DIR: &str = "weights";
+/// The half of a checkpoint directory that a run goes on from.
+pub const STATE_DIR: &str = "state";
+
 /// Worker → trainer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -98,8 +103,8 @@ pub struct Started {
 pub struct CheckpointWritten {
     /// Optimiser steps done.
     pub step: u64,
-    /// Its directory: `weights/` for people (PEFT adapter or Hugging Face model) and `state/` to
-    /// resume from (optimiser, schedule and sampler position).
+    /// Its directory: [`WEIGHTS_DIR`] for people (PEFT adapter or Hugging Face model) and
+    /// [`STATE_DIR`] to resume from (optimiser, schedule and sampler position).
     pub dir: PathBuf,
     /// The step's metrics.
     pub metrics: Option<StepMetrics>,

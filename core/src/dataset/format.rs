@@ -1,0 +1,126 @@
+//! What a file was read as.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// How the rows lie in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// One JSON object a line.
+    JsonLines,
+    /// JSON objects one after another, each over several lines.
+    JsonObjects,
+    /// One JSON array of objects.
+    JsonArray,
+    /// Comma-separated values under a header.
+    Csv,
+}
+
+impl fmt::Display for Container {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::JsonLines => "JSON Lines",
+            Self::JsonObjects => "pretty-printed JSON",
+            Self::JsonArray => "a JSON array",
+            Self::Csv => "CSV",
+        })
+    }
+}
+
+/// What a row says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// `{"messages": […]}`.
+    Chat,
+    /// `{"prompt": …, "completion": …}`.
+    PromptCompletion,
+    /// `{"text": …}`.
+    Text,
+    /// `{"instruction": …, "input": …, "output": …}`.
+    Alpaca,
+    /// `{"conversations": [{"from": …, "value": …}]}`.
+    ShareGpt,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Chat => "chat",
+            Self::PromptCompletion => "prompt/completion",
+            Self::Text => "text",
+            Self::Alpaca => "alpaca",
+            Self::ShareGpt => "sharegpt",
+        })
+    }
+}
+
+/// Container and shape together; every row of a file has the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Format {
+    /// How the rows lie in the file.
+    pub container: Container,
+    /// What a row says.
+    pub shape: Shape,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} rows", self.container, self.shape)
+    }
+}
+
+/// Something unusual that was read for what it means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Repair {
+    /// The file begins with a UTF-8 byte-order mark.
+    ByteOrderMark,
+    /// Lines end with CR LF.
+    CrLf,
+    /// There are lines without text.
+    BlankLines,
+    /// The last line has no end.
+    NoFinalNewline,
+    /// A tool call's arguments are an object in place of its text.
+    ArgumentsObject,
+    /// A message that is not the assistant's has a weight, which means nothing.
+    WeightIgnored,
+}
+
+impl fmt::Display for Repair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ByteOrderMark => "a byte-order mark was skipped",
+            Self::CrLf => "lines end with CR LF",
+            Self::BlankLines => "blank lines were skipped",
+            Self::NoFinalNewline => "the last line has no newline",
+            Self::ArgumentsObject => "tool-call arguments are objects in place of text",
+            Self::WeightIgnored => "weights on messages that are not the assistant's are ignored",
+        })
+    }
+}
+
+/// What is known of a file once it is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// What it was read as.
+    pub format: Format,
+    /// Rows in it.
+    pub rows: usize,
+    /// Rows that are an exact copy of an earlier one; they train like any other.
+    pub duplicates: usize,
+    /// Everything unusual about it.
+    pub repairs: BTreeSet<Repair>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rows read as {}", self.rows, self.format)?;
+        for repair in &self.repairs {
+            write!(f, "; {repair}")?;
+        }
+        if self.duplicates > 0 {
+            write!(f, "; {} rows are copies of earlier ones", self.duplicates)?;
+        }
+        Ok(())
+    }
+}

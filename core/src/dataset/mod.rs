@@ -1,0 +1,31 @@
+//! Uploaded files → validated rows → chat template → tokens with loss weights.
+//!
+//! [`RowReader`] reads a file row by row, whatever shape people gave it, and refuses a row that
+//! breaks a rule by its line, its key path, the rule and a way out. [`ChatTokenizer`] is a base
+//! model's tokenizer and chat template. [`tokenize_row`] brings the two together.
+
+mod fault;
+mod format;
+mod json_values;
+mod lines;
+mod message;
+#[cfg(test)]
+mod properties;
+mod protect;
+mod reader;
+mod row;
+mod table;
+mod template;
+#[cfg(test)]
+mod testing;
+mod tojson;
+mod tokenize;
+mod tokenizer;
+mod tokenizer_files;
+
+pub use format::{Container, Format, Repair, Report, Shape};
+pub use message::{Message, Role};
+pub use reader::{MAX_ROW_BYTES, RowReader, Rows, check_training_examples, read_rows};
+pub use row::{Example, Row};
+pub use tokenize::{TokenizeOptions, TokenizedRow, tokenize_row};
+pub use tokenizer::{ChatTokenizer, TokenizerError};

@@ -1,0 +1,477 @@
+//! Reads a training file row by row, whatever its container.
+
+use super::fault::{Fault, ReadFault, quoted};
+use super::format::{Container, Format, Repair, Report, Shape};
+use super::json_values::{JsonValues, Nesting};
+use super::lines::{Lines, skip_byte_order_mark};
+use super::row::{Row, parse_row};
+use super::table::Table;
+use crate::errors::{ApiError, ErrorCode};
+use crate::hyperparameters::MIN_EXAMPLES;
+use serde_json::{Map, Value};
+use std::collections::{BTreeSet, HashSet};
+use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
+use std::io::{BufRead, BufReader, Chain, Cursor, Read};
+
+/// The longest row that is read.
+pub const MAX_ROW_BYTES: usize = 16 << 20;
+
+/// All rows of a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rows {
+    /// In the file's order; never empty.
+    pub rows: Vec<Row>,
+    /// What the file was read as.
+    pub report: Report,
+}
+
+/// Reads a whole file; `param` is the job's parameter that names it, for error messages.
+///
+/// # Errors
+/// `invalid_file_format` for the first row that breaks a rule, with its line.
+pub fn read_rows(reader: impl Read, param: &str) -> Result<Rows, ApiError> {
+    let mut reader = RowReader::new(BufReader::new(reader), param)?;
+    let rows = reader.by_ref().collect::<Result<Vec<_>, _>>()?;
+    let report = reader.report().ok_or_else(|| empty_file().into_api_error(1, param))?;
+    Ok(Rows { rows, report })
+}
+
+/// Refuses a training file with too few examples to learn from.
+///
+/// # Errors
+/// `invalid_n_examples`, param `training_file`.
+pub fn check_training_examples(examples: usize) -> Result<(), ApiError> {
+    if examples >= MIN_EXAMPLES {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::InvalidNExamples,
+        format!(
+            "Training file has {examples} example(s), but must have at least {MIN_EXAMPLES} \
+             examples"
+        ),
+    )
+    .with_param("training_file"))
+}
+
+/// What was read ahead to tell the container, and then the rest.
+type Whole<R> = Chain<Cursor<Vec<u8>>, R>;
+
+enum Source<R> {
+    Lines(Lines<Whole<R>>),
+    Values(JsonValues<Whole<Whole<R>>>),
+    Table(Table<Whole<R>>),
+}
+
+/// A row's fields before they are checked.
+struct RawRow {
+    line: usize,
+    /// Equal for copies.
+    hash: u64,
+    fields: Map<String, Value>,
+}
+
+/// An iterator over a file's rows that needs no more memory than its longest row. It ends after
+/// its first error; a file without rows is one.
+pub struct RowReader<R> {
+    source: Source<R>,
+    param: String,
+    container: Container,
+    shape: Option<Shape>,
+    rows: usize,
+    duplicates: usize,
+    seen: HashSet<u64>,
+    repairs: BTreeSet<Repair>,
+    done: bool,
+}
+
+impl<R: BufRead> RowReader<R> {
+    /// Looks at the file's first bytes to tell how its rows lie in it.
+    ///
+    /// # Errors
+    /// When the bytes do not come, or the first line is longer than [`MAX_ROW_BYTES`].
+    pub fn new(reader: R, param: &str) -> Result<Self, ApiError> {
+        let mut repairs = BTreeSet::new();
+        let (container, source) =
+            open(reader, &mut repairs).map_err(|fault| fault.into_api_error(param))?;
+        Ok(Self {
+            source,
+            param: param.to_owned(),
+            container,
+            shape: None,
+            rows: 0,
+            duplicates: 0,
+            seen: HashSet::new(),
+            repairs,
+            done: false,
+        })
+    }
+
+    /// What is known of the file so far; `None` before its first row.
+    #[must_use]
+    pub fn report(&self) -> Option<Report> {
+        Some(Report {
+            format: Format { container: self.container, shape: self.shape? },
+            rows: self.rows,
+            duplicates: self.duplicates,
+            repairs: self.repairs.clone(),
+        })
+    }
+
+    fn next_raw(&mut self) -> Result<Option<RawRow>, ReadFault> {
+        let text = match &mut self.source {
+            Source::Lines(lines) => lines.next_line(&mut self.repairs)?,
+            Source::Values(values) => values.next_value()?,
+            Source::Table(table) => {
+                return Ok(table.next_record(&mut self.repairs)?.map(|(line, fields)| RawRow {
+                    line,
+                    hash: hash(Value::Object(fields.clone()).to_string().as_bytes()),
+                    fields,
+                }));
+            }
+        };
+        let Some((line, text)) = text else { return Ok(None) };
+        let fields = parse_object(&text).map_err(|fault| fault.at(line))?;
+        Ok(Some(RawRow { line, hash: hash(&text), fields }))
+    }
+
+    fn next_row(&mut self) -> Result<Option<Row>, ReadFault> {
+        let Some(raw) = self.next_raw()? else {
+            return if self.rows == 0 { Err(empty_file().at(1)) } else { Ok(None) };
+        };
+        let line = raw.line;
+        let (shape, example) =
+            parse_row(&raw.fields, &mut self.repairs).map_err(|fault| fault.at(line))?;
+        let first = *self.shape.get_or_insert(shape);
+        if shape != first {
+            return Err(Fault::new(
+                format!("the row is a {shape} row, but the rows before it are {first} rows."),
+                "Give all rows of a file one shape.",
+            )
+            .at(line));
+        }
+        self.rows += 1;
+        self.duplicates += usize::from(!self.seen.insert(raw.hash));
+        Ok(Some(Row { line, example }))
+    }
+}
+
+impl<R: BufRead> Iterator for RowReader<R> {
+    type Item = Result<Row, ApiError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        let next = self.next_row();
+        self.done = !matches!(next, Ok(Some(_)));
+        next.map_err(|fault| fault.into_api_error(&self.param)).transpose()
+    }
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(bytes)
+}
+
+fn empty_file() -> Fault {
+    Fault::new("the file has no rows.", "Upload a file with one example a line.")
+}
+
+/// Tells JSON from CSV, and one array from objects, by the first byte that is no white space.
+fn open<R: BufRead>(
+    mut reader: R,
+    repairs: &mut BTreeSet<Repair>,
+) -> Result<(Container, Source<R>), ReadFault> {
+    let (start, had_mark) = skip_byte_order_mark(&mut reader)?;
+    if had_mark {
+        repairs.insert(Repair::ByteOrderMark);
+    }
+    let mut whole = Cursor::new(start).chain(reader);
+    let mut blank_lines = 0;
+    let first = loop {
+        let Some(&byte) = whole.fill_buf()?.first() else { break None };
+        if !byte.is_ascii_whitespace() {
+            break Some(byte);
+        }
+        blank_lines += usize::from(byte == b'\n');
+        whole.consume(1);
+    };
+    if blank_lines > 0 {
+        repairs.insert(Repair::BlankLines);
+    }
+    match first {
+        None | Some(b'{') => open_objects(whole, blank_lines, repairs),
+        Some(b'[') => {
+            let values = JsonValues::array(Cursor::new(Vec::new()).chain(whole), blank_lines + 1);
+            Ok((Container::JsonArray, Source::Values(values)))
+        }
+        Some(_) => Ok((Container::Csv, Source::Table(Table::new(whole, blank_lines)))),
+    }
+}
+
+/// Tells one object a line from objects over several lines by whether the first line is whole.
+fn open_objects<R: BufRead>(
+    whole: Whole<R>,
+    blank_lines: usize,
+    repairs: &mut BTreeSet<Repair>,
+) -> Result<(Container, Source<R>), ReadFault> {
+    let mut lines = Lines::new(whole, blank_lines);
+    let mut of_lines = BTreeSet::new();
+    let first = lines.next_line(&mut of_lines)?;
+    match first {
+        Some((line, mut text)) if Nesting::goes_on_after(&text) => {
+            text.push(b'\n');
+            let values = JsonValues::objects(Cursor::new(text).chain(lines.into_inner()), line);
+            Ok((Container::JsonObjects, Source::Values(values)))
+        }
+        first => {
+            repairs.append(&mut of_lines);
+            lines.put_back(first);
+            Ok((Container::JsonLines, Source::Lines(lines)))
+        }
+    }
+}
+
+/// The object that a row's text is.
+fn parse_object(text: &[u8]) -> Result<Map<String, Value>, Fault> {
+    let text = std::str::from_utf8(text).map_err(|error| {
+        Fault::new(
+            format!("the row is not UTF-8, from its byte {} on.", error.valid_up_to() + 1),
+            "Save the file as UTF-8.",
+        )
+    })?;
+    Nesting::check(text.as_bytes())?;
+    match serde_json::from_str(text) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(other) => Err(Fault::new(
+            format!("the row is {}, but must be a JSON object.", quoted(&other)),
+            "Write {\"messages\": […]}.",
+        )),
+        Err(error) => Err(not_json(&error)),
+    }
+}
+
+fn not_json(error: &serde_json::Error) -> Fault {
+    let text = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let what = text.strip_suffix(&place).unwrap_or(&text);
+    let place = match error.line() {
+        0 | 1 => format!("column {}", error.column()),
+        lines => format!("column {}, {} lines further on", error.column(), lines - 1),
+    };
+    Fault::new(
+        format!("the row is not JSON: {what} at {place}."),
+        "Write rows with a JSON library, such as json.dumps in Python, one a line.",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::{Message, Role};
+    use super::super::row::Example;
+    use super::*;
+
+    const CHAT: &str = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+
+    fn read(bytes: impl AsRef<[u8]>) -> Result<Rows, ApiError> {
+        read_rows(bytes.as_ref(), "training_file")
+    }
+
+    fn refusal(bytes: impl AsRef<[u8]>) -> String {
+        let error = read(bytes).expect_err("refused");
+        assert_eq!(error.code, ErrorCode::InvalidFileFormat);
+        assert_eq!(error.param.as_deref(), Some("training_file"));
+        error.message
+    }
+
+    fn lines(rows: &Rows) -> Vec<usize> {
+        rows.rows.iter().map(|row| row.line).collect()
+    }
+
+    fn format(container: Container, shape: Shape) -> Format {
+        Format { container, shape }
+    }
+
+    #[test]
+    fn oddities_of_json_lines_are_read_and_reported() {
+        let text = format!("\u{feff}{CHAT}\r\n\r\n  \r\n{CHAT}\n{CHAT}");
+        let rows = read(text).expect("rows");
+        assert_eq!(rows.report.format, format(Container::JsonLines, Shape::Chat));
+        assert_eq!(lines(&rows), [1, 4, 5]);
+        let repairs: Vec<_> = rows.report.repairs.iter().copied().collect();
+        assert_eq!(
+            repairs,
+            [Repair::ByteOrderMark, Repair::CrLf, Repair::BlankLines, Repair::NoFinalNewline]
+        );
+        assert_eq!(rows.report.duplicates, 2);
+        assert_eq!(
+            rows.report.to_string(),
+            "3 rows read as JSON Lines of chat rows; a byte-order mark was skipped; lines end \
+             with CR LF; blank lines were skipped; the last line has no newline; 2 rows are \
+             copies of earlier ones"
+        );
+    }
+
+    #[test]
+    fn a_plain_file_needs_no_repairs() {
+        let rows = read(format!("{CHAT}\n")).expect("rows");
+        assert!(rows.report.repairs.is_empty());
+        assert_eq!(rows.report.to_string(), "1 rows read as JSON Lines of chat rows");
+    }
+
+    #[test]
+    fn pretty_printed_json_is_read_value_by_value() {
+        let value: Value = serde_json::from_str(CHAT).expect("JSON");
+        let pretty = serde_json::to_string_pretty(&value).expect("JSON");
+        let rows = read(format!("\n{pretty}\n{pretty}\n")).expect("rows");
+        assert_eq!(rows.report.format, format(Container::JsonObjects, Shape::Chat));
+        assert_eq!(lines(&rows), [2, 2 + pretty.lines().count()]);
+        assert_eq!(rows.rows[0].example, read(CHAT).expect("rows").rows[0].example);
+    }
+
+    #[test]
+    fn a_json_array_is_read_value_by_value() {
+        let rows = read(format!("\u{feff}[{CHAT},\n{CHAT}\n]")).expect("rows");
+        assert_eq!(rows.report.format, format(Container::JsonArray, Shape::Chat));
+        assert_eq!(lines(&rows), [1, 2]);
+        assert!(refusal(format!("[{CHAT},\n7]")).starts_with("Line 2: the row is 7, but must be"));
+    }
+
+    #[test]
+    fn csv_with_a_mark_and_an_index_column_is_read() {
+        let text = "\u{feff},Prompt,completion\r\n0,\"a, b\",\"c\nd\"\r\n\r\n1,e,f\r\n2,g,h";
+        let rows = read(text).expect("rows");
+        assert_eq!(rows.report.format, format(Container::Csv, Shape::PromptCompletion));
+        let repairs: Vec<_> = rows.report.repairs.iter().copied().collect();
+        assert_eq!(repairs, [Repair::ByteOrderMark, Repair::CrLf, Repair::BlankLines]);
+        assert_eq!(lines(&rows), [2, 5, 6]);
+        assert_eq!(lines(&read(text.replace('\r', "")).expect("rows")), [2, 5, 6]);
+        assert_eq!(
+            rows.rows[0].example,
+            Example::PromptCompletion { prompt: "a, b".to_owned(), completion: "c\nd".to_owned() }
+        );
+    }
+
+    #[test]
+    fn csv_of_alpaca_and_text_rows_is_read() {
+        let rows = read("instruction,input,output\nAdd,1 2,3\n").expect("rows");
+        assert_eq!(rows.report.format, format(Container::Csv, Shape::Alpaca));
+        let messages =
+            vec![Message::new(Role::User, "Add\n\n1 2"), Message::new(Role::Assistant, "3")];
+        assert_eq!(rows.rows[0].example, Example::Chat { messages, tools: None });
+        assert_eq!(read("text\nabc\n").expect("rows").report.format.shape, Shape::Text);
+    }
+
+    #[test]
+    fn broken_csv_is_refused_with_its_line() {
+        assert!(
+            refusal("\nprompt,completion\na,b\nc\n")
+                .starts_with("Line 4: the record has 1 columns, but the header has 2.")
+        );
+        assert!(refusal("prompt,completion\na,\n").starts_with("Line 2: completion is empty"));
+        assert!(refusal(b"text\n\xff\n").starts_with("Line 2: column 1 is not UTF-8."));
+        assert!(refusal("hello world\n").starts_with(
+            "Line 1: the file begins with \"hello world\", which is neither JSON nor a CSV header"
+        ));
+        let endless = format!("text\n\"{}", "a".repeat(MAX_ROW_BYTES + 10_000));
+        assert!(refusal(endless).starts_with("Line 2: the row is longer than 16 MiB."));
+    }
+
+    #[test]
+    fn a_broken_line_is_refused_with_its_number() {
+        let third = |line: &str| refusal(format!("{CHAT}\n{CHAT}\n{line}\n"));
+        assert!(third("{\"messages\": [}").starts_with("Line 3: the row is not JSON: "));
+        assert!(third("{'messages': []}").contains("at column 2. Write rows with a JSON library"));
+        assert!(third("[1]").starts_with("Line 3: the row is [1], but must be a JSON object."));
+        assert!(third("{\"messages\": []}").starts_with("Line 3: messages is empty"));
+        let deep = format!("{{\"a\": {}{}}}", "[".repeat(64), "]".repeat(64));
+        assert!(
+            third(&deep).starts_with("Line 3: the row's JSON is nested deeper than 64 levels.")
+        );
+    }
+
+    #[test]
+    fn a_first_line_cut_within_a_string_is_refused_as_a_line() {
+        assert!(
+            refusal(format!("{}\n{CHAT}\n", &CHAT[..40]))
+                .starts_with("Line 1: the row is not JSON")
+        );
+        let error = refusal(format!("{}\n{CHAT}\n", &CHAT[..15]));
+        assert!(error.starts_with("Line 1: the row is not JSON"), "{error}");
+    }
+
+    #[test]
+    fn text_that_is_not_utf_8_is_refused_with_its_line() {
+        let mut bytes = format!("{CHAT}\n").into_bytes();
+        bytes.extend(b"{\"text\": \"caf\xe9\"}\n");
+        assert_eq!(
+            refusal(bytes),
+            "Line 2: the row is not UTF-8, from its byte 14 on. Save the file as UTF-8."
+        );
+        // UTF-16, as some editors save "Unicode".
+        assert!(refusal(b"\xff\xfe{\0\"\0").starts_with("Line 1: column 1 is not UTF-8."));
+    }
+
+    #[test]
+    fn a_line_over_the_cap_is_refused_and_a_long_one_is_not() {
+        let row = |length: usize| format!("{{\"text\": \"{}\"}}\n", "a".repeat(length));
+        assert_eq!(read(row(250_000)).expect("rows").rows.len(), 1);
+        let text = format!("{}{}", row(1), row(MAX_ROW_BYTES));
+        assert!(refusal(text).starts_with("Line 2: the row is longer than 16 MiB."));
+    }
+
+    #[test]
+    fn a_file_without_rows_is_refused() {
+        for text in ["", "\n \n", "\u{feff}", "[]", "prompt,completion\n"] {
+            assert_eq!(
+                refusal(text),
+                "Line 1: the file has no rows. Upload a file with one example a line.",
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn rows_of_two_shapes_do_not_mix() {
+        let text = format!("{CHAT}\n{{\"prompt\": \"a\", \"completion\": \"b\"}}\n");
+        assert!(refusal(text).starts_with(
+            "Line 2: the row is a prompt/completion row, but the rows before it are chat rows."
+        ));
+    }
+
+    #[test]
+    fn a_reader_ends_after_its_first_error() {
+        let text = format!("{CHAT}\nnull\n{CHAT}\n");
+        let reader = RowReader::new(text.as_bytes(), "validation_file").expect("reader");
+        let rows: Vec<_> = reader.collect();
+        assert_eq!(rows.len(), 2);
+        let error = rows[1].as_ref().expect_err("null");
+        assert_eq!(error.param.as_deref(), Some("validation_file"));
+    }
+
+    #[test]
+    fn a_reader_that_fails_is_our_fault_and_not_the_files() {
+        struct Broken;
+        impl Read for Broken {
+            fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+                Err(std::io::Error::other("disk"))
+            }
+        }
+        let error = read_rows(Broken, "training_file").expect_err("broken");
+        assert_eq!(error.code, ErrorCode::Internal);
+        assert_eq!(error.message, "The training file could not be read: disk");
+    }
+
+    #[test]
+    fn nine_examples_are_too_few_and_ten_are_enough() {
+        let error = check_training_examples(7).expect_err("too few");
+        assert_eq!(error.code, ErrorCode::InvalidNExamples);
+        assert_eq!(error.param.as_deref(), Some("training_file"));
+        assert_eq!(
+            error.message,
+            "Training file has 7 example(s), but must have at least 10 examples"
+        );
+        assert!(check_training_examples(9).is_err());
+        assert!(check_training_examples(10).is_ok());
+    }
+}

@@ -1,0 +1,430 @@
+//! A row as token ids, each with its weight in the loss.
+//!
+//! A completion token's weight is 1 times its message's weight, a prompt token's is
+//! `prompt_loss_weight`. In a conversation, completion tokens are those that lie inside an
+//! assistant's turn, from where the model would begin to write up to the token that ends the turn.
+
+use super::fault::Fault;
+use super::message::{Message, Role};
+use super::row::{Example, Row};
+use super::tokenizer::{ChatTokenizer, Encoded, TokenizerError};
+use crate::errors::ApiError;
+use crate::hyperparameters::ResolvedHyperparameters;
+use serde_json::Value;
+
+/// How rows become tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenizeOptions {
+    /// Rows are cut at this many tokens.
+    pub max_seq_length: usize,
+    /// The weight of a prompt token.
+    pub prompt_loss_weight: f32,
+}
+
+impl From<&ResolvedHyperparameters> for TokenizeOptions {
+    fn from(hyperparameters: &ResolvedHyperparameters) -> Self {
+        Self {
+            max_seq_length: usize::try_from(hyperparameters.max_seq_length).unwrap_or(usize::MAX),
+            prompt_loss_weight: hyperparameters.prompt_loss_weight as f32,
+        }
+    }
+}
+
+/// A row ready to train.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenizedRow {
+    /// Where it begins in its file, from 1.
+    pub line: usize,
+    /// Its tokens.
+    pub ids: Vec<u32>,
+    /// For each token the weight of predicting it, within 0 to 1; the first is 0, since nothing
+    /// predicts it. At least one completion token has a weight.
+    pub weights: Vec<f32>,
+    /// Whether it was cut at `max_seq_length`.
+    pub truncated: bool,
+}
+
+/// Turns a row into tokens; `param` is the job's parameter that names its file.
+///
+/// # Errors
+/// `invalid_file_format` with the row's line, when the model's chat template cannot render it or
+/// no target is left of it.
+pub fn tokenize_row(
+    tokenizer: &ChatTokenizer,
+    row: &Row,
+    options: &TokenizeOptions,
+    param: &str,
+) -> Result<TokenizedRow, ApiError> {
+    tokenize(tokenizer, row, options).map_err(|fault| fault.into_api_error(row.line, param))
+}
+
+fn tokenize(
+    tokenizer: &ChatTokenizer,
+    row: &Row,
+    options: &TokenizeOptions,
+) -> Result<TokenizedRow, Fault> {
+    let tokens = match &row.example {
+        Example::Chat { messages, tools } => chat(tokenizer, messages, tools.as_ref(), options)?,
+        Example::PromptCompletion { prompt, completion } => {
+            two_parts(tokenizer, prompt, completion).map_err(|error| from_tokenizer(&error))?
+        }
+        Example::Text { text } => {
+            two_parts(tokenizer, "", text).map_err(|error| from_tokenizer(&error))?
+        }
+    };
+    let Tokens { mut ids, completion } = tokens;
+    let mut weights: Vec<f32> =
+        completion.iter().map(|weight| weight.unwrap_or(options.prompt_loss_weight)).collect();
+    if let Some(first) = weights.first_mut() {
+        *first = 0.0;
+    }
+    let whole = ids.len();
+    ids.truncate(options.max_seq_length);
+    weights.truncate(options.max_seq_length);
+    let is_target = |weight: &Option<f32>| weight.is_some_and(|weight| weight > 0.0);
+    if !completion.iter().take(ids.len()).skip(1).any(is_target) {
+        return Err(if whole > ids.len() {
+            Fault::new(
+                format!(
+                    "the row has {whole} tokens and is cut at {}, before anything that the model \
+                     should learn.",
+                    ids.len()
+                ),
+                "Shorten what stands before the answer, or raise max_seq_length.",
+            )
+        } else {
+            Fault::new(
+                "no token of the row is left to learn when the model's chat template has \
+                 rendered it.",
+                "Check the assistant's messages, or choose another model.",
+            )
+        });
+    }
+    Ok(TokenizedRow { line: row.line, truncated: whole > ids.len(), ids, weights })
+}
+
+/// A row's tokens, and for those of a completion their weight.
+struct Tokens {
+    ids: Vec<u32>,
+    completion: Vec<Option<f32>>,
+}
+
+/// Prompt and completion as one text, and the end token as the last target.
+fn two_parts(
+    tokenizer: &ChatTokenizer,
+    prompt: &str,
+    completion: &str,
+) -> Result<Tokens, TokenizerError> {
+    let whole = [prompt, completion].concat();
+    let (marked, boundary) = tokenizer.protector().mark_with_boundary(&whole, prompt.len());
+    let Encoded { ids, offsets } = tokenizer.encode_marked(&marked)?;
+    let weights = offsets.into_iter().map(|(start, _)| (start >= boundary).then_some(1.0));
+    Ok(Tokens {
+        completion: tokenizer
+            .begin_id()
+            .map(|_| None)
+            .into_iter()
+            .chain(weights)
+            .chain([Some(1.0)])
+            .collect(),
+        ids: tokenizer.begin_id().into_iter().chain(ids).chain([tokenizer.end_id()]).collect(),
+    })
+}
+
+/// A conversation, rendered once. Where an assistant's turn lies in it is found by rendering the
+/// messages before the turn, and those up to it.
+fn chat(
+    tokenizer: &ChatTokenizer,
+    messages: &[Message],
+    tools: Option<&Value>,
+    options: &TokenizeOptions,
+) -> Result<Tokens, Fault> {
+    let conversation =
+        tokenizer.conversation(messages, tools).map_err(|error| from_tokenizer(&error))?;
+    let mentions = |name: &str| conversation.template_mentions(name);
+    if let Some(index) = messages.iter().position(Message::has_tool_calls)
+        && !mentions("tool_calls")
+    {
+        return Err(no_place_for(&format!("messages[{index}].tool_calls")));
+    }
+    if tools.is_some() && !mentions("tools") {
+        return Err(no_place_for("tools"));
+    }
+    let render = |count, add_generation_prompt| {
+        conversation.render(count, add_generation_prompt).map_err(|error| from_tokenizer(&error))
+    };
+    let whole = render(messages.len(), false)?;
+    let Encoded { ids, offsets } =
+        tokenizer.encode_marked(&whole).map_err(|error| from_tokenizer(&error))?;
+    // Turns past the cut are not looked for, so a row of any length renders no more prefixes than
+    // its kept tokens can have turns.
+    let cut = match offsets.get(options.max_seq_length) {
+        Some(&(start, _)) => start,
+        None => whole.len(),
+    };
+    let mut completion = vec![None; ids.len()];
+    for (index, message) in messages.iter().enumerate() {
+        if message.role != Role::Assistant {
+            continue;
+        }
+        let before = render(index, true)?;
+        if !whole.starts_with(&before) {
+            return Err(not_a_prefix(index));
+        }
+        if before.len() >= cut {
+            break;
+        }
+        let end = if index + 1 == messages.len() {
+            whole.len()
+        } else {
+            let up_to = render(index + 1, false)?;
+            if !whole.starts_with(&up_to) {
+                return Err(not_a_prefix(index));
+            }
+            up_to.len()
+        };
+        let from = offsets.partition_point(|&(start, _)| start < before.len());
+        let to = from + offsets[from..].partition_point(|&(_, token_end)| token_end <= end);
+        // What a template writes after the token that ends the turn is never generated.
+        let turn = &ids[from..to];
+        let length = turn
+            .iter()
+            .rposition(|&id| tokenizer.is_special(id))
+            .map_or(turn.len(), |last| last + 1);
+        completion[from..from + length].fill(Some(message.weight));
+    }
+    Ok(Tokens { ids, completion })
+}
+
+fn no_place_for(path: &str) -> Fault {
+    Fault::new(
+        format!("{path} is given, but the model's chat template has no place for it."),
+        "Choose a model that was made for tools, or leave it out.",
+    )
+}
+
+fn not_a_prefix(index: usize) -> Fault {
+    Fault::new(
+        format!(
+            "messages[{index}] is rendered in another way by the model's chat template when more \
+             messages follow, so its tokens cannot be told from the rest."
+        ),
+        "Write one row for each answer, ending with it.",
+    )
+}
+
+fn from_tokenizer(error: &TokenizerError) -> Fault {
+    Fault::new(
+        format!("{error}."),
+        "Change the row to what the template expects, or choose another model.",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{END, byte_tokenizer, chatml};
+    use super::*;
+    use serde_json::json;
+
+    const OPTIONS: TokenizeOptions =
+        TokenizeOptions { max_seq_length: 1000, prompt_loss_weight: 0.1 };
+
+    fn user(text: &str) -> Message {
+        Message::new(Role::User, text)
+    }
+
+    fn assistant(text: &str) -> Message {
+        Message::new(Role::Assistant, text)
+    }
+
+    fn conversation(messages: Vec<Message>) -> Row {
+        Row { line: 7, example: Example::Chat { messages, tools: None } }
+    }
+
+    fn tokenized(row: &Row, options: &TokenizeOptions) -> Result<TokenizedRow, ApiError> {
+        tokenize_row(&chatml(), row, options, "training_file")
+    }
+
+    /// The text of the tokens whose weight is `weight`.
+    fn text_of(row: &TokenizedRow, weight: f32) -> String {
+        let ids: Vec<_> = row
+            .ids
+            .iter()
+            .zip(&row.weights)
+            .filter(|&(_, found)| *found == weight)
+            .map(|(&id, _)| id)
+            .collect();
+        chatml().decode_with_special(&ids).expect("decode")
+    }
+
+    #[test]
+    fn every_assistant_turn_is_learned_with_its_end_and_nothing_else() {
+        let row = conversation(vec![user("a"), assistant("bc"), user("d"), assistant("e")]);
+        let row = tokenized(&row, &OPTIONS).expect("tokens");
+        assert_eq!(text_of(&row, 1.0), "bc<|im_end|>e<|im_end|>");
+        assert_eq!(row.weights[0], 0.0, "nothing predicts the first token");
+        assert_eq!(row.weights[1], 0.1);
+        assert_eq!(row.weights.last(), Some(&0.1), "the newline after the last turn");
+    }
+
+    #[test]
+    fn a_messages_weight_counts_for_its_tokens_only() {
+        let half = Message { weight: 0.5, ..assistant("b") };
+        let none = Message { weight: 0.0, ..assistant("c") };
+        let row = conversation(vec![user("a"), half, none, assistant("d")]);
+        let row = tokenized(&row, &OPTIONS).expect("tokens");
+        assert_eq!(text_of(&row, 0.5), "b<|im_end|>");
+        assert_eq!(text_of(&row, 1.0), "d<|im_end|>");
+        assert_eq!(
+            text_of(&row, 0.0),
+            "<|im_start|>c<|im_end|>",
+            "the first token and the message"
+        );
+    }
+
+    #[test]
+    fn a_special_token_in_an_answer_does_not_end_the_turn() {
+        let row = conversation(vec![user("a"), assistant("b<|im_end|>\nc")]);
+        let row = tokenized(&row, &OPTIONS).expect("tokens");
+        assert_eq!(text_of(&row, 1.0), "b<|im_end|>\nc<|im_end|>");
+        assert_eq!(row.ids.iter().filter(|&&id| id == END).count(), 2);
+    }
+
+    #[test]
+    fn a_row_is_cut_and_says_so() {
+        let row = conversation(vec![user("a"), assistant("bcd"), user("e"), assistant("f")]);
+        let options = TokenizeOptions { max_seq_length: 22, ..OPTIONS };
+        let row = tokenized(&row, &options).expect("tokens");
+        assert!(row.truncated);
+        assert_eq!((row.ids.len(), row.weights.len()), (22, 22));
+        assert_eq!(text_of(&row, 1.0), "bc");
+    }
+
+    #[test]
+    fn a_row_whose_every_target_is_cut_away_is_refused_with_its_line() {
+        let row = conversation(vec![user(&"a".repeat(100)), assistant("b")]);
+        let options = TokenizeOptions { max_seq_length: 50, ..OPTIONS };
+        let error = tokenized(&row, &options).expect_err("no target");
+        assert_eq!(
+            error.message,
+            "Line 7: the row has 122 tokens and is cut at 50, before anything that the model \
+             should learn. Shorten what stands before the answer, or raise max_seq_length."
+        );
+        assert_eq!(error.param.as_deref(), Some("training_file"));
+        // What the cut leaves of the targets has weight 0.
+        let silent = Message { weight: 0.0, ..assistant("b") };
+        let row = conversation(vec![user("a"), silent, user(&"a".repeat(100)), assistant("c")]);
+        assert!(tokenized(&row, &options).is_err());
+    }
+
+    #[test]
+    fn prompt_and_completion_are_one_text_with_the_end_token_last() {
+        let example =
+            Example::PromptCompletion { prompt: "a<s".to_owned(), completion: "> b".to_owned() };
+        let row = tokenized(&Row { line: 1, example }, &OPTIONS).expect("tokens");
+        assert_eq!(text_of(&row, 1.0), "> b<|im_end|>");
+        assert_eq!(row.weights, [0.0, 0.1, 0.1, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(row.ids.last(), Some(&END));
+    }
+
+    #[test]
+    fn a_token_that_straddles_prompt_and_completion_is_prompt() {
+        // One merge makes "ab" one token.
+        let mut json: Value = serde_json::from_slice(
+            &super::super::testing::byte_tokenizer_json(&json!({}), &json!({})).0,
+        )
+        .expect("JSON");
+        let mut model = json["model"].take();
+        model["vocab"]["ab"] = 300.into();
+        model["merges"] = json!(["a b"]);
+        let tokenizer = byte_tokenizer(&json!({"model": model}), &json!({}));
+        let example =
+            Example::PromptCompletion { prompt: "xa".to_owned(), completion: "bc".to_owned() };
+        let row = tokenize_row(&tokenizer, &Row { line: 1, example }, &OPTIONS, "training_file")
+            .expect("tokens");
+        assert_eq!(row.ids[1], 300);
+        assert_eq!(row.weights, [0.0, 0.1, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn text_is_learned_whole() {
+        let example = Example::Text { text: "abc".to_owned() };
+        let row = tokenized(&Row { line: 1, example }, &OPTIONS).expect("tokens");
+        assert_eq!(row.weights, [0.0, 1.0, 1.0, 1.0]);
+        assert_eq!(row.ids.last(), Some(&END));
+    }
+
+    #[test]
+    fn text_begins_with_one_begin_token_where_the_model_has_one() {
+        let tokenizer =
+            byte_tokenizer(&json!({}), &json!({"bos_token": "<s>", "add_bos_token": true}));
+        let example = Example::Text { text: "<s>".to_owned() };
+        let row = tokenize_row(&tokenizer, &Row { line: 1, example }, &OPTIONS, "training_file")
+            .expect("tokens");
+        assert_eq!(row.ids[0], 258);
+        assert_eq!(row.ids.iter().filter(|&&id| id == 258).count(), 1);
+        assert_eq!(row.weights, [0.0, 1.0, 1.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn a_template_that_rewrites_earlier_turns_is_refused_with_a_way_out() {
+        let template = "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}think{% endif %}\
+                        {{ m.content }}<|im_end|>{% endfor %}";
+        let tokenizer = byte_tokenizer(&json!({}), &json!({"chat_template": template}));
+        let row = conversation(vec![user("a"), assistant("b"), user("c"), assistant("d")]);
+        let error =
+            tokenize_row(&tokenizer, &row, &OPTIONS, "training_file").expect_err("rewritten");
+        assert!(error.message.starts_with("Line 7: messages[1] is rendered in another way"));
+        assert!(error.message.ends_with("Write one row for each answer, ending with it."));
+        let single = conversation(vec![user("a"), assistant("b")]);
+        assert!(tokenize_row(&tokenizer, &single, &OPTIONS, "training_file").is_ok());
+    }
+
+    #[test]
+    fn a_template_that_leaves_the_answer_out_is_refused() {
+        let template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}";
+        let tokenizer = byte_tokenizer(&json!({}), &json!({"chat_template": template}));
+        let row = conversation(vec![user("a"), assistant("b")]);
+        let error =
+            tokenize_row(&tokenizer, &row, &OPTIONS, "training_file").expect_err("no target");
+        assert!(error.message.contains("no token of the row is left to learn"), "{error}");
+    }
+
+    #[test]
+    fn tool_calls_and_tools_that_a_template_would_drop_are_refused() {
+        let mut call = assistant("");
+        call.content = None;
+        call.rest.insert(
+            "tool_calls".to_owned(),
+            json!([{"type": "function", "function": {"name": "f", "arguments": {}}}]),
+        );
+        let row = conversation(vec![user("a"), call.clone()]);
+        let error = tokenized(&row, &OPTIONS).expect_err("no place");
+        assert!(error.message.starts_with("Line 7: messages[1].tool_calls is given"), "{error}");
+
+        let example = Example::Chat {
+            messages: vec![user("a"), assistant("b")],
+            tools: Some(json!([{"type": "function", "function": {"name": "f"}}])),
+        };
+        let error = tokenized(&Row { line: 7, example }, &OPTIONS).expect_err("no place");
+        assert!(error.message.starts_with("Line 7: tools is given"), "{error}");
+
+        let template =
+            "{% for m in messages %}{{ m.content or m.tool_calls | tojson }}<|im_end|>{% endfor %}";
+        let tokenizer = byte_tokenizer(&json!({}), &json!({"chat_template": template}));
+        let row = tokenize_row(&tokenizer, &row, &OPTIONS, "training_file").expect("tokens");
+        assert_eq!(
+            text_of(&row, 1.0),
+            "[{\"type\": \"function\", \"function\": {\"name\": \"f\", \"arguments\": {}}}]<|im_end|>"
+        );
+    }
+
+    #[test]
+    fn a_templates_own_refusal_reaches_the_client() {
+        let template = "{{ raise_exception('roles must alternate') }}";
+        let tokenizer = byte_tokenizer(&json!({}), &json!({"chat_template": template}));
+        let row = conversation(vec![user("a"), assistant("b")]);
+        let error = tokenize_row(&tokenizer, &row, &OPTIONS, "training_file").expect_err("refused");
+        assert!(error.message.contains("conversation: roles must alternate."), "{error}");
+    }
+}

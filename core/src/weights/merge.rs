@@ -1,0 +1,217 @@
+//! Adds a LoRA adapter into the weight that it adapts: W ← W + scale · B·A (Hu et al. 2021).
+//!
+//! Works on the bytes of one tensor at a time, so that a model of any size merges as a stream.
+
+use half::{bf16, f16};
+
+/// How a tensor's numbers are stored, by safetensors' names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatType {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes, the upper half of an f32.
+    Bf16,
+    /// 2 bytes, IEEE half precision.
+    F16,
+}
+
+impl FloatType {
+    /// The type that a safetensors header names; `None` for one that no adapter merges into.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "F32" => Some(Self::F32),
+            "BF16" => Some(Self::Bf16),
+            "F16" => Some(Self::F16),
+            _ => None,
+        }
+    }
+
+    /// Bytes to one number.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// The little-endian numbers in `bytes`, widened; a rest shorter than one number is left out.
+    #[must_use]
+    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        bytes.chunks_exact(self.size()).map(|number| self.read(number)).collect()
+    }
+
+    fn read(self, number: &[u8]) -> f32 {
+        match (self, number) {
+            (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+            (Self::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
+            (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
+            _ => unreachable!("chunks are as long as one number"),
+        }
+    }
+
+    /// Stores `value`, rounded to the nearest number of the type, ties to the even one.
+    fn write(self, value: f32, number: &mut [u8]) {
+        match self {
+            Self::F32 => number.copy_from_slice(&value.to_le_bytes()),
+            Self::Bf16 => number.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+            Self::F16 => number.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+        }
+    }
+}
+
+/// The two matrices of one adapted projection, row by row, and the factor on their product.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraFactors<'a> {
+    /// A, `[rank, inputs]`.
+    pub a: &'a [f32],
+    /// B, `[outputs, rank]`.
+    pub b: &'a [f32],
+    /// Rows of A and columns of B.
+    pub rank: usize,
+    /// alpha / r, or alpha / √r for rsLoRA.
+    pub scale: f32,
+}
+
+/// Sizes that do not fit together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the {part} has {found} elements where [{rows}, {columns}] asks for {}: \
+     the adapter was made for another model",
+    rows * columns
+)]
+pub struct MergeError {
+    /// Which matrix.
+    pub part: &'static str,
+    /// Elements that it has.
+    pub found: usize,
+    /// Rows that it should have.
+    pub rows: usize,
+    /// Columns that it should have.
+    pub columns: usize,
+}
+
+/// Adds scale · B·A to `weight`, the bytes of a `[outputs, inputs]` tensor of type `float`.
+///
+/// Sums run in f32, and each element is rounded once, at the end.
+///
+/// # Errors
+/// When a size differs from `[outputs, inputs]` and the rank; the weight is then untouched.
+pub fn merge_lora(
+    weight: &mut [u8],
+    float: FloatType,
+    [outputs, inputs]: [usize; 2],
+    factors: &LoraFactors<'_>,
+) -> Result<(), MergeError> {
+    let &LoraFactors { a, b, rank, scale } = factors;
+    check("weight", weight.len() / float.size(), outputs, inputs)?;
+    check("adapter's A", a.len(), rank, inputs)?;
+    check("adapter's B", b.len(), outputs, rank)?;
+    if inputs == 0 || rank == 0 {
+        return Ok(());
+    }
+    let mut product = vec![0.0f32; inputs];
+    for (row, b_row) in weight.chunks_exact_mut(inputs * float.size()).zip(b.chunks_exact(rank)) {
+        product.fill(0.0);
+        for (&factor, a_row) in b_row.iter().zip(a.chunks_exact(inputs)) {
+            for (sum, &value) in product.iter_mut().zip(a_row) {
+                *sum += factor * value;
+            }
+        }
+        for (number, &sum) in row.chunks_exact_mut(float.size()).zip(&product) {
+            float.write(float.read(number) + scale * sum, number);
+        }
+    }
+    Ok(())
+}
+
+fn check(part: &'static str, found: usize, rows: usize, columns: usize) -> Result<(), MergeError> {
+    if found == rows * columns {
+        return Ok(());
+    }
+    Err(MergeError { part, found, rows, columns })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt as _, SeedableRng as _};
+    use rand_chacha::ChaCha8Rng;
+
+    const OUTPUTS: usize = 5;
+    const INPUTS: usize = 7;
+    const RANK: usize = 3;
+    const SCALE: f32 = 1.5;
+
+    fn numbers(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
+        (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    /// The product by its definition, in f64.
+    fn naive(weight: &[f32], a: &[f32], b: &[f32]) -> Vec<f64> {
+        let element = |o: usize, i: usize| {
+            let sum: f64 =
+                (0..RANK).map(|k| f64::from(b[o * RANK + k]) * f64::from(a[k * INPUTS + i])).sum();
+            f64::from(weight[o * INPUTS + i]) + f64::from(SCALE) * sum
+        };
+        (0..OUTPUTS)
+            .flat_map(|o| (0..INPUTS).map(move |i| (o, i)))
+            .map(|(o, i)| element(o, i))
+            .collect()
+    }
+
+    /// Merges in `float` and returns the merged numbers beside the exact ones.
+    fn merged(float: FloatType, encode: impl Fn(f32) -> Vec<u8>) -> (Vec<f32>, Vec<f64>) {
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let (a, b) = (numbers(&mut rng, RANK * INPUTS), numbers(&mut rng, OUTPUTS * RANK));
+        let mut bytes: Vec<u8> =
+            numbers(&mut rng, OUTPUTS * INPUTS).into_iter().flat_map(encode).collect();
+        let exact = naive(&float.decode(&bytes), &a, &b);
+        let factors = LoraFactors { a: &a, b: &b, rank: RANK, scale: SCALE };
+        merge_lora(&mut bytes, float, [OUTPUTS, INPUTS], &factors).expect("sizes fit");
+        (float.decode(&bytes), exact)
+    }
+
+    #[test]
+    fn f32_equals_the_product_by_its_definition() {
+        let (merged, exact) = merged(FloatType::F32, |v| v.to_le_bytes().to_vec());
+        for (merged, exact) in merged.into_iter().zip(exact) {
+            assert!((f64::from(merged) - exact).abs() < 1e-6, "{merged} against {exact}");
+        }
+    }
+
+    #[test]
+    fn bf16_and_f16_are_the_exact_result_rounded_once() {
+        let (halves, exact) = merged(FloatType::Bf16, |v| bf16::from_f32(v).to_le_bytes().to_vec());
+        for (merged, exact) in halves.into_iter().zip(exact) {
+            assert_eq!(merged, bf16::from_f64(exact).to_f32());
+        }
+        let (halves, exact) = merged(FloatType::F16, |v| f16::from_f32(v).to_le_bytes().to_vec());
+        for (merged, exact) in halves.into_iter().zip(exact) {
+            assert_eq!(merged, f16::from_f64(exact).to_f32());
+        }
+    }
+
+    #[test]
+    fn a_tie_goes_to_the_even_number() {
+        // 1 + 2⁻⁸ lies halfway between the bf16 numbers 1 and 1 + 2⁻⁷; 1 + 3·2⁻⁸ between
+        // 1 + 2⁻⁷ and 1 + 2⁻⁶. The even ones are 1 and 1 + 2⁻⁶.
+        for (added, expected) in [(1.0 / 256.0, 1.0), (3.0 / 256.0, 1.0 + 1.0 / 64.0)] {
+            let mut bytes = bf16::ONE.to_le_bytes();
+            let factors = LoraFactors { a: &[added], b: &[1.0], rank: 1, scale: 1.0 };
+            merge_lora(&mut bytes, FloatType::Bf16, [1, 1], &factors).expect("sizes fit");
+            assert_eq!(bf16::from_le_bytes(bytes).to_f32(), expected);
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_shape_is_refused_and_changes_nothing() {
+        let mut bytes = [0u8; 8];
+        let factors = LoraFactors { a: &[1.0; 3], b: &[1.0], rank: 1, scale: 1.0 };
+        let error =
+            merge_lora(&mut bytes, FloatType::F32, [1, 2], &factors).expect_err("3 is not 2");
+        assert_eq!((error.part, error.found, error.columns), ("adapter's A", 3, 2));
+        assert_eq!(bytes, [0; 8]);
+    }
+}
