@@ -1,0 +1,38 @@
+# What a newcomer types. Each target does its own set-up.
+
+.PHONY: demo test test-rust test-black-box check-cuda lint dashboard
+
+# A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
+demo:
+	@scripts/packages.sh demo
+	@python3 demo/demo.py
+
+# Everything: unit tests, then the black-box tests.
+test: test-rust test-black-box
+
+test-rust:
+	scripts/packages.sh test
+	scripts/test-setup.sh
+	cargo test --workspace
+
+# The running binary, driven as users drive it. PYTEST_ARGS='-k page' runs a part.
+test-black-box:
+	scripts/packages.sh test
+	cargo build --workspace --bins --examples
+	"$$(scripts/test-setup.sh)" -m pytest tests $(PYTEST_ARGS)
+
+# The cuda feature type-checks without a CUDA toolkit (about seven minutes the first time).
+check-cuda:
+	DOCS_RS=1 cargo check -p tunesmith --features cuda
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	@command -v cargo-deny >/dev/null || \
+		{ echo "cargo-deny is missing: cargo install cargo-deny --locked"; exit 1; }
+	cargo deny --offline check bans licenses sources
+
+# Rebuilds the web page; the built files are committed, since the binary embeds them.
+dashboard:
+	cd dashboard && npm ci --silent && npm run --silent build
+	scripts/dashboard-digest.sh > dashboard/dist/sources.sha256

@@ -1,0 +1,365 @@
+//! The body of `POST /v1/fine_tuning/jobs`, field by field.
+
+use crate::failure::{invalid_value, missing};
+use crate::warnings;
+use rand::RngExt as _;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::{Auto, Hyperparameters};
+
+/// The one training method that is offered.
+pub(crate) const METHOD: &str = "supervised";
+/// OpenAI's other methods: known words, so that their sub-objects draw no warning.
+const OTHER_METHODS: [&str; 2] = ["dpo", "reinforcement"];
+/// What OpenAI's clients may send.
+const FIELDS: [&str; 9] = [
+    "model",
+    "training_file",
+    "validation_file",
+    "suffix",
+    "seed",
+    "metadata",
+    "integrations",
+    "hyperparameters",
+    "method",
+];
+const MAX_SUFFIX: usize = 64;
+const MAX_SEED: u64 = (1 << 31) - 1;
+const MAX_METADATA_PAIRS: usize = 16;
+const MAX_METADATA_KEY: usize = 64;
+const MAX_METADATA_VALUE: usize = 512;
+
+/// A job that a client asks for, checked as far as the request alone allows.
+#[derive(Debug, PartialEq)]
+pub(crate) struct JobRequest {
+    pub(crate) model: String,
+    pub(crate) training_file: String,
+    pub(crate) validation_file: Option<String>,
+    pub(crate) suffix: Option<String>,
+    pub(crate) seed: u64,
+    pub(crate) metadata: BTreeMap<String, String>,
+    /// As the client wrote them, and found in order.
+    pub(crate) hyperparameters: Map<String, Value>,
+    /// About the learning rate: also an event of the job.
+    pub(crate) hyperparameter_warnings: Vec<String>,
+    /// About fields that nothing reads.
+    pub(crate) field_warnings: Vec<String>,
+}
+
+impl JobRequest {
+    /// Reads the request's fields.
+    ///
+    /// # Errors
+    /// `missing_required_parameter` or `invalid_value`, naming the parameter by its path.
+    pub(crate) fn parse(fields: &Map<String, Value>) -> Result<Self, ApiError> {
+        let (hyperparameters, path) = hyperparameters(fields)?;
+        let (parsed, unknown) = Hyperparameters::parse(&hyperparameters, path)?;
+        let validation_file = text(fields, "validation_file")?;
+        if let (Some(_), Auto::Value(split)) = (&validation_file, parsed.validation_split)
+            && split > 0.0
+        {
+            return Err(ApiError::new(
+                ErrorCode::InvalidValue,
+                "Invalid value for 'validation_split': it stands beside 'validation_file'. Give \
+                 one of the two.",
+            )
+            .with_param(format!("{path}.validation_split")));
+        }
+        let unknown: Vec<String> = fields
+            .keys()
+            .filter(|key| !FIELDS.contains(&key.as_str()))
+            .cloned()
+            .chain(unknown_in_method(fields.get("method")))
+            .chain(unknown.into_iter().map(|name| format!("{path}.{name}")))
+            .collect();
+        Ok(Self {
+            model: required(fields, "model")?,
+            training_file: required(fields, "training_file")?,
+            validation_file,
+            suffix: suffix(fields)?,
+            seed: seed(fields)?,
+            metadata: metadata(fields)?,
+            hyperparameter_warnings: parsed.warnings(),
+            hyperparameters,
+            field_warnings: integrations(fields)
+                .into_iter()
+                .chain(warnings::unknown_fields(&unknown))
+                .collect(),
+        })
+    }
+
+    /// Every warning, for the reply's header.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        self.hyperparameter_warnings.iter().chain(&self.field_warnings).cloned().collect()
+    }
+}
+
+/// The field, unless it is absent or null.
+fn given<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    fields.get(name).filter(|value| !value.is_null())
+}
+
+fn text(fields: &Map<String, Value>, name: &str) -> Result<Option<String>, ApiError> {
+    match given(fields, name) {
+        None => Ok(None),
+        Some(Value::String(text)) if !text.is_empty() => Ok(Some(text.clone())),
+        Some(other) => Err(invalid_value(name, other, "a string that is not empty")),
+    }
+}
+
+fn required(fields: &Map<String, Value>, name: &str) -> Result<String, ApiError> {
+    text(fields, name)?.ok_or_else(|| missing(name))
+}
+
+/// OpenAI's word for reports to other services, of which there are none here.
+fn integrations(fields: &Map<String, Value>) -> Option<String> {
+    let asked = given(fields, "integrations").filter(|value| **value != Value::Array(Vec::new()));
+    asked.map(|_| "Integrations are not offered by this server and were ignored.".to_owned())
+}
+
+/// The suffix becomes a part of the model's name, whose parts colons separate and which stands in
+/// paths.
+fn suffix(fields: &Map<String, Value>) -> Result<Option<String>, ApiError> {
+    let Some(value) = given(fields, "suffix") else { return Ok(None) };
+    value
+        .as_str()
+        .filter(|suffix| (1..=MAX_SUFFIX).contains(&suffix.chars().count()))
+        .filter(|suffix| suffix.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c)))
+        .map(|suffix| Some(suffix.to_owned()))
+        .ok_or_else(|| {
+            let rule = "a string of 1 to 64 letters, digits, hyphens, underscores and full stops";
+            invalid_value("suffix", value, rule)
+        })
+}
+
+fn seed(fields: &Map<String, Value>) -> Result<u64, ApiError> {
+    match given(fields, "seed") {
+        None => Ok(rand::rng().random_range(0..=MAX_SEED)),
+        Some(value) => value.as_u64().filter(|&seed| seed <= MAX_SEED).ok_or_else(|| {
+            invalid_value("seed", value, &format!("a whole number between 0 and {MAX_SEED}"))
+        }),
+    }
+}
+
+fn metadata(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, ApiError> {
+    let Some(value) = given(fields, "metadata") else { return Ok(BTreeMap::new()) };
+    pairs(value).ok_or_else(|| {
+        // What is wrong may be long: the message says the rule and not the whole value.
+        ApiError::new(
+            ErrorCode::InvalidValue,
+            format!(
+                "Invalid value for 'metadata'. It must be an object of at most \
+                 {MAX_METADATA_PAIRS} pairs: keys of at most {MAX_METADATA_KEY} characters, \
+                 values strings of at most {MAX_METADATA_VALUE}."
+            ),
+        )
+        .with_param("metadata")
+    })
+}
+
+fn pairs(value: &Value) -> Option<BTreeMap<String, String>> {
+    let pairs = value.as_object().filter(|pairs| pairs.len() <= MAX_METADATA_PAIRS)?;
+    let pair = |(key, value): (&String, &Value)| {
+        let value = value.as_str()?;
+        let fits =
+            key.chars().count() <= MAX_METADATA_KEY && value.chars().count() <= MAX_METADATA_VALUE;
+        fits.then(|| (key.clone(), value.to_owned()))
+    };
+    pairs.iter().map(pair).collect()
+}
+
+/// The hyperparameters in their new place or, with no method given, in their old one, beside the
+/// path of that place.
+fn hyperparameters(
+    fields: &Map<String, Value>,
+) -> Result<(Map<String, Value>, &'static str), ApiError> {
+    const NEW: &str = "method.supervised.hyperparameters";
+    const OLD: &str = "hyperparameters";
+    const OBJECT: &str = "an object";
+    fn object(value: Option<&Value>, path: &str) -> Result<Map<String, Value>, ApiError> {
+        match value {
+            None | Some(Value::Null) => Ok(Map::new()),
+            Some(Value::Object(map)) => Ok(map.clone()),
+            Some(other) => Err(invalid_value(path, other, OBJECT)),
+        }
+    }
+
+    let Some(method) = given(fields, "method") else {
+        return Ok((object(fields.get(OLD), OLD)?, OLD));
+    };
+    let Value::Object(method) = method else {
+        return Err(invalid_value(
+            "method",
+            method,
+            "an object such as {\"type\": \"supervised\"}",
+        ));
+    };
+    match method.get("type") {
+        Some(Value::String(kind)) if kind == METHOD => {}
+        Some(Value::String(kind)) if OTHER_METHODS.contains(&kind.as_str()) => {
+            return Err(ApiError::new(
+                ErrorCode::InvalidValue,
+                format!(
+                    "The method '{kind}' is not offered by this server. Use '{METHOD}', \
+                     which trains on chat rows or prompt/completion rows."
+                ),
+            )
+            .with_param("method.type"));
+        }
+        None | Some(Value::Null) => return Err(missing("method.type")),
+        Some(other) => return Err(invalid_value("method.type", other, "\"supervised\"")),
+    }
+    let supervised = object(method.get(METHOD), "method.supervised")?;
+    let new = object(supervised.get("hyperparameters"), NEW)?;
+    if new.is_empty() {
+        // Older clients name the method and leave the hyperparameters where they were.
+        let old = object(fields.get(OLD), OLD)?;
+        return Ok(if old.is_empty() { (new, NEW) } else { (old, OLD) });
+    }
+    Ok((new, NEW))
+}
+
+/// Names beside those that a method may have. Sub-objects of OpenAI's other methods are ignored.
+fn unknown_in_method(method: Option<&Value>) -> Vec<String> {
+    let Some(Value::Object(method)) = method else { return Vec::new() };
+    let known = |key: &str| key == "type" || key == METHOD || OTHER_METHODS.contains(&key);
+    let beside = method.keys().filter(|key| !known(key)).map(|key| format!("method.{key}"));
+    let inside = method.get(METHOD).and_then(Value::as_object).into_iter().flat_map(|supervised| {
+        let unknown = supervised.keys().filter(|key| *key != "hyperparameters");
+        unknown.map(|key| format!("method.{METHOD}.{key}"))
+    });
+    beside.chain(inside).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(extra: Value) -> Result<JobRequest, ApiError> {
+        let mut body = json!({"model": "smol", "training_file": "file-a"});
+        let fields = body.as_object_mut().expect("object");
+        fields.extend(extra.as_object().expect("object").clone());
+        JobRequest::parse(fields)
+    }
+
+    #[test]
+    fn model_and_training_file_are_all_that_is_required() {
+        let request = parse(json!({})).expect("valid");
+        assert_eq!((request.model.as_str(), request.training_file.as_str()), ("smol", "file-a"));
+        assert!(request.seed <= MAX_SEED);
+        assert_eq!(request.warnings(), Vec::<String>::new());
+        for absent in ["model", "training_file"] {
+            let error = parse(json!({ absent: null })).expect_err(absent);
+            assert_eq!(error.code, ErrorCode::MissingRequiredParameter);
+            assert_eq!(error.message, format!("Missing required parameter: '{absent}'."));
+            assert_eq!(error.param.as_deref(), Some(absent));
+        }
+    }
+
+    #[test]
+    fn each_field_out_of_its_range_is_refused_by_name() {
+        let long = "x".repeat(65);
+        let pairs: Map<String, Value> = (0..17).map(|i| (i.to_string(), json!("v"))).collect();
+        for (name, value) in [
+            ("model", json!(7)),
+            ("training_file", json!("")),
+            ("validation_file", json!([])),
+            ("suffix", json!("")),
+            ("suffix", json!(long)),
+            ("suffix", json!("a:b")),
+            ("seed", json!(-1)),
+            ("seed", json!(1u64 << 31)),
+            ("seed", json!(0.5)),
+            ("metadata", json!([])),
+            ("metadata", json!(pairs)),
+            ("metadata", json!({ long.as_str(): "v" })),
+            ("metadata", json!({"k": "x".repeat(513)})),
+            ("metadata", json!({"k": 1})),
+            ("method", json!("supervised")),
+        ] {
+            let error = parse(json!({ name: value })).expect_err(name);
+            assert_eq!(error.code, ErrorCode::InvalidValue, "{value}");
+            assert_eq!(error.param.as_deref(), Some(name), "{value}");
+        }
+        for (name, value) in [
+            ("suffix", json!("x".repeat(64))),
+            ("seed", json!(MAX_SEED)),
+            ("metadata", json!({"k": "x".repeat(512)})),
+        ] {
+            parse(json!({ name: value })).expect(name);
+        }
+    }
+
+    #[test]
+    fn hyperparameters_are_read_in_either_place() {
+        for body in [
+            json!({"hyperparameters": {"n_epochs": 4}}),
+            json!({"method": {"type": "supervised",
+                              "supervised": {"hyperparameters": {"n_epochs": 4}}}}),
+            json!({"method": {"type": "supervised"}, "hyperparameters": {"n_epochs": 4}}),
+            json!({"method": {"type": "supervised", "dpo": {"hyperparameters": {"beta": 7}},
+                              "supervised": {"hyperparameters": {"n_epochs": 4}}}}),
+        ] {
+            let request = parse(body.clone()).expect("valid");
+            assert_eq!(request.hyperparameters["n_epochs"], 4, "{body}");
+            assert_eq!(request.warnings(), Vec::<String>::new(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_hyperparameter_is_named_by_the_place_it_came_from() {
+        let old = parse(json!({"hyperparameters": {"n_epochs": 0}})).expect_err("range");
+        assert_eq!(old.param.as_deref(), Some("hyperparameters.n_epochs"));
+        let new = json!({"method": {"type": "supervised",
+                                    "supervised": {"hyperparameters": {"n_epochs": 0}}}});
+        assert_eq!(
+            parse(new).expect_err("range").param.as_deref(),
+            Some("method.supervised.hyperparameters.n_epochs")
+        );
+    }
+
+    #[test]
+    fn a_method_that_is_not_offered_is_refused_clearly() {
+        for kind in OTHER_METHODS {
+            let error = parse(json!({"method": {"type": kind, kind: {}}})).expect_err(kind);
+            assert_eq!(error.param.as_deref(), Some("method.type"));
+            assert!(error.message.starts_with(&format!("The method '{kind}' is not offered")));
+        }
+        assert!(parse(json!({"method": {"type": "magic"}})).is_err());
+        assert!(parse(json!({"method": {}})).is_err());
+    }
+
+    #[test]
+    fn fields_that_are_not_openais_are_named_in_a_warning() {
+        let request = parse(json!({
+            "integrations": [], "epochs": 3,
+            "method": {"type": "supervised", "speed": 1,
+                       "supervised": {"hyperparameters": {"n_epoch": 3}, "x": 1}},
+        }))
+        .expect("valid");
+        assert_eq!(
+            request.warnings(),
+            ["Unknown fields were ignored: epochs, method.speed, method.supervised.x, \
+              method.supervised.hyperparameters.n_epoch."]
+        );
+    }
+
+    #[test]
+    fn integrations_are_ignored_and_that_is_said() {
+        let request =
+            parse(json!({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}));
+        assert_eq!(
+            request.expect("valid").warnings(),
+            ["Integrations are not offered by this server and were ignored."]
+        );
+    }
+
+    #[test]
+    fn a_learning_rate_that_is_rarely_meant_warns() {
+        let request = parse(json!({"hyperparameters": {"learning_rate": 0.5}})).expect("valid");
+        assert_eq!(request.hyperparameter_warnings.len(), 1);
+        assert_eq!(request.warnings(), request.hyperparameter_warnings);
+    }
+}

@@ -1,0 +1,26 @@
+//! tunesmith-api: the REST front-end.
+//!
+//! OpenAI's fine-tuning contract over actix-web, the page of a job, and the task that validates
+//! uploaded files. [`ApiServer`] is all of it on one address.
+
+mod archive;
+mod auth;
+mod body;
+mod failure;
+mod job_request;
+mod maintenance;
+mod merged;
+mod observe;
+mod page;
+mod query;
+mod range;
+mod routes;
+mod server;
+mod stored;
+mod streaming;
+#[cfg(test)]
+mod testing;
+mod validator;
+mod warnings;
+
+pub use server::{ApiConfig, ApiServer, DEFAULT_MAX_FILE_BYTES};

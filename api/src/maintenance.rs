@@ -1,0 +1,19 @@
+//! What is to be done from time to time, whoever does it.
+
+use std::time::Duration;
+use tokio::sync::watch;
+use tunesmith_store::Store;
+
+const EVERY: Duration = Duration::from_secs(600);
+
+/// Removes the content of expired files and of uploads that broke off, until `stopped` turns true.
+pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
+    while !*stopped.borrow() {
+        match store.purge_files().await {
+            Ok(0) => {}
+            Ok(files) => tracing::info!(files, "expired files removed"),
+            Err(error) => tracing::warn!(%error, "expired files could not be removed"),
+        }
+        let _ = tokio::time::timeout(EVERY, stopped.changed()).await;
+    }
+}

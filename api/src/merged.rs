@@ -1,0 +1,272 @@
+//! A base model with a LoRA adapter merged into it, as a Hugging Face directory that is made
+//! while it is sent.
+//!
+//! A merged file has the header, the tensors' places and the size of the base model's file, so
+//! everything but the adapted tensors is copied byte by byte, and one tensor at a time is in
+//! memory.
+
+use crate::archive::Entry;
+use crate::failure::Failure;
+use crate::stored::{entry, manifest};
+use crate::streaming::{Content, ContentError};
+use bytes::Bytes;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+use tunesmith_core::weights::{
+    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, LoraFactors, LoraPair, PeftConfig,
+    merge_lora, pair_lora_tensors,
+};
+use tunesmith_store::models::Model;
+use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
+use tunesmith_store::{Store, StoreError};
+
+const SAFETENSORS: &str = ".safetensors";
+const README: &str = "README.md";
+/// Bytes of the header's length, at the start of a safetensors file.
+const LENGTH_BYTES: u64 = 8;
+/// safetensors' own limit.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// The files of the merged model.
+///
+/// # Errors
+/// An adapter that does not fit the base model, or files that cannot be read: all of it before
+/// the first byte is sent.
+pub(crate) async fn entries(store: &Store, model: &Model) -> Result<Vec<Entry>, Failure> {
+    let objects = store.objects();
+    let base = store.base_model_by_id(&model.base_model_id).await?;
+    let base_files = ObjectPrefix::BaseModel(base.id.clone());
+    let weights = model.weights();
+
+    let mut files = Vec::new();
+    for file in &base.manifest.files {
+        let tensors = if file.name.ends_with(SAFETENSORS) {
+            Some(TensorFile::open(objects, base_files.file(file.name.as_str()), file.bytes).await?)
+        } else {
+            None
+        };
+        files.push((file, tensors));
+    }
+    let adapter = Arc::new(
+        Adapter::open(objects, &weights, |name| {
+            files
+                .iter()
+                .any(|(_, tensors)| tensors.as_ref().is_some_and(|t| t.tensors.contains_key(name)))
+        })
+        .await?,
+    );
+
+    let mut entries = Vec::new();
+    for (file, tensors) in files {
+        entries.push(match tensors {
+            Some(tensors) => merged_file(file.name.clone(), tensors, Arc::clone(&adapter))?,
+            // The base model's own would claim that this is the base model.
+            None if file.name == README => continue,
+            None => {
+                let sha256 = Some(file.sha256.clone());
+                entry(objects, &base_files, file.name.clone(), file.bytes, sha256)
+            }
+        });
+    }
+    // The adapter's README has the facts of the job.
+    let facts = manifest(objects, &weights).await?.files.into_iter().find(|f| f.name == README);
+    entries.extend(
+        facts.map(|file| entry(objects, &weights, file.name, file.bytes, Some(file.sha256))),
+    );
+    Ok(entries)
+}
+
+/// A safetensors file whose header is read.
+struct TensorFile {
+    objects: Objects,
+    key: ObjectKey,
+    bytes: u64,
+    /// Where the tensors' data begins.
+    data: u64,
+    tensors: HashMap<String, TensorInfo>,
+}
+
+impl TensorFile {
+    async fn open(objects: &Objects, key: ObjectKey, bytes: u64) -> Result<Self, Failure> {
+        let wrong = |reason: String| Failure::internal(format!("{key}: {reason}"));
+        let length = read(objects, &key, 0..LENGTH_BYTES.min(bytes)).await?;
+        let length = <[u8; LENGTH_BYTES as usize]>::try_from(length.as_ref())
+            .map(u64::from_le_bytes)
+            .map_err(|_| wrong("it is too short for a safetensors file".to_owned()))?;
+        let data = LENGTH_BYTES + length.min(MAX_HEADER_BYTES);
+        if data > bytes {
+            return Err(wrong(format!("its header of {length} bytes passes its end")));
+        }
+        // Not `SafeTensors::read_metadata`, which wants the tensors' bytes behind the header.
+        let header = read(objects, &key, LENGTH_BYTES..data).await?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| wrong(error.to_string()))?;
+        let tensors = metadata.tensors().into_iter().map(|(k, v)| (k, v.clone())).collect();
+        Ok(Self { objects: objects.clone(), key, bytes, data, tensors })
+    }
+
+    /// Where a tensor's bytes lie in the file.
+    fn place(&self, tensor: &TensorInfo) -> Range<u64> {
+        let (start, end) = tensor.data_offsets;
+        self.data + start as u64..self.data + end as u64
+    }
+
+    async fn bytes_of(&self, tensor: &TensorInfo) -> Result<Bytes, ContentError> {
+        read(&self.objects, &self.key, self.place(tensor)).await.map_err(ContentError::from)
+    }
+
+    async fn numbers_of(&self, name: &str) -> Result<Vec<f32>, ContentError> {
+        let wrong =
+            |reason: &str| ContentError::Merge { name: name.to_owned(), reason: reason.to_owned() };
+        let tensor = self.tensors.get(name).ok_or_else(|| wrong("it is not in its file"))?;
+        let float = float_type(tensor.dtype).ok_or_else(|| wrong("it does not hold floats"))?;
+        Ok(float.decode(&self.bytes_of(tensor).await?))
+    }
+}
+
+/// A LoRA adapter and which weight each pair of its matrices adapts.
+struct Adapter {
+    file: TensorFile,
+    pairs: BTreeMap<String, LoraPair>,
+    rank: usize,
+    scale: f32,
+}
+
+impl Adapter {
+    async fn open(
+        objects: &Objects,
+        weights: &ObjectPrefix,
+        base_has: impl Fn(&str) -> bool,
+    ) -> Result<Self, Failure> {
+        let config = objects.read(&weights.file(ADAPTER_CONFIG_NAME)).await?;
+        let config = PeftConfig::parse(&config).map_err(Failure::internal)?.adapter;
+        let manifest = manifest(objects, weights).await?;
+        let bytes = manifest.file(ADAPTER_WEIGHTS_NAME).map(|file| file.bytes);
+        let bytes = bytes.ok_or_else(|| Failure::internal("the adapter has no weights"))?;
+        let file = TensorFile::open(objects, weights.file(ADAPTER_WEIGHTS_NAME), bytes).await?;
+        let names = file.tensors.keys().map(String::as_str);
+        let pairs = pair_lora_tensors(names, base_has).map_err(Failure::internal)?;
+        Ok(Self { file, pairs, rank: config.r, scale: config.scale() as f32 })
+    }
+}
+
+/// A stretch of a merged file.
+enum Stretch {
+    /// As in the base model.
+    Copied(Range<u64>),
+    /// A weight with its adapter added.
+    Merged { name: String, tensor: TensorInfo, pair: LoraPair },
+}
+
+fn merged_file(name: String, base: TensorFile, adapter: Arc<Adapter>) -> Result<Entry, Failure> {
+    let stretches = stretches(&base, &adapter.pairs)?;
+    let bytes = base.bytes;
+    let base = Arc::new(base);
+    let open = async move {
+        let content = stream::iter(stretches)
+            .then(move |stretch| stretch_content(stretch, Arc::clone(&base), Arc::clone(&adapter)))
+            .try_flatten();
+        Ok(content.boxed())
+    };
+    Ok(Entry { name, bytes, sha256: None, open: Box::pin(open) })
+}
+
+fn stretches(
+    base: &TensorFile,
+    pairs: &BTreeMap<String, LoraPair>,
+) -> Result<Vec<Stretch>, Failure> {
+    let mut adapted: Vec<(&String, &TensorInfo, &LoraPair)> = base
+        .tensors
+        .iter()
+        .filter_map(|(name, tensor)| Some((name, tensor, pairs.get(name)?)))
+        .collect();
+    adapted.sort_by_key(|(_, tensor, _)| tensor.data_offsets);
+    let mut stretches = Vec::with_capacity(2 * adapted.len() + 1);
+    let mut done = 0;
+    for (name, tensor, pair) in adapted {
+        if float_type(tensor.dtype).is_none() || tensor.shape.len() != 2 {
+            return Err(Failure::internal(format!(
+                "{name} has the type {:?} and the shape {:?}: no adapter merges into that",
+                tensor.dtype, tensor.shape
+            )));
+        }
+        let place = base.place(tensor);
+        stretches.push(Stretch::Copied(done..place.start));
+        stretches.push(Stretch::Merged {
+            name: name.clone(),
+            tensor: tensor.clone(),
+            pair: pair.clone(),
+        });
+        done = place.end;
+    }
+    stretches.push(Stretch::Copied(done..base.bytes));
+    Ok(stretches)
+}
+
+async fn stretch_content(
+    stretch: Stretch,
+    base: Arc<TensorFile>,
+    adapter: Arc<Adapter>,
+) -> Result<Content, ContentError> {
+    match stretch {
+        Stretch::Copied(range) if range.is_empty() => Ok(stream::empty().boxed()),
+        Stretch::Copied(range) => {
+            let content = base.objects.get_range(&base.key, range).await?.stream;
+            Ok(content.map_err(ContentError::from).boxed())
+        }
+        Stretch::Merged { name, tensor, pair } => {
+            let weight = base.bytes_of(&tensor).await?;
+            let a = adapter.file.numbers_of(&pair.a).await?;
+            let b = adapter.file.numbers_of(&pair.b).await?;
+            let merged = tokio::task::spawn_blocking(move || {
+                merge(&name, &tensor, weight, &a, &b, &adapter)
+                    .map_err(|reason| ContentError::Merge { name, reason })
+            })
+            .await
+            .map_err(|error| ContentError::Merge {
+                name: base.key.to_string(),
+                reason: error.to_string(),
+            })??;
+            Ok(stream::once(std::future::ready(Ok(merged))).boxed())
+        }
+    }
+}
+
+fn merge(
+    name: &str,
+    tensor: &TensorInfo,
+    weight: Bytes,
+    a: &[f32],
+    b: &[f32],
+    adapter: &Adapter,
+) -> Result<Bytes, String> {
+    let (Some(float), &[outputs, inputs]) = (float_type(tensor.dtype), tensor.shape.as_slice())
+    else {
+        return Err(format!("{name} is no matrix of floats"));
+    };
+    let mut weight = Vec::from(weight);
+    let factors = LoraFactors { a, b, rank: adapter.rank, scale: adapter.scale };
+    merge_lora(&mut weight, float, [outputs, inputs], &factors).map_err(|e| e.to_string())?;
+    Ok(weight.into())
+}
+
+fn float_type(dtype: Dtype) -> Option<FloatType> {
+    match dtype {
+        Dtype::F32 => Some(FloatType::F32),
+        Dtype::BF16 => Some(FloatType::Bf16),
+        Dtype::F16 => Some(FloatType::F16),
+        _ => None,
+    }
+}
+
+async fn read(objects: &Objects, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, StoreError> {
+    let mut content = Vec::with_capacity((range.end - range.start) as usize);
+    let mut stream = objects.get_range(key, range).await?.stream;
+    while let Some(piece) = stream.try_next().await? {
+        content.extend_from_slice(&piece);
+    }
+    Ok(content.into())
+}

@@ -1,0 +1,126 @@
+//! `POST /v1/fine_tuning/jobs`
+
+use crate::auth::Authenticated;
+use crate::body::read_json;
+use crate::failure::{Failure, invalid_value, no_such_file};
+use crate::job_request::JobRequest;
+use crate::routes::jobs;
+use crate::server::AppState;
+use crate::warnings;
+use actix_web::{HttpRequest, HttpResponse, web};
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::ids::{BaseModelId, FileId};
+use tunesmith_store::StoreError;
+use tunesmith_store::events::{Level, NewEvent};
+use tunesmith_store::files::Purpose;
+use tunesmith_store::jobs::{Idempotency, NewJob};
+use tunesmith_store::tenants::Caller;
+
+/// The standard header of a client that names its own request.
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// How often the OpenAI SDKs have sent the request before; they send no idempotency key.
+const X_STAINLESS_RETRY_COUNT: &str = "x-stainless-retry-count";
+const MAX_IDEMPOTENCY_KEY: usize = 255;
+
+/// Makes a job, once, however often the client asks.
+pub(crate) async fn create(
+    request: HttpRequest,
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    payload: web::Payload,
+) -> Result<HttpResponse, Failure> {
+    let body = read_json(payload).await?;
+    let asked = JobRequest::parse(&body.fields)?;
+    let idempotency = idempotency(&request, body.sha256)?;
+    let base_model_id = base_model(&state, &asked.model).await?;
+    let training_file = job_file(&state, &caller, "training_file", &asked.training_file).await?;
+    let validation_file = match &asked.validation_file {
+        Some(id) => Some(job_file(&state, &caller, "validation_file", id).await?),
+        None => None,
+    };
+    let warnings = asked.warnings();
+    let new = NewJob {
+        model: asked.model,
+        base_model_id,
+        training_file,
+        validation_file,
+        suffix: asked.suffix,
+        seed: asked.seed,
+        metadata: asked.metadata,
+        hyperparameters: asked.hyperparameters,
+        events: asked
+            .hyperparameter_warnings
+            .into_iter()
+            .map(|warning| NewEvent::message(Level::Warn, warning))
+            .collect(),
+    };
+    let created = state.store.create_job(&caller, &new, &idempotency).await?;
+    let mut reply = HttpResponse::Ok();
+    warnings::add(&mut reply, &warnings);
+    Ok(reply.json(jobs::shown(&state, &created.job).await?))
+}
+
+fn idempotency(request: &HttpRequest, request_sha256: [u8; 32]) -> Result<Idempotency, ApiError> {
+    let header = |name: &str| request.headers().get(name);
+    let key = match header(IDEMPOTENCY_KEY) {
+        None => None,
+        Some(value) => Some(
+            value
+                .to_str()
+                .ok()
+                .filter(|key| (1..=MAX_IDEMPOTENCY_KEY).contains(&key.len()))
+                .ok_or_else(|| {
+                    let rule = format!("1 to {MAX_IDEMPOTENCY_KEY} characters of ASCII");
+                    invalid_value("Idempotency-Key", "the header", &rule)
+                })?
+                .to_owned(),
+        ),
+    };
+    let retries = header(X_STAINLESS_RETRY_COUNT).and_then(|value| value.to_str().ok());
+    let is_retry = retries.and_then(|text| text.parse::<u32>().ok()).is_some_and(|count| count > 0);
+    Ok(Idempotency { key, is_retry, request_sha256 })
+}
+
+async fn base_model(state: &AppState, name: &str) -> Result<BaseModelId, Failure> {
+    match state.store.base_model(name).await {
+        Ok(model) => return Ok(model.id),
+        Err(StoreError::NotFound { .. }) => {}
+        Err(other) => return Err(other.into()),
+    }
+    let models = state.store.list_base_models().await?;
+    let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+    let there_are = if names.is_empty() {
+        "No base model is there yet; import one with `tunesmith models import`.".to_owned()
+    } else {
+        format!("Available models: {}.", names.join(", "))
+    };
+    Err(ApiError::new(
+        ErrorCode::ModelNotFound,
+        format!("Model {name} is not available for fine-tuning or does not exist. {there_are}"),
+    )
+    .with_param("model")
+    .into())
+}
+
+/// The id of a file that a job may read.
+async fn job_file(
+    state: &AppState,
+    caller: &Caller,
+    param: &str,
+    id: &str,
+) -> Result<FileId, Failure> {
+    let id = FileId::from(id);
+    match state.store.file(&caller.project_id, &id).await {
+        Ok(file) if file.purpose == Purpose::FineTune => Ok(id),
+        Ok(file) => {
+            let given = format!("{id}, a file of purpose '{}'", file.purpose.as_str());
+            let rule = format!("a file of purpose '{}'", Purpose::FineTune.as_str());
+            Err(invalid_value(param, given, &rule).into())
+        }
+        Err(StoreError::NotFound { .. }) => Err(no_such_file(id.as_str()).with_param(param).into()),
+        Err(other) => Err(other.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,184 @@
+//! `/v1/fine_tuning/jobs` once a job is there: retrieve, list, cancel, pause, resume.
+
+use crate::auth::Authenticated;
+use crate::failure::Failure;
+use crate::job_request::METHOD;
+use crate::page::Page;
+use crate::query::Query;
+use crate::server::AppState;
+use actix_web::web;
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use time::OffsetDateTime;
+use tunesmith_core::errors::ApiError;
+use tunesmith_core::hyperparameters::Hyperparameters;
+use tunesmith_core::ids::JobId;
+use tunesmith_core::state::JobStatus;
+use tunesmith_store::jobs::Job;
+
+/// OpenAI's default; the maximum is ours.
+const DEFAULT_LIST: u64 = 20;
+const MAX_LIST: u64 = 1000;
+/// The hyperparameters that the job's old, top-level place shows: OpenAI's three.
+const TOP_LEVEL_HYPERPARAMETERS: [&str; 3] = ["n_epochs", "batch_size", "learning_rate_multiplier"];
+
+/// A job on the wire. What the SDKs declare is there even when it is null.
+#[derive(Debug, Serialize)]
+pub(crate) struct JobObject {
+    id: String,
+    object: &'static str,
+    created_at: i64,
+    model: String,
+    status: JobStatus,
+    /// Ours: the clients' enum has no word for a job that rests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    paused: Option<bool>,
+    training_file: String,
+    validation_file: Option<String>,
+    fine_tuned_model: Option<String>,
+    trained_tokens: Option<u64>,
+    finished_at: Option<i64>,
+    estimated_finish: Option<i64>,
+    organization_id: String,
+    result_files: Vec<String>,
+    seed: u64,
+    error: Option<ApiError>,
+    hyperparameters: Value,
+    method: Value,
+    integrations: [(); 0],
+    metadata: BTreeMap<String, String>,
+}
+
+impl JobObject {
+    /// The job as its owner sees it now.
+    pub(crate) fn new(job: &Job, estimated_finish: Option<OffsetDateTime>) -> Self {
+        let hyperparameters = hyperparameters(job);
+        let top_level = TOP_LEVEL_HYPERPARAMETERS
+            .map(|name| (name.to_owned(), hyperparameters[name].clone()))
+            .into_iter()
+            .collect();
+        Self {
+            id: job.id.to_string(),
+            object: "fine_tuning.job",
+            created_at: job.created_at.unix_timestamp(),
+            model: job.model.clone(),
+            status: job.status,
+            paused: (job.paused && !job.status.is_terminal()).then_some(true),
+            training_file: job.training_file.to_string(),
+            validation_file: job.validation_file.as_ref().map(ToString::to_string),
+            fine_tuned_model: job.fine_tuned_model().map(str::to_owned),
+            trained_tokens: job.trained_tokens,
+            finished_at: job.finished_at.map(|time| time.unix_timestamp()),
+            estimated_finish: estimated_finish.map(|time| time.unix_timestamp()),
+            organization_id: job.organization_id.to_string(),
+            result_files: job.result_file.iter().map(ToString::to_string).collect(),
+            seed: job.seed,
+            error: job.error.clone(),
+            hyperparameters: Value::Object(top_level),
+            method: json!({
+                "type": METHOD,
+                METHOD: { "hyperparameters": hyperparameters },
+            }),
+            integrations: [],
+            metadata: job.metadata.clone(),
+        }
+    }
+}
+
+/// Resolved as soon as that is done, the client's before.
+fn hyperparameters(job: &Job) -> Value {
+    match &job.resolved {
+        Some(resolved) => json!(resolved),
+        // They were read once when the job was made, so they are read again without an error.
+        None => Hyperparameters::parse(&job.hyperparameters, "hyperparameters")
+            .map(|(parsed, _)| parsed)
+            .unwrap_or_default()
+            .to_wire(),
+    }
+}
+
+/// The job with the time at which it should end, where that can be told.
+pub(crate) async fn shown(state: &AppState, job: &Job) -> Result<JobObject, Failure> {
+    Ok(JobObject::new(job, estimated_finish(state, job).await?))
+}
+
+/// A running job goes on at the speed that it has had so far.
+async fn estimated_finish(state: &AppState, job: &Job) -> Result<Option<OffsetDateTime>, Failure> {
+    let Some(run) = job.run.as_ref().filter(|_| job.status == JobStatus::Running) else {
+        return Ok(None);
+    };
+    let Some(last) = state.store.last_metrics(&job.project_id, &job.id).await? else {
+        return Ok(None);
+    };
+    let steps_left = run.total_steps.saturating_sub(last.step) as f64;
+    let seconds_left = steps_left * last.elapsed_seconds / last.step as f64;
+    Ok(time::Duration::checked_seconds_f64(seconds_left)
+        .and_then(|left| OffsetDateTime::now_utc().checked_add(left)))
+}
+
+/// `GET /v1/fine_tuning/jobs`
+pub(crate) async fn list(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    query: Query,
+) -> Result<web::Json<Page<JobObject>>, Failure> {
+    let metadata = query
+        .bracketed("metadata")
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
+    let request = query.page(DEFAULT_LIST, MAX_LIST)?;
+    let page = state.store.list_jobs(&caller.project_id, &metadata, &request).await?;
+    let mut jobs = Vec::with_capacity(page.items.len());
+    for job in &page.items {
+        jobs.push(shown(&state, job).await?);
+    }
+    Ok(web::Json(Page::new(jobs, page.has_more, |job| &job.id)))
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}`
+pub(crate) async fn retrieve(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+) -> Result<web::Json<JobObject>, Failure> {
+    let job = state.store.job(&caller.project_id, &JobId::from(id.into_inner())).await?;
+    Ok(web::Json(shown(&state, &job).await?))
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/cancel`
+pub(crate) async fn cancel(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+) -> Result<web::Json<JobObject>, Failure> {
+    let id = JobId::from(id.into_inner());
+    let job = state.store.request_cancel(&caller.project_id, &id).await?;
+    Ok(web::Json(shown(&state, &job).await?))
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/pause`
+pub(crate) async fn pause(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+) -> Result<web::Json<JobObject>, Failure> {
+    let id = JobId::from(id.into_inner());
+    let job = state.store.pause_job(&caller.project_id, &id).await?;
+    Ok(web::Json(shown(&state, &job).await?))
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/resume`
+pub(crate) async fn resume(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+) -> Result<web::Json<JobObject>, Failure> {
+    let id = JobId::from(id.into_inner());
+    let job = state.store.resume_job(&caller.project_id, &id).await?;
+    Ok(web::Json(shown(&state, &job).await?))
+}
+
+#[cfg(test)]
+mod tests;

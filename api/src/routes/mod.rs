@@ -1,0 +1,61 @@
+//! The paths of the API. One file a group of routes; its tests lie beside it.
+
+mod dashboard;
+mod file_upload;
+mod files;
+mod health;
+mod job_create;
+mod job_parts;
+mod jobs;
+mod models;
+mod weights;
+
+use crate::failure::Failure;
+use actix_web::middleware::Compress;
+use actix_web::web::{self, ServiceConfig};
+use actix_web::{HttpRequest, HttpResponse, Resource};
+use tunesmith_core::errors::{ApiError, ErrorCode};
+
+/// Every path that the server answers.
+pub(crate) fn configure(config: &mut ServiceConfig) {
+    config
+        .service(path("/healthz").get(health::live))
+        .service(path("/readyz").get(health::ready))
+        .service(path("/jobs/{id}").get(dashboard::page))
+        .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
+        .service(path("/v1/files").get(files::list).post(file_upload::create))
+        .service(path("/v1/files/{id}").get(files::retrieve).delete(files::delete))
+        .service(path("/v1/files/{id}/content").get(files::content))
+        .service(path("/v1/fine_tuning/jobs").get(jobs::list).post(job_create::create))
+        .service(path("/v1/fine_tuning/jobs/{id}").get(jobs::retrieve))
+        .service(path("/v1/fine_tuning/jobs/{id}/cancel").post(jobs::cancel))
+        .service(path("/v1/fine_tuning/jobs/{id}/pause").post(jobs::pause))
+        .service(path("/v1/fine_tuning/jobs/{id}/resume").post(jobs::resume))
+        .service(path("/v1/fine_tuning/jobs/{id}/events").get(job_parts::events))
+        .service(path("/v1/fine_tuning/jobs/{id}/checkpoints").get(job_parts::checkpoints))
+        .service(
+            path("/v1/fine_tuning/jobs/{id}/metrics")
+                .get(job_parts::metrics)
+                .wrap(Compress::default()),
+        )
+        .service(path("/v1/models").get(models::list))
+        // A base model's name may hold slashes, and so may the names made of it.
+        .service(path("/v1/models/{name:.+}/weights").get(weights::download))
+        .service(path("/v1/models/{name:.+}").get(models::retrieve).delete(models::delete))
+        .default_service(web::to(unknown_url));
+}
+
+/// A path; methods that it does not have are answered in the common shape.
+fn path(pattern: &str) -> Resource {
+    web::resource(pattern).default_service(web::to(method_not_allowed))
+}
+
+async fn unknown_url(request: HttpRequest) -> Result<HttpResponse, Failure> {
+    let message = format!("Invalid URL ({} {})", request.method(), request.path());
+    Err(ApiError::new(ErrorCode::UnknownUrl, message).into())
+}
+
+async fn method_not_allowed(request: HttpRequest) -> Result<HttpResponse, Failure> {
+    let message = format!("Not allowed to {} on {}.", request.method(), request.path());
+    Err(ApiError::new(ErrorCode::MethodNotAllowed, message).into())
+}

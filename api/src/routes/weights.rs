@@ -1,0 +1,77 @@
+//! `GET /v1/models/{name}/weights?format=adapter|merged`: a tuned model's or a checkpoint's
+//! weights as a tar archive, written while it is sent.
+
+use crate::archive::archive;
+use crate::auth::Authenticated;
+use crate::failure::Failure;
+use crate::query::Query;
+use crate::routes::models::base_model;
+use crate::server::AppState;
+use crate::{merged, stored, streaming, warnings};
+use actix_web::http::header::{CONTENT_ENCODING, CONTENT_TYPE, ContentDisposition};
+use actix_web::{HttpResponse, web};
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_store::StoreError;
+
+const ADAPTER: &str = "adapter";
+const MERGED: &str = "merged";
+
+/// Sends the weights.
+pub(crate) async fn download(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    name: web::Path<String>,
+    query: Query,
+) -> Result<HttpResponse, Failure> {
+    let format = query.word("format", &[ADAPTER, MERGED])?;
+    let model = match state.store.model(&caller.project_id, &name).await {
+        Err(StoreError::NotFound { .. }) => {
+            let base = base_model(&state, &name).await?;
+            return Err(only_tuned(&base.name).into());
+        }
+        found => found?,
+    };
+    let mut warning = Vec::new();
+    let entries = match (model.hyperparameters.adapter.kind, format) {
+        (AdapterType::Lora, MERGED) => merged::entries(&state.store, &model).await?,
+        (AdapterType::Lora, _) => stored::entries(&state.store, &model).await?,
+        (AdapterType::Full, format) => {
+            if format == ADAPTER && query.text("format").is_some() {
+                warning.push(
+                    "The model was trained in full and has no adapter: these are all its weights."
+                        .to_owned(),
+                );
+            }
+            stored::entries(&state.store, &model).await?
+        }
+    };
+    let modified = u64::try_from(model.created_at.unix_timestamp()).unwrap_or(0);
+    let archive = archive(entries, modified).map_err(Failure::internal)?;
+    let filename = format!("{}.tar", model.name.replace([':', '/'], "-"));
+    let mut reply = HttpResponse::Ok();
+    warnings::add(&mut reply, &warning);
+    Ok(reply
+        .insert_header((CONTENT_TYPE, "application/x-tar"))
+        .insert_header((CONTENT_ENCODING, "identity"))
+        .insert_header(ContentDisposition::attachment(filename))
+        .body(streaming::body(
+            format!("the weights of {}", model.name),
+            archive.bytes,
+            archive.content,
+        )))
+}
+
+fn only_tuned(name: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::WeightsNotAvailable,
+        format!(
+            "The model '{name}' is a base model; only the weights of tuned models and their \
+             checkpoints can be downloaded."
+        ),
+    )
+    .with_param("model")
+}
+
+#[cfg(test)]
+mod tests;

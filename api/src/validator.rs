@@ -1,0 +1,315 @@
+//! Reads the files of new jobs, row by row, and lets each job queue or fail.
+//!
+//! Any number of processes may do this side by side: a claim keeps a job to one of them for a
+//! minute, and whoever is first decides.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
+use tunesmith_core::dataset::{
+    ChatTokenizer, Report, RowReader, TokenizeOptions, check_training_examples, tokenize_row,
+};
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, ResolvedHyperparameters};
+use tunesmith_core::ids::{BaseModelId, FileId};
+use tunesmith_store::base_models::BaseModel;
+use tunesmith_store::events::{Level, NewEvent};
+use tunesmith_store::jobs::Job;
+use tunesmith_store::notify::{Channel, Listener};
+use tunesmith_store::objects::ObjectKey;
+use tunesmith_store::validation::{VALIDATION_CLAIM, Validated};
+use tunesmith_store::{Store, StoreError};
+
+/// A notification may be lost: look this often without one.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// After an error, before the next try.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Validates until `stopped` turns true; a job at hand is finished first.
+pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
+    let mut validator = Validator { store, tokenizers: HashMap::new() };
+    let mut listener = None;
+    while !*stopped.borrow() {
+        let pause = match validator.next().await {
+            Ok(true) => continue,
+            Ok(false) => validator.wait(&mut listener).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = pause else { continue };
+        tracing::warn!(%error, "validating jobs paused; it goes on in a moment");
+        listener = None;
+        // Also ends at once when the server stops.
+        let _ = tokio::time::timeout(PAUSE, stopped.changed()).await;
+    }
+}
+
+struct Validator {
+    store: Store,
+    /// A base model never changes, so neither does its tokenizer.
+    tokenizers: HashMap<BaseModelId, Arc<ChatTokenizer>>,
+}
+
+/// How the files of a job turned out.
+type Outcome = Result<Validated, ApiError>;
+
+impl Validator {
+    /// Validates one job; says whether there was one.
+    async fn next(&mut self) -> Result<bool, StoreError> {
+        let Some(job) = self.store.claim_for_validation().await? else { return Ok(false) };
+        let told = match self.validate(&job).await {
+            Ok(Ok(validated)) => self.store.accept_files(&job.id, validated).await,
+            Ok(Err(error)) => self.store.refuse_files(&job.id, error).await,
+            Err(error) => Err(error),
+        };
+        match told {
+            Ok(()) => Ok(true),
+            // Cancelled meanwhile, or another validator was faster: nothing is left to do.
+            Err(StoreError::Superseded { .. }) => Ok(true),
+            Err(error) => {
+                tracing::warn!(job = %job.id, "the job's files are validated again in a minute");
+                Err(error)
+            }
+        }
+    }
+
+    async fn wait(&self, listener: &mut Option<Listener>) -> Result<(), StoreError> {
+        if let Some(listener) = listener {
+            return listener.wait(LOOK_EVERY).await;
+        }
+        // What came before the listener was there is found by looking once more.
+        *listener = Some(self.store.listen(Channel::Validation).await?);
+        Ok(())
+    }
+
+    async fn validate(&mut self, job: &Job) -> Result<Outcome, StoreError> {
+        let base = self.store.base_model_by_id(&job.base_model_id).await?;
+        let tokenizer = match self.tokenizer(&base).await? {
+            Ok(tokenizer) => tokenizer,
+            Err(error) => return Ok(Err(error)),
+        };
+        let directory = tempfile::tempdir()
+            .map_err(|source| StoreError::LocalFile { path: std::env::temp_dir(), source })?;
+        let training =
+            match self.fetch(&job.training_file, "training_file", directory.path()).await? {
+                Ok(file) => file,
+                Err(error) => return Ok(Err(error)),
+            };
+        let validation = match &job.validation_file {
+            None => None,
+            Some(id) => match self.fetch(id, "validation_file", directory.path()).await? {
+                Ok(file) => Some(file),
+                Err(error) => return Ok(Err(error)),
+            },
+        };
+        let files = Files { training, validation };
+        let request = job.hyperparameters.clone();
+        let superseded = Superseded::default();
+        let stop = superseded.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let (asked, _) = Hyperparameters::parse(&request, "hyperparameters")?;
+            files.check(&asked, base.context_length, &tokenizer, &stop)
+        });
+        self.while_claimed(job, reading, &superseded).await
+    }
+
+    /// Renews the claim until `reading` is done.
+    async fn while_claimed(
+        &self,
+        job: &Job,
+        mut reading: tokio::task::JoinHandle<Outcome>,
+        superseded: &Superseded,
+    ) -> Result<Outcome, StoreError> {
+        loop {
+            match tokio::time::timeout(VALIDATION_CLAIM / 3, &mut reading).await {
+                Ok(Ok(outcome)) => return Ok(outcome),
+                Ok(Err(panic)) => {
+                    // Reading the same rows again would end the same way.
+                    tracing::error!(job = %job.id, error = %panic, "reading a job's files failed");
+                    return Ok(Err(ApiError::new(
+                        ErrorCode::Internal,
+                        "The server failed while it read the job's files. Give whoever runs it \
+                         this job's id.",
+                    )));
+                }
+                Err(_elapsed) => {
+                    if let Err(error) = self.store.keep_validating(&job.id).await {
+                        superseded.0.store(true, Ordering::Relaxed);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn tokenizer(
+        &mut self,
+        base: &BaseModel,
+    ) -> Result<Result<Arc<ChatTokenizer>, ApiError>, StoreError> {
+        if let Some(known) = self.tokenizers.get(&base.id) {
+            return Ok(Ok(Arc::clone(known)));
+        }
+        let directory = tempfile::tempdir()
+            .map_err(|source| StoreError::LocalFile { path: std::env::temp_dir(), source })?;
+        for file in TOKENIZER_FILES {
+            if base.manifest.file(file).is_some() {
+                let path = directory.path().join(file);
+                self.store.objects().download(&base.file(file), &path).await?;
+            }
+        }
+        match ChatTokenizer::from_dir(directory.path()) {
+            Ok(tokenizer) => {
+                let tokenizer = Arc::new(tokenizer);
+                self.tokenizers.insert(base.id.clone(), Arc::clone(&tokenizer));
+                Ok(Ok(tokenizer))
+            }
+            Err(error) => Ok(Err(ApiError::new(
+                ErrorCode::Internal,
+                format!("The tokenizer of the base model {} cannot be used: {error}", base.name),
+            )
+            .with_param("model"))),
+        }
+    }
+
+    /// Copies a file to the local disk. One that is gone is the job's error, not ours.
+    async fn fetch(
+        &self,
+        id: &FileId,
+        param: &'static str,
+        directory: &Path,
+    ) -> Result<Result<LocalFile, ApiError>, StoreError> {
+        let path = directory.join(param);
+        match self.store.objects().download(&ObjectKey::File(id.clone()), &path).await {
+            Ok(_) => Ok(Ok(LocalFile { param, path })),
+            Err(StoreError::NotFound { .. }) => Ok(Err(ApiError::new(
+                ErrorCode::InvalidTrainingFile,
+                format!("The file {id} is gone. Upload it again and start a new job."),
+            )
+            .with_param(param))),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What a tokenizer and a chat template are read from.
+const TOKENIZER_FILES: [&str; 3] =
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+
+/// Tells the reading thread that nobody waits for its answer any more.
+#[derive(Clone, Default)]
+struct Superseded(Arc<AtomicBool>);
+
+struct LocalFile {
+    param: &'static str,
+    path: PathBuf,
+}
+
+struct Files {
+    training: LocalFile,
+    validation: Option<LocalFile>,
+}
+
+impl Files {
+    /// Reads every row twice: once for what it says, and, when the hyperparameters are resolved,
+    /// once for its tokens.
+    fn check(
+        &self,
+        asked: &Hyperparameters,
+        context_length: u64,
+        tokenizer: &ChatTokenizer,
+        superseded: &Superseded,
+    ) -> Outcome {
+        let training = self.training.read(superseded)?;
+        check_training_examples(training.rows)?;
+        let mut events = vec![read_as("Training", &training)];
+        if let Some(validation) = &self.validation {
+            events.push(read_as("Validation", &validation.read(superseded)?));
+        }
+        let resolved = asked.resolve(&DataFacts { examples: training.rows, context_length });
+        for file in std::iter::once(&self.training).chain(&self.validation) {
+            let truncated = file.tokenize(tokenizer, &resolved, superseded)?;
+            events.extend(cut(file.param, truncated, resolved.max_seq_length));
+        }
+        Ok(Validated { resolved, events })
+    }
+}
+
+impl LocalFile {
+    fn rows(&self) -> Result<RowReader<BufReader<File>>, ApiError> {
+        let file = File::open(&self.path).map_err(|error| {
+            ApiError::new(
+                ErrorCode::Internal,
+                format!("The server lost its copy of a file: {error}"),
+            )
+            .with_param(self.param)
+        })?;
+        RowReader::new(BufReader::new(file), self.param)
+    }
+
+    fn read(&self, superseded: &Superseded) -> Result<Report, ApiError> {
+        let mut rows = self.rows()?;
+        for row in rows.by_ref() {
+            row?;
+            superseded.check()?;
+        }
+        // The reader refuses a file without rows, so there is a report.
+        rows.report().ok_or_else(|| {
+            ApiError::new(ErrorCode::InvalidFileFormat, "The file has no rows.")
+                .with_param(self.param)
+        })
+    }
+
+    /// The number of rows that are cut.
+    fn tokenize(
+        &self,
+        tokenizer: &ChatTokenizer,
+        resolved: &ResolvedHyperparameters,
+        superseded: &Superseded,
+    ) -> Result<usize, ApiError> {
+        let options = TokenizeOptions::from(resolved);
+        let mut truncated = 0;
+        for row in self.rows()? {
+            superseded.check()?;
+            let tokenized = tokenize_row(tokenizer, &row?, &options, self.param)?;
+            truncated += usize::from(tokenized.truncated);
+        }
+        Ok(truncated)
+    }
+}
+
+impl Superseded {
+    /// The error is seen by nobody: whoever would read it has gone.
+    fn check(&self) -> Result<(), ApiError> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(ApiError::new(
+                ErrorCode::Internal,
+                "The job is no longer being validated.",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn read_as(which: &str, report: &Report) -> NewEvent {
+    NewEvent::message(Level::Info, format!("{which} file: {report}"))
+}
+
+fn cut(param: &str, rows: usize, max_seq_length: u64) -> Option<NewEvent> {
+    (rows > 0).then(|| {
+        let file = param.replace('_', " ");
+        NewEvent::message(
+            Level::Warn,
+            format!(
+                "{rows} row(s) of the {file} are longer than max_seq_length = {max_seq_length} \
+                 tokens and are cut at that length"
+            ),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,27 @@
+//! `tunesmith models`: base models into the installation, weights of tuned ones out of it.
+
+mod import;
+mod list;
+mod weights;
+
+use std::process::ExitCode;
+
+/// `tunesmith models …`.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Register a base model: a Hugging Face directory, a .gguf file, or a hub id
+    Import(import::Args),
+    /// List the models there are
+    List(list::Args),
+    /// Download a tuned model's weights
+    Weights(weights::Args),
+}
+
+/// Runs the command.
+pub(crate) async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Import(args) => import::run(args).await,
+        Command::List(args) => list::run(args).await,
+        Command::Weights(args) => weights::run(args).await,
+    }
+}

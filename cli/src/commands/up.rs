@@ -1,0 +1,92 @@
+//! `tunesmith up`: everything on one machine, in one process but for PostgreSQL and the trainer.
+
+use crate::installation::{self, DEFAULT_DATA_DIR, DataDir};
+use crate::parts::{self, DEFAULT_LISTEN};
+use crate::{api_key, shutdown};
+use anyhow::{Context as _, bail};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio_util::sync::CancellationToken;
+use tunesmith_store::embedded::Embedded;
+use tunesmith_worker::{Worker, WorkerConfig};
+
+/// Where to listen, where to keep things and where to train.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where the API listens; port 0 takes a free one
+    #[arg(long, env = "TUNESMITH_LISTEN", value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
+    pub(crate) listen: String,
+    /// Where everything is kept
+    #[arg(
+        long,
+        env = "TUNESMITH_DATA_DIR",
+        value_name = "DIR",
+        default_value = DEFAULT_DATA_DIR
+    )]
+    pub(crate) data_dir: PathBuf,
+    /// Where jobs train: auto, cpu, cuda or cuda:N
+    #[arg(long, env = "TUNESMITH_DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+}
+
+/// Runs the command.
+pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let stop = shutdown::on_signal()?;
+    parts::check_device(&args.device)?;
+    let data = DataDir::create(&args.data_dir)?;
+    let worker = parts::worker_config(data.cache_dir(), data.work_dir(), &args.device)?;
+    let postgres = Embedded::start(&data.root).await?;
+    let served = serve(&args.listen, &data, worker, &postgres, stop).await;
+    // Whatever happened: it is stopped in order, and its own failure does not hide the first one.
+    let stopped = postgres.stop().await.context("PostgreSQL did not stop");
+    served.and(stopped)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the API and the worker until `stop`, or until one of them breaks down.
+async fn serve(
+    listen: &str,
+    data: &DataDir,
+    worker: WorkerConfig,
+    postgres: &Embedded,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    // A pool of connections each: those that the API's threads opened end with its threads, while
+    // the worker still writes its checkpoint.
+    let object_store = data.object_store_url()?;
+    let worker_store = installation::connect(postgres.url(), &object_store).await?;
+    worker_store.migrate().await?;
+    api_key::ensure(&worker_store, &data.api_key()).await?;
+    let api_store = installation::connect(postgres.url(), &object_store).await?;
+
+    let server = parts::bind_api(listen, api_store.clone())?;
+    let worker = Worker::new(worker_store.clone(), worker);
+    parts::print_ready(server.local_addr());
+    let parts = async {
+        // One that breaks down stops the other.
+        tokio::join!(
+            async {
+                let served = server.run(stop.clone().cancelled_owned()).await;
+                stop.cancel();
+                served
+            },
+            async {
+                let worked = worker.run(stop.clone()).await;
+                stop.cancel();
+                worked
+            },
+        )
+    };
+    let (served, worked) = tokio::select! {
+        ended = parts => ended,
+        exited = postgres.exited() => {
+            let status = exited.context("PostgreSQL is out of sight")?;
+            bail!("PostgreSQL ended by itself ({status}): see {}", data.postgres_log().display());
+        }
+    };
+    api_store.close().await;
+    worker_store.close().await;
+    served.context("the API broke down")?;
+    worked?;
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! The API and a worker, as `up` starts them together and `api` and `worker` apart.
+
+use anyhow::Context as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use tunesmith_api::{ApiConfig, ApiServer};
+use tunesmith_engine::Device;
+use tunesmith_store::Store;
+use tunesmith_worker::{TrainerCommand, WorkerConfig};
+
+/// Where the API listens unless it is told otherwise.
+pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:8080";
+
+/// The API on `listen`.
+pub(crate) fn bind_api(listen: &str, store: Store) -> anyhow::Result<ApiServer> {
+    ApiServer::bind(&ApiConfig::new(listen), store).with_context(|| {
+        format!("the API cannot listen on {listen}: name another address with --listen")
+    })
+}
+
+/// The one line of standard output, for whoever waits for it.
+pub(crate) fn print_ready(listening: SocketAddr) {
+    println!("tunesmith is ready at http://{}/v1", reachable(listening));
+}
+
+/// An address that a client on this machine can use.
+fn reachable(listening: SocketAddr) -> SocketAddr {
+    let ip = match listening.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listening.port())
+}
+
+/// A worker whose trainer is this program's own `train`.
+///
+/// # Errors
+/// When `device` is not there.
+pub(crate) fn worker_config(
+    cache_dir: PathBuf,
+    work_dir: PathBuf,
+    device: &str,
+) -> anyhow::Result<WorkerConfig> {
+    check_device(device)?;
+    let program = std::env::current_exe().context("this program does not find itself")?;
+    let trainer = TrainerCommand { program, args: vec!["train".into()], env: Vec::new() };
+    Ok(WorkerConfig::new(cache_dir, work_dir, device, trainer))
+}
+
+/// Fails now, in one line, rather than in the first job.
+pub(crate) fn check_device(name: &str) -> anyhow::Result<()> {
+    let device = Device::parse(name)?;
+    tracing::info!(%device, "jobs train here");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_line_names_an_address_that_can_be_called() {
+        for (listening, named) in [
+            ("127.0.0.1:80", "127.0.0.1:80"),
+            ("0.0.0.0:8080", "127.0.0.1:8080"),
+            ("[::]:8080", "[::1]:8080"),
+            ("192.0.2.7:1", "192.0.2.7:1"),
+        ] {
+            let listening = listening.parse().expect("address");
+            assert_eq!(reachable(listening).to_string(), named);
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_refused_by_name() {
+        let error = check_device("cuda:63").expect_err("refused").to_string();
+        assert!(error.contains("cuda:63"), "{error}");
+    }
+}

@@ -1,0 +1,3 @@
+//! What trains beside frozen weights.
+
+pub(crate) mod lora;

@@ -1,0 +1,4 @@
+//! Rows → the batches of each step.
+
+pub mod batching;
+pub mod sampler;

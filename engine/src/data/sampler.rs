@@ -1,0 +1,159 @@
+//! Which rows a step trains on, as a pure function of the seed and the step.
+//!
+//! A resumed run asks for the step it is at and needs nothing of what ran before.
+
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
+/// What a random order is for: orders for different purposes are independent.
+#[derive(Debug, Clone, Copy)]
+enum Purpose {
+    Epoch(u64),
+    Split,
+}
+
+/// The order of the rows within an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RowOrder {
+    /// A new one every epoch, drawn from the seed.
+    #[default]
+    Shuffled,
+    /// As they lie in the file, to compare with another program.
+    File,
+}
+
+/// Deals the rows of a training set out to steps, each row once an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sampler {
+    /// Rows of the training set.
+    pub rows: usize,
+    /// Rows to one optimiser step; an epoch's last step takes what is left.
+    pub rows_per_step: usize,
+    /// The job's seed.
+    pub seed: u64,
+    /// Shuffled or not.
+    pub order: RowOrder,
+}
+
+impl Sampler {
+    /// Steps in one pass over the rows.
+    #[must_use]
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.rows.div_ceil(self.rows_per_step) as u64
+    }
+
+    /// The rows of step number `step`, counted from 0 over the whole run.
+    #[must_use]
+    pub fn rows_of_step(&self, step: u64) -> Vec<usize> {
+        let (epoch, step) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let start = step as usize * self.rows_per_step;
+        let end = (start + self.rows_per_step).min(self.rows);
+        match self.order {
+            RowOrder::File => (start..end).collect(),
+            RowOrder::Shuffled => {
+                shuffled(self.rows, self.seed, Purpose::Epoch(epoch))[start..end].to_vec()
+            }
+        }
+    }
+}
+
+/// Splits `rows` rows into those that train and `held_out` that validate, each in file order.
+#[must_use]
+pub fn split(rows: usize, held_out: usize, seed: u64) -> (Vec<usize>, Vec<usize>) {
+    let order = shuffled(rows, seed, Purpose::Split);
+    let (train, valid) = order.split_at(rows - held_out);
+    let sorted = |part: &[usize]| {
+        let mut part = part.to_vec();
+        part.sort_unstable();
+        part
+    };
+    (sorted(train), sorted(valid))
+}
+
+/// The numbers `0..rows` in a random order (Fisher and Yates).
+///
+/// Written out, since a run may be resumed by a later version of this program: `rand` does not
+/// promise that its shuffle stays the same.
+fn shuffled(rows: usize, seed: u64, purpose: Purpose) -> Vec<usize> {
+    let (kind, number) = match purpose {
+        Purpose::Epoch(epoch) => (0, epoch),
+        Purpose::Split => (1, 0),
+    };
+    let mut key = [0; 32];
+    for (bytes, part) in key.chunks_exact_mut(8).zip([seed, kind, number]) {
+        bytes.copy_from_slice(&part.to_le_bytes());
+    }
+    let mut random = ChaCha8Rng::from_seed(key);
+    let mut order: Vec<usize> = (0..rows).collect();
+    for last in (1..rows).rev() {
+        // The high half of a 128-bit product is uniform in 0..=last but for one part in 2^64.
+        let other = (u128::from(random.next_u64()) * (last as u128 + 1)) >> 64;
+        order.swap(last, other as usize);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(rows: usize, rows_per_step: usize) -> Sampler {
+        Sampler { rows, rows_per_step, seed: 42, order: RowOrder::Shuffled }
+    }
+
+    fn rows_of_epoch(sampler: &Sampler, epoch: u64) -> Vec<usize> {
+        let steps = sampler.steps_per_epoch();
+        (epoch * steps..(epoch + 1) * steps).flat_map(|step| sampler.rows_of_step(step)).collect()
+    }
+
+    #[test]
+    fn every_row_is_seen_once_an_epoch() {
+        for (rows, rows_per_step) in [(1, 1), (5, 4), (7, 7), (12, 4), (100, 7)] {
+            let sampler = sampler(rows, rows_per_step);
+            for epoch in 0..3 {
+                let mut seen = rows_of_epoch(&sampler, epoch);
+                seen.sort_unstable();
+                assert_eq!(seen, (0..rows).collect::<Vec<_>>(), "{rows} by {rows_per_step}");
+            }
+        }
+    }
+
+    #[test]
+    fn five_rows_by_four_make_two_steps_and_the_second_has_one_row() {
+        let sampler = sampler(5, 4);
+        assert_eq!(sampler.steps_per_epoch(), 2);
+        assert_eq!(sampler.rows_of_step(0).len(), 4);
+        assert_eq!(sampler.rows_of_step(1).len(), 1);
+        assert_eq!(sampler.rows_of_step(2).len(), 4);
+    }
+
+    #[test]
+    fn epochs_and_seeds_differ_in_order_and_the_same_seed_does_not() {
+        let here = sampler(50, 5);
+        assert_ne!(rows_of_epoch(&here, 0), rows_of_epoch(&here, 1));
+        assert_ne!(rows_of_epoch(&here, 0), rows_of_epoch(&Sampler { seed: 43, ..here }, 0));
+        assert_eq!(rows_of_epoch(&here, 1), rows_of_epoch(&sampler(50, 5), 1));
+    }
+
+    #[test]
+    fn the_order_is_the_same_in_every_version_of_this_program() {
+        assert_eq!(rows_of_epoch(&sampler(8, 8), 0), [4, 5, 0, 3, 6, 7, 1, 2]);
+    }
+
+    #[test]
+    fn file_order_is_the_files() {
+        let sampler = Sampler { order: RowOrder::File, ..sampler(5, 2) };
+        assert_eq!(rows_of_epoch(&sampler, 1), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_split_parts_the_rows_by_the_seed() {
+        let (train, valid) = split(20, 5, 1);
+        assert_eq!((train.len(), valid.len()), (15, 5));
+        let mut all = [train, valid.clone()].concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..20).collect::<Vec<_>>());
+        assert_ne!(split(20, 5, 2).1, valid);
+        assert_eq!(split(3, 0, 1), (vec![0, 1, 2], vec![]));
+    }
+}

@@ -1,0 +1,70 @@
+//! README.md beside the weights: the job's facts, and how to open them.
+
+use std::fmt::Write as _;
+
+use tunesmith_core::hyperparameters::AdapterType;
+
+use super::JobFacts;
+
+/// The text of README.md.
+pub(super) fn readme(facts: &JobFacts<'_>) -> String {
+    let JobFacts { job, spec, step, total_steps, trained_tokens, initial_valid_loss, best } = facts;
+    let hyperparameters = &spec.hyperparameters;
+    let adapter = &hyperparameters.adapter;
+    let mut text = format!("# {} fine-tuned by tunesmith\n\n| | |\n|---|---|\n", spec.model);
+    let mut row = |name: &str, value: &dyn std::fmt::Display| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "| {name} | {value} |");
+    };
+    row("job", job);
+    row("base model", &spec.model);
+    row("step", &format_args!("{step} of {total_steps}"));
+    row("trained tokens", trained_tokens);
+    match adapter.kind {
+        AdapterType::Lora => row(
+            "method",
+            &format_args!(
+                "LoRA, r {}, alpha {}, dropout {}{}, on {}",
+                adapter.r,
+                adapter.alpha,
+                adapter.dropout,
+                if adapter.use_rslora { ", rank-stabilised" } else { "" },
+                adapter.target_modules.join(", ")
+            ),
+        ),
+        AdapterType::Full => row("method", &"full fine-tuning"),
+    }
+    row("seed", &spec.seed);
+    row("n_epochs", &hyperparameters.n_epochs);
+    row("batch_size", &hyperparameters.batch_size);
+    row("gradient_accumulation_steps", &hyperparameters.gradient_accumulation_steps);
+    row("learning_rate", &hyperparameters.learning_rate);
+    row("prompt_loss_weight", &hyperparameters.prompt_loss_weight);
+    if let Some(loss) = initial_valid_loss {
+        row("validation loss before training", &format_args!("{loss:.4}"));
+    }
+    if let Some(best) = best {
+        row(
+            "lowest validation loss so far",
+            &format_args!("{:.4} after step {}", best.valid_loss, best.step),
+        );
+    }
+    let snippet = match adapter.kind {
+        AdapterType::Lora => {
+            "from peft import PeftModel\n\
+             from transformers import AutoModelForCausalLM\n\
+             model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"BASE\"), \".\")\n"
+        }
+        AdapterType::Full => {
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\
+             model = AutoModelForCausalLM.from_pretrained(\".\")\n\
+             tokenizer = AutoTokenizer.from_pretrained(\".\")\n"
+        }
+    };
+    let place = match adapter.kind {
+        AdapterType::Lora => "In this directory, with BASE as the base model's directory or hub id",
+        AdapterType::Full => "In this directory",
+    };
+    let _ = write!(text, "\n{place}:\n\n```python\n{snippet}```\n");
+    text
+}

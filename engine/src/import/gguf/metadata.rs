@@ -1,0 +1,105 @@
+//! Typed reads of a GGUF file's metadata; every error names the file and the key.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::Value;
+
+use crate::error::EngineError;
+
+/// The key-value part of a GGUF file.
+pub(super) struct Metadata {
+    source: PathBuf,
+    values: HashMap<String, Value>,
+}
+
+impl Metadata {
+    pub(super) fn new(source: &Path, values: HashMap<String, Value>) -> Self {
+        Self { source: source.to_owned(), values }
+    }
+
+    /// An error about this file.
+    pub(super) fn error(&self, problem: impl std::fmt::Display) -> EngineError {
+        EngineError::Model(format!("{}: {problem}", self.source.display()))
+    }
+
+    /// The value of `key`, which must be there.
+    fn required<T>(&self, key: &str, value: Option<T>) -> Result<T, EngineError> {
+        value.ok_or_else(|| self.error(format_args!("the GGUF metadata has no {key}")))
+    }
+
+    fn read<'a, T>(
+        &'a self,
+        key: &str,
+        kind: &str,
+        convert: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, EngineError> {
+        match self.values.get(key) {
+            None => Ok(None),
+            Some(value) => convert(value)
+                .map(Some)
+                .ok_or_else(|| self.error(format_args!("the GGUF metadata's {key} is not {kind}"))),
+        }
+    }
+
+    /// A text, where there is one.
+    pub(super) fn find_text(&self, key: &str) -> Result<Option<&str>, EngineError> {
+        self.read(key, "a text", |value| value.to_string().ok().map(String::as_str))
+    }
+
+    /// A text that must be there.
+    pub(super) fn text(&self, key: &str) -> Result<&str, EngineError> {
+        self.required(key, self.find_text(key)?)
+    }
+
+    /// A whole number from 0, where there is one.
+    pub(super) fn find_number(&self, key: &str) -> Result<Option<u64>, EngineError> {
+        self.read(key, "a whole number", |value| match *value {
+            Value::I32(number) => u64::try_from(number).ok(),
+            Value::I64(number) => u64::try_from(number).ok(),
+            ref other => other.to_u64().ok(),
+        })
+    }
+
+    /// A whole number that must be there.
+    pub(super) fn number(&self, key: &str) -> Result<u64, EngineError> {
+        self.required(key, self.find_number(key)?)
+    }
+
+    /// A real number, where there is one. An f32 is read as the decimal that it is written as:
+    /// 1e-5 and not 9.999999747378752e-6, as the model's author meant it.
+    pub(super) fn find_real(&self, key: &str) -> Result<Option<f64>, EngineError> {
+        self.read(key, "a real number", |value| match value {
+            Value::F32(number) => number.to_string().parse().ok(),
+            Value::F64(number) => Some(*number),
+            _ => None,
+        })
+    }
+
+    /// A truth value, where there is one.
+    pub(super) fn find_flag(&self, key: &str) -> Result<Option<bool>, EngineError> {
+        self.read(key, "true or false", |value| value.to_bool().ok())
+    }
+
+    /// A list of texts that must be there.
+    pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>, EngineError> {
+        let list = self.read(key, "a list of texts", |value| {
+            value
+                .to_vec()
+                .ok()?
+                .iter()
+                .map(|text| text.to_string().ok().map(String::as_str))
+                .collect::<Option<Vec<_>>>()
+        })?;
+        self.required(key, list)
+    }
+
+    /// A list of i32 that must be there.
+    pub(super) fn integers(&self, key: &str) -> Result<Vec<i32>, EngineError> {
+        let list = self.read(key, "a list of 32-bit integers", |value| {
+            let list = value.to_vec().ok()?;
+            list.iter().map(|number| number.to_i32().ok()).collect::<Option<Vec<_>>>()
+        })?;
+        self.required(key, list)
+    }
+}

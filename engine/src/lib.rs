@@ -1,0 +1,33 @@
+//! tunesmith-engine: the only crate with burn in it.
+//!
+//! `ops` holds the few operations a decoder is made of, `models` composes them, `adapters` adds
+//! LoRA, `optim` updates the trainable tensors, `data` lays rows out as batches, `train` is the
+//! loop with its checkpoints, `import` and `export` read and write other people's formats, and
+//! `generate` samples. No SQL, no HTTP.
+
+mod adapters;
+pub mod batch;
+pub mod child;
+pub mod data;
+pub mod device;
+pub mod error;
+pub mod export;
+pub mod generate;
+pub mod import;
+pub mod model;
+mod model_directory;
+pub mod models;
+mod ops;
+pub mod optim;
+pub mod parameter;
+pub mod sample;
+pub mod train;
+
+pub use batch::{Batch, BatchOutcome};
+pub use device::Device;
+pub use error::EngineError;
+pub use model::{OptimizerState, TrainableModel};
+pub use models::config::ModelConfig;
+pub use ops::dropout::DropoutKey;
+pub use optim::adamw::AdamWParams;
+pub use parameter::NamedTensor;

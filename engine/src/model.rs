@@ -1,0 +1,250 @@
+//! A model that trains: its tensors, its adapter and its optimiser behind one face.
+
+use std::path::Path;
+
+use burn::tensor::Tensor;
+use tunesmith_core::hyperparameters::AdapterConfig;
+
+use crate::batch::{Batch, BatchOutcome};
+use crate::device::Device;
+use crate::error::EngineError;
+use crate::models::config::ModelConfig;
+use crate::models::decoder::Decoder;
+use crate::models::load;
+use crate::ops::dropout::DropoutKey;
+use crate::ops::head::HeadLoss;
+use crate::optim::adamw::{AdamW, AdamWParams};
+use crate::optim::gradient_norm::{clip_factor, global_norm};
+use crate::parameter::{NamedTensor, Parameters, read};
+
+/// The optimiser's memory, as a checkpoint keeps it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OptimizerState {
+    /// Updates done so far.
+    pub step: u64,
+    /// First and second moments, `exp_avg.{name}` and `exp_avg_sq.{name}` for the name of each
+    /// trainable tensor. Empty before the first update.
+    pub tensors: Vec<NamedTensor>,
+}
+
+/// A decoder with what training needs: gradients, an optimiser, and names for the outside.
+///
+/// All numbers are f32, except sums of losses and of squared gradients, which are f64. The same
+/// calls on the same device with the same number of threads give bit-equal results.
+#[derive(Debug)]
+pub struct TrainableModel {
+    decoder: Decoder,
+    parameters: Parameters,
+    optimizer: AdamW,
+}
+
+impl TrainableModel {
+    /// Reads a Hugging Face model directory (`config.json` and safetensors) and prepares it for
+    /// what `adapter` trains. `seed` draws the A matrices of LoRA.
+    ///
+    /// # Errors
+    /// [`EngineError::Model`] for an architecture this engine does not know, or for a weight that
+    /// is missing, unused or misshapen; [`EngineError::Adapter`] for an adapter that does not fit;
+    /// [`EngineError::Io`] for a file that cannot be read.
+    pub fn load(
+        dir: &Path,
+        adapter: &AdapterConfig,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self, EngineError> {
+        let (decoder, parameters) = load::load(dir, adapter, seed, device)?;
+        Ok(Self { decoder, parameters, optimizer: AdamW::default() })
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        self.decoder.config()
+    }
+
+    /// One forward and one backward pass: adds d(`scale`·Σw·NLL) to the accumulated gradients.
+    ///
+    /// `scale` is 1 / (the step's total weight over all its micro-batches), so that a step's
+    /// gradient is that of the weighted token mean, however the step was cut. `dropout_key` names
+    /// the LoRA dropout masks.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] for a batch that is malformed or has no target;
+    /// [`EngineError::Numeric`] for a loss that is not finite: the gradients are then as before.
+    pub fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        scale: f64,
+        dropout_key: DropoutKey,
+    ) -> Result<BatchOutcome, EngineError> {
+        self.check(batch)?;
+        let head = self.decoder.loss(&self.parameters, batch, Some(dropout_key))?;
+        let outcome = outcome(&head, batch)?;
+        let mut gradients = head.loss.mul_scalar(scale).backward();
+        self.parameters.accumulate(&mut gradients);
+        Ok(outcome)
+    }
+
+    /// The batch's loss and accuracy, without gradients and without dropout.
+    ///
+    /// # Errors
+    /// As [`TrainableModel::forward_backward`].
+    pub fn evaluate(&self, batch: &Batch) -> Result<BatchOutcome, EngineError> {
+        self.check(batch)?;
+        let head = self.decoder.loss(&self.parameters.frozen(), batch, None)?;
+        outcome(&head, batch)
+    }
+
+    /// Logits over the vocabulary after each of `positions` in the one sequence `ids`.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] for an unknown id, or a position outside of `ids`.
+    pub fn logits(&self, ids: &[u32], positions: &[usize]) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.check_ids(ids)?;
+        if let Some(position) = positions.iter().find(|&&position| position >= ids.len()) {
+            return Err(EngineError::Data(format!(
+                "position {position} lies outside of a sequence of {} tokens",
+                ids.len()
+            )));
+        }
+        let parameters = self.parameters.frozen();
+        let hidden = self.decoder.hidden(&parameters, &Batch::single(ids), None, |_| {});
+        let logits = read(self.decoder.logits(&parameters, hidden, positions))?;
+        Ok(logits.chunks_exact(self.config().vocab_size).map(<[f32]>::to_vec).collect())
+    }
+
+    /// L2 norm of the last position's hidden state: after the embedding, after every layer but
+    /// the last, and after the final norm. This is the order of Hugging Face's `hidden_states`,
+    /// and it tells in which layer two implementations part.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] for an unknown id.
+    pub fn hidden_norms(&self, ids: &[u32]) -> Result<Vec<f64>, EngineError> {
+        self.check_ids(ids)?;
+        let mut last_rows = Vec::new();
+        let last_row = |state: &Tensor<2>| {
+            let [tokens, width] = state.dims();
+            state.clone().slice([tokens - 1..tokens, 0..width])
+        };
+        let hidden =
+            self.decoder.hidden(&self.parameters.frozen(), &Batch::single(ids), None, |state| {
+                last_rows.push(last_row(state))
+            });
+        // The last layer's own output is seen only through the final norm.
+        last_rows.pop();
+        last_rows.push(last_row(&hidden));
+        last_rows
+            .into_iter()
+            .map(|row| {
+                let squares: f64 = read(row)?.iter().map(|&x| f64::from(x).powi(2)).sum();
+                Ok(squares.sqrt())
+            })
+            .collect()
+    }
+
+    /// One update: clips the accumulated gradients to a global L2 norm of `max_grad_norm` (None
+    /// leaves them), applies AdamW, and clears them. Returns the norm before clipping.
+    ///
+    /// # Errors
+    /// [`EngineError::Numeric`] when the norm is not finite, or when there is no gradient: nothing
+    /// is changed then.
+    pub fn optimizer_step(
+        &mut self,
+        params: &AdamWParams,
+        max_grad_norm: Option<f64>,
+    ) -> Result<f64, EngineError> {
+        let norm = global_norm(&self.parameters)?;
+        if !norm.is_finite() {
+            return Err(EngineError::Numeric(format!(
+                "the gradient norm is {norm}: lower the learning rate"
+            )));
+        }
+        self.optimizer.update(&mut self.parameters, params, clip_factor(norm, max_grad_norm));
+        Ok(norm)
+    }
+
+    /// The tensors that train: PEFT's names for LoRA, Hugging Face's for full fine-tuning.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails.
+    pub fn trainable_tensors(&self) -> Result<Vec<NamedTensor>, EngineError> {
+        self.parameters.named()
+    }
+
+    /// Replaces the tensors that train by those of [`TrainableModel::trainable_tensors`].
+    ///
+    /// # Errors
+    /// [`EngineError::Checkpoint`] naming a tensor that is missing, unknown or misshapen: nothing
+    /// is changed then.
+    pub fn load_trainable_tensors(&mut self, tensors: Vec<NamedTensor>) -> Result<(), EngineError> {
+        self.parameters.assign(tensors)
+    }
+
+    /// The optimiser's memory; with the trainable tensors, all that a resumed run needs.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails.
+    pub fn optimizer_tensors(&self) -> Result<OptimizerState, EngineError> {
+        self.optimizer.export(&self.parameters)
+    }
+
+    /// Replaces the optimiser's memory by that of [`TrainableModel::optimizer_tensors`].
+    ///
+    /// # Errors
+    /// [`EngineError::Checkpoint`] naming a tensor that is missing, unknown or misshapen: nothing
+    /// is changed then.
+    pub fn load_optimizer_tensors(&mut self, state: OptimizerState) -> Result<(), EngineError> {
+        self.optimizer = AdamW::import(&self.parameters, state)?;
+        Ok(())
+    }
+
+    pub(crate) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    pub(crate) fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    fn check(&self, batch: &Batch) -> Result<(), EngineError> {
+        self.check_ids(&batch.ids)?;
+        batch.check()?;
+        if batch.total_weight() > 0.0 {
+            Ok(())
+        } else {
+            Err(EngineError::Data(format!(
+                "the batch of rows {:?} has no token with loss",
+                batch.rows
+            )))
+        }
+    }
+
+    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), EngineError> {
+        if ids.is_empty() {
+            return Err(EngineError::Data("a sequence has no token".to_owned()));
+        }
+        let vocabulary = self.config().vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocabulary) {
+            Some(id) => Err(EngineError::Data(format!(
+                "token id {id} lies outside of the model's vocabulary of {vocabulary}: \
+                 the tokenizer belongs to another model"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The sums of a batch, once the loss is known to be a number.
+fn outcome(head: &HeadLoss, batch: &Batch) -> Result<BatchOutcome, EngineError> {
+    if !head.weighted_nll.is_finite() {
+        return Err(EngineError::Numeric(format!(
+            "the loss of rows {:?} is {}: lower the learning rate, or look at these rows",
+            batch.rows, head.weighted_nll
+        )));
+    }
+    Ok(BatchOutcome {
+        weighted_nll: head.weighted_nll,
+        weight: batch.total_weight(),
+        weighted_correct: head.weighted_correct,
+    })
+}

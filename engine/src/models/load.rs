@@ -1,0 +1,214 @@
+//! From a model directory to a decoder with its parameters.
+
+use std::path::Path;
+
+use burn::tensor::{Tensor, TensorData};
+use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, TARGET_MODULES};
+
+use super::config::ModelConfig;
+use super::decoder::{AdaptedModule, Adapter, Decoder, Layer, Projection};
+use super::weights::WeightFiles;
+use crate::adapters::lora::{Lora, tensor_name};
+use crate::device::Device;
+use crate::error::EngineError;
+use crate::parameter::{NamedRows, ParameterId, Parameters};
+
+/// Builds the decoder of `dir`, and what `adapter` trains of it.
+pub(crate) fn load(
+    dir: &Path,
+    adapter: &AdapterConfig,
+    seed: u64,
+    device: &Device,
+) -> Result<(Decoder, Parameters), EngineError> {
+    let config = ModelConfig::read(dir)?;
+    let lora = match adapter.kind {
+        AdapterType::Lora => Some(Lora::new(adapter, seed)?),
+        AdapterType::Full => None,
+    };
+    let mut loader = Loader {
+        weights: WeightFiles::open(dir)?,
+        parameters: Parameters::default(),
+        lora,
+        device,
+    };
+    let decoder = loader.decoder(config)?;
+    loader.weights.finish()?;
+    Ok((decoder, loader.parameters))
+}
+
+struct Loader<'a> {
+    weights: WeightFiles,
+    parameters: Parameters,
+    /// None for full fine-tuning.
+    lora: Option<Lora>,
+    device: &'a Device,
+}
+
+/// One projection inside a stored matrix.
+struct Module {
+    /// One of [`TARGET_MODULES`].
+    name: &'static str,
+    outputs: usize,
+}
+
+impl Loader<'_> {
+    fn decoder(&mut self, config: ModelConfig) -> Result<Decoder, EngineError> {
+        let shape = [config.vocab_size, config.hidden_size];
+        let embedding = self.matrix("model.embed_tokens.weight", shape)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| self.layer(&config, layer))
+            .collect::<Result<_, _>>()?;
+        let norm = self.norm("model.norm.weight", config.hidden_size)?;
+        let head = if config.tie_word_embeddings {
+            self.check_tied_head(embedding, shape)?;
+            embedding
+        } else {
+            self.matrix(HEAD, shape)?
+        };
+        Ok(Decoder::new(config, embedding, layers, norm, head, self.lora.clone()))
+    }
+
+    fn layer(&mut self, config: &ModelConfig, layer: usize) -> Result<Layer, EngineError> {
+        let prefix = format!("model.layers.{layer}");
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let query_width = config.num_attention_heads * config.head_dim;
+        let key_value_width = config.num_key_value_heads * config.head_dim;
+        let module = |name, outputs| Module { name, outputs };
+        Ok(Layer {
+            attention_norm: self.norm(&format!("{prefix}.input_layernorm.weight"), hidden)?,
+            qkv: self.projection(
+                layer,
+                "self_attn",
+                hidden,
+                &[
+                    module("q_proj", query_width),
+                    module("k_proj", key_value_width),
+                    module("v_proj", key_value_width),
+                ],
+            )?,
+            output: self.projection(
+                layer,
+                "self_attn",
+                query_width,
+                &[module("o_proj", hidden)],
+            )?,
+            feed_forward_norm: self
+                .norm(&format!("{prefix}.post_attention_layernorm.weight"), hidden)?,
+            gate_up: self.projection(
+                layer,
+                "mlp",
+                hidden,
+                &[module("gate_proj", inner), module("up_proj", inner)],
+            )?,
+            down: self.projection(layer, "mlp", inner, &[module("down_proj", hidden)])?,
+        })
+    }
+
+    /// Projections of one input, stored as one matrix, with the adapters of those that have one.
+    fn projection(
+        &mut self,
+        layer: usize,
+        block: &str,
+        inputs: usize,
+        modules: &[Module],
+    ) -> Result<Projection, EngineError> {
+        let path = |module: &Module| format!("model.layers.{layer}.{block}.{}", module.name);
+        let mut values = Vec::new();
+        let mut names = Vec::new();
+        let mut end = 0;
+        for module in modules {
+            let name = format!("{}.weight", path(module));
+            let shape = [module.outputs, inputs];
+            let weight = self.weights.take(&name, &shape)?;
+            if values.is_empty() {
+                values = weight
+            } else {
+                values.extend(weight)
+            }
+            let rows = end..end + module.outputs;
+            end = rows.end;
+            names.push(NamedRows { name, rows, shape: shape.to_vec() });
+        }
+        let weight = self.push(values, [end, inputs], self.lora.is_none(), names.clone());
+
+        let Some(lora) = self.lora.clone() else {
+            return Ok(Projection { weight, adapter: None });
+        };
+        let (mut a, mut a_names, mut b_names, mut parts) = (vec![], vec![], vec![], vec![]);
+        let mut b_end = 0;
+        for (module, stored) in modules.iter().zip(names) {
+            let index = TARGET_MODULES
+                .iter()
+                .position(|name| *name == module.name)
+                .expect("every projection of a layer is a target module");
+            if !lora.adapts(index) {
+                continue;
+            }
+            a.extend(lora.initial_a(layer, index, inputs));
+            a_names.push(NamedRows {
+                name: tensor_name(&path(module), 'A'),
+                rows: a_names.len() * lora.rank..(a_names.len() + 1) * lora.rank,
+                shape: vec![lora.rank, inputs],
+            });
+            b_names.push(NamedRows {
+                name: tensor_name(&path(module), 'B'),
+                rows: b_end..b_end + module.outputs,
+                shape: vec![module.outputs, lora.rank],
+            });
+            b_end += module.outputs;
+            parts.push(AdaptedModule { module: index, outputs: stored.rows });
+        }
+        if parts.is_empty() {
+            return Ok(Projection { weight, adapter: None });
+        }
+        let a = self.push(a, [parts.len() * lora.rank, inputs], true, a_names);
+        let b = self.push(vec![0.0; b_end * lora.rank], [b_end, lora.rank], true, b_names);
+        Ok(Projection { weight, adapter: Some(Adapter { a, b, parts }) })
+    }
+
+    /// A matrix of the base model under its own name.
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<ParameterId, EngineError> {
+        let values = self.weights.take(name, &shape)?;
+        let names =
+            vec![NamedRows { name: name.to_owned(), rows: 0..shape[0], shape: shape.to_vec() }];
+        Ok(self.push(values, shape, self.lora.is_none(), names))
+    }
+
+    /// A vector of the base model, stored as one row.
+    fn norm(&mut self, name: &str, width: usize) -> Result<ParameterId, EngineError> {
+        let values = self.weights.take(name, &[width])?;
+        let names = vec![NamedRows { name: name.to_owned(), rows: 0..1, shape: vec![width] }];
+        Ok(self.push(values, [1, width], self.lora.is_none(), names))
+    }
+
+    /// A tied checkpoint may store the head as well; then it must be the embedding.
+    fn check_tied_head(
+        &mut self,
+        embedding: ParameterId,
+        shape: [usize; 2],
+    ) -> Result<(), EngineError> {
+        if !self.weights.contains(HEAD) {
+            return Ok(());
+        }
+        let head = self.weights.take(HEAD, &shape)?;
+        if crate::parameter::read(self.parameters[embedding].clone())? == head {
+            return Ok(());
+        }
+        Err(EngineError::Model(format!(
+            "weight {HEAD} differs from the embedding, but config.json has tie_word_embeddings"
+        )))
+    }
+
+    fn push(
+        &mut self,
+        values: Vec<f32>,
+        shape: [usize; 2],
+        trainable: bool,
+        names: Vec<NamedRows>,
+    ) -> ParameterId {
+        let value = Tensor::from_data(TensorData::new(values, shape), self.device.burn());
+        self.parameters.push(value, trainable, names)
+    }
+}
+
+const HEAD: &str = "lm_head.weight";

@@ -1,0 +1,7 @@
+//! Decoder architectures, read from and named as Hugging Face has them.
+
+pub mod config;
+pub(crate) mod decoder;
+pub(crate) mod load;
+pub mod rope;
+pub(crate) mod weights;

@@ -1,0 +1,218 @@
+//! CPU form of [`crate::ops::head`].
+
+use burn::backend::Flex;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product};
+use super::isa::{Isa, simd_kernels};
+use super::math::{exp, max};
+use super::step::{contiguous, dims, from_values, node, tensor, values};
+use crate::batch::Target;
+use crate::ops::head::HeadLoss;
+
+/// Logits that are held at a time: 64 MiB of them.
+const CHUNK_LOGITS: usize = 1 << 24;
+/// Rows that a chunk has at least, as a product of few rows is slow.
+pub(in crate::ops) const MIN_CHUNK_ROWS: usize = 64;
+/// Rows that a chunk has at most: beyond this a product gets no faster.
+const MAX_CHUNK_ROWS: usize = 256;
+/// Exponentials that are summed in f32 before they go into the f64 sum.
+const SUM_BLOCK: usize = 512;
+
+simd_kernels! {
+    /// nll of one row of logits, which become dz = weight·(softmax − e_target); and whether no
+    /// logit is above the target's.
+    fn cross_entropy_row(logits: &mut [f32], target: usize, weight: f32) -> (f64, bool) {
+        let greatest = max(logits);
+        let target_logit = logits[target];
+        let mut total = 0f64;
+        for block in logits.chunks_mut(SUM_BLOCK) {
+            let mut lanes = [0f32; 16];
+            let (parts, rest) = block.as_chunks_mut::<16>();
+            for part in parts {
+                for i in 0..16 {
+                    part[i] = exp::<M>(part[i] - greatest);
+                    lanes[i] += part[i];
+                }
+            }
+            for i in 0..rest.len() {
+                rest[i] = exp::<M>(rest[i] - greatest);
+                lanes[i] += rest[i];
+            }
+            for lane in lanes {
+                total += f64::from(lane);
+            }
+        }
+        let factor = (f64::from(weight) / total) as f32;
+        for value in logits.iter_mut() {
+            *value *= factor;
+        }
+        logits[target] -= weight;
+        let nll = f64::from(greatest) - f64::from(target_logit) + total.ln();
+        (nll, target_logit >= greatest)
+    }
+
+    /// values ← factor·values.
+    fn scale(values: &mut [f32], factor: f32) {
+        for value in values.iter_mut() {
+            *value *= factor;
+        }
+    }
+}
+
+pub(in crate::ops) fn head_with_loss(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: &[Target],
+) -> HeadLoss {
+    let (hidden_tracked, weight_tracked) = (hidden.is_tracked(), weight.is_tracked());
+    let (hidden, weight) = (node(hidden), node(weight));
+    let step = Head.prepare::<NoCheckpointing>([hidden.node(), weight.node()]).compute_bound();
+    let hidden = contiguous(hidden.into_primitive());
+    let weight = contiguous(weight.into_primitive());
+    let (sums, saved) = compute(&hidden, &weight, targets, hidden_tracked, weight_tracked);
+    let loss = from_values(vec![sums.nll as f32], [1]);
+    HeadLoss {
+        loss: tensor(match step.stateful() {
+            OpsKind::Tracked(step) => step.finish(saved, loss),
+            OpsKind::UnTracked(step) => step.finish(loss),
+        }),
+        weighted_nll: sums.nll,
+        weighted_correct: sums.correct,
+    }
+}
+
+/// Σ w·nll and Σ w of the correct.
+#[derive(Default)]
+struct Sums {
+    nll: f64,
+    correct: f64,
+}
+
+/// The gradients for an upstream gradient of 1.
+#[derive(Debug, Clone)]
+struct Saved {
+    d_hidden: Option<FlexTensor>,
+    d_weight: Option<FlexTensor>,
+}
+
+fn compute(
+    hidden: &FlexTensor,
+    weight: &FlexTensor,
+    targets: &[Target],
+    hidden_tracked: bool,
+    weight_tracked: bool,
+) -> (Sums, Saved) {
+    let isa = Isa::detect();
+    let ([tokens, width], [vocabulary, _]) = (dims(hidden), dims(weight));
+    let weight_view = MatRef::new(values(weight), vocabulary, width);
+    let chunk_rows = (CHUNK_LOGITS / vocabulary).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS);
+    let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
+    let mut d_hidden = hidden_tracked.then(|| vec![0.0; tokens * width]);
+    let mut d_weight = weight_tracked.then(|| vec![0.0; vocabulary * width]);
+    let mut sums = Sums::default();
+    for chunk in targets.chunks(chunk_rows) {
+        let mut rows = Vec::with_capacity(chunk.len() * width);
+        for target in chunk {
+            rows.extend_from_slice(&values(hidden)[target.position * width..][..width]);
+        }
+        let rows = MatRef::new(&rows, chunk.len(), width);
+        let logits = &mut logits[..chunk.len() * vocabulary];
+        let z = MatMut::new(logits, chunk.len(), vocabulary);
+        gemm(z, 1.0, rows, weight_view.t(), Threads::Shared);
+        let losses: Vec<(f64, bool)> = logits
+            .par_chunks_exact_mut(vocabulary)
+            .zip(chunk)
+            .map(|(logits, target)| {
+                cross_entropy_row(isa, logits, target.id as usize, target.weight)
+            })
+            .collect();
+        for (target, (nll, correct)) in chunk.iter().zip(losses) {
+            sums.nll += f64::from(target.weight) * nll;
+            sums.correct += if correct { f64::from(target.weight) } else { 0.0 };
+        }
+        let dz = MatRef::new(logits, chunk.len(), vocabulary);
+        if let Some(d_hidden) = &mut d_hidden {
+            let dh = product(1.0, dz, weight_view, Threads::Shared);
+            for (target, dh) in chunk.iter().zip(dh.chunks_exact(width)) {
+                d_hidden[target.position * width..][..width].copy_from_slice(dh);
+            }
+        }
+        if let Some(d_weight) = &mut d_weight {
+            let dw = MatMut::new(d_weight, vocabulary, width);
+            gemm_add(dw, 1.0, dz.t(), rows, Threads::Shared);
+        }
+    }
+    let saved = Saved {
+        d_hidden: d_hidden.map(|values| from_values(values, [tokens, width])),
+        d_weight: d_weight.map(|values| from_values(values, [vocabulary, width])),
+    };
+    (sums, saved)
+}
+
+#[derive(Debug)]
+struct Head;
+
+impl Backward<Flex, 2> for Head {
+    type State = Saved;
+
+    fn backward(
+        self,
+        ops: Ops<Saved, 2>,
+        gradients: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let upstream = contiguous(gradients.consume::<Flex>(&ops.node));
+        let upstream = values(&upstream)[0];
+        let [hidden_node, weight_node] = ops.parents;
+        let Saved { d_hidden, d_weight } = ops.state;
+        for (parent, gradient) in [(hidden_node, d_hidden), (weight_node, d_weight)] {
+            if let (Some(parent), Some(mut gradient)) = (parent, gradient) {
+                let isa = Isa::detect();
+                gradient
+                    .storage_mut::<f32>()
+                    .par_chunks_mut(1 << 16)
+                    .for_each(|values| scale(isa, values, upstream));
+                gradients.register::<Flex>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_gives_the_values_of_f64() {
+        let logits: Vec<f32> = (0..1301).map(|i| (i as f32 * 0.37).sin() * 20.0).collect();
+        let (target, weight) = (700, 0.1);
+        let total: f64 = logits.iter().map(|&z| f64::from(z).exp()).sum();
+        for isa in Isa::available() {
+            let mut dz = logits.clone();
+            let (nll, correct) = cross_entropy_row(isa, &mut dz, target, weight);
+            assert!((nll - (total.ln() - f64::from(logits[target]))).abs() < 1e-6, "{isa:?}");
+            assert!(!correct);
+            for (i, (dz, &z)) in dz.iter().zip(&logits).enumerate() {
+                let one_hot = if i == target { 1.0 } else { 0.0 };
+                let expected = f64::from(weight) * (f64::from(z).exp() / total - one_hot);
+                assert!((f64::from(*dz) - expected).abs() < 1e-7, "{isa:?} dz[{i}]");
+            }
+        }
+    }
+
+    #[test]
+    fn greatest_logit_is_correct_also_among_equals() {
+        for isa in Isa::available() {
+            assert!(cross_entropy_row(isa, &mut [1.0, 3.0, 3.0], 1, 1.0).1);
+            assert!(cross_entropy_row(isa, &mut [1.0, 3.0, 3.0], 2, 1.0).1);
+            assert!(!cross_entropy_row(isa, &mut [1.0, 3.0, 3.0], 0, 1.0).1);
+        }
+    }
+}

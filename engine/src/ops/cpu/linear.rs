@@ -1,0 +1,264 @@
+//! CPU form of [`crate::ops::linear`].
+
+use burn::backend::Flex;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product};
+use super::step::{absent, contiguous, dims, from_values, node, tensor, values};
+use crate::ops::dropout::Dropout;
+use crate::ops::linear::{LowRank, LowRankPart};
+
+pub(in crate::ops) fn linear(
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    residual: Option<Tensor<2>>,
+    low_rank: Option<LowRank>,
+) -> Tensor<2> {
+    let (x, weight) = (node(x), node(weight));
+    let residual = residual.map(node);
+    let (a, b, branch) = match low_rank {
+        Some(LowRank { a, b, scale, parts }) => (node(a), node(b), Some((scale, parts))),
+        None => (absent(), absent(), None),
+    };
+    let residual_or_absent = residual.clone().unwrap_or_else(absent);
+    let step = Linear
+        .prepare::<NoCheckpointing>([
+            x.node(),
+            weight.node(),
+            residual_or_absent.node(),
+            a.node(),
+            b.node(),
+        ])
+        .compute_bound();
+
+    let (x, weight) = (contiguous(x.into_primitive()), contiguous(weight.into_primitive()));
+    let residual = residual.map(|residual| contiguous(residual.into_primitive()));
+    let ([tokens, _], [outputs, _]) = (dims(&x), dims(&weight));
+    let (x_view, weight_view) = (matrix(&x), matrix(&weight));
+    let mut y = match residual {
+        Some(residual) => {
+            let mut y = values(&residual).to_vec();
+            let target = MatMut::new(&mut y, tokens, outputs);
+            gemm_add(target, 1.0, x_view, weight_view.t(), Threads::Shared);
+            y
+        }
+        None => product(1.0, x_view, weight_view.t(), Threads::Shared),
+    };
+    let branch = branch.map(|(scale, parts)| {
+        let (a, b) = (contiguous(a.into_primitive()), contiguous(b.into_primitive()));
+        let mut branch = Branch { a, b, scale, parts, z: Arc::default() };
+        branch.forward(&x, &mut y, outputs);
+        branch
+    });
+    let y = from_values(y, [tokens, outputs]);
+    tensor(match step.stateful() {
+        OpsKind::Tracked(step) => step.finish(Saved { x, weight, branch }, y),
+        OpsKind::UnTracked(step) => step.finish(y),
+    })
+}
+
+#[derive(Debug)]
+struct Linear;
+
+#[derive(Debug, Clone)]
+struct Saved {
+    x: FlexTensor,
+    weight: FlexTensor,
+    branch: Option<Branch>,
+}
+
+/// The low-rank branch, and what its forward pass leaves for the backward pass.
+#[derive(Debug, Clone)]
+struct Branch {
+    a: FlexTensor,
+    b: FlexTensor,
+    scale: f32,
+    parts: Arc<[LowRankPart]>,
+    /// The zᵢ side by side, `[tokens, parts · r]`.
+    z: Arc<[f32]>,
+}
+
+impl Backward<Flex, 5> for Linear {
+    type State = Saved;
+
+    fn backward(
+        self,
+        ops: Ops<Saved, 5>,
+        gradients: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let [x_node, weight_node, residual_node, a_node, b_node] = ops.parents;
+        let Saved { x, weight, branch } = ops.state;
+        let dy_view = matrix(&dy);
+
+        if let (Some(branch), Some(parent)) = (&branch, b_node) {
+            let db = branch.b_gradient(dy_view);
+            gradients.register::<Flex>(parent.id, from_values(db, dims(&branch.b)));
+        }
+        let dz = branch
+            .as_ref()
+            .filter(|_| a_node.is_some() || x_node.is_some())
+            .map(|branch| (branch, branch.z_gradient(dy_view)));
+        if let (Some((branch, dz)), Some(parent)) = (&dz, a_node) {
+            let da = branch.a_gradient(dz, &x);
+            gradients.register::<Flex>(parent.id, from_values(da, dims(&branch.a)));
+        }
+        if let Some(parent) = weight_node {
+            let dw = product(1.0, dy_view.t(), matrix(&x), Threads::Shared);
+            gradients.register::<Flex>(parent.id, from_values(dw, dims(&weight)));
+        }
+        if let Some(parent) = x_node {
+            let mut dx = product(1.0, dy_view, matrix(&weight), Threads::Shared);
+            if let Some((branch, dz)) = &dz {
+                branch.add_x_gradient(dz, &mut dx, dims(&x));
+            }
+            gradients.register::<Flex>(parent.id, from_values(dx, dims(&x)));
+        }
+        if let Some(parent) = residual_node {
+            gradients.register::<Flex>(parent.id, dy);
+        }
+    }
+}
+
+impl Branch {
+    fn rank(&self) -> usize {
+        dims(&self.b)[1]
+    }
+
+    /// Each part with its rows of A, which are its columns of z, and its rows of B.
+    fn parts(&self) -> impl Iterator<Item = (&LowRankPart, Range<usize>, Range<usize>)> {
+        let rank = self.rank();
+        self.parts
+            .iter()
+            .zip(LowRank::b_rows(&self.parts))
+            .enumerate()
+            .map(move |(i, (part, b_rows))| (part, i * rank..(i + 1) * rank, b_rows))
+    }
+
+    fn has_dropout(&self) -> bool {
+        self.parts.iter().any(|part| part.dropout.is_some())
+    }
+
+    /// Computes z, and adds s·zᵢ·Bᵢᵀ to the outputs of each part.
+    fn forward(&mut self, x: &FlexTensor, y: &mut [f32], outputs: usize) {
+        let [tokens, _] = dims(x);
+        let z_width = dims(&self.a)[0];
+        let z = if self.has_dropout() {
+            let mut z = vec![0.0; tokens * z_width];
+            for (part, z_columns, _) in self.parts() {
+                let dropped = dropped(x, part.dropout);
+                let a = matrix(&self.a).rows(z_columns.clone());
+                let target = MatMut::new(&mut z, tokens, z_width).columns(z_columns);
+                gemm(target, 1.0, like(&dropped, x), a.t(), Threads::Shared);
+            }
+            z
+        } else {
+            product(1.0, matrix(x), matrix(&self.a).t(), Threads::Shared)
+        };
+        let z_view = MatRef::new(&z, tokens, z_width);
+        for (part, z_columns, b_rows) in self.parts() {
+            let target = MatMut::new(y, tokens, outputs).columns(part.outputs.clone());
+            let b = matrix(&self.b).rows(b_rows);
+            gemm_add(target, self.scale, z_view.columns(z_columns), b.t(), Threads::Shared);
+        }
+        self.z = z.into();
+    }
+
+    /// dB, part below part.
+    fn b_gradient(&self, dy: MatRef<'_>) -> Vec<f32> {
+        let z_width = dims(&self.a)[0];
+        let z = MatRef::new(&self.z, self.z.len() / z_width, z_width);
+        let mut db = Vec::with_capacity(self.rank() * dims(&self.b)[0]);
+        for (part, z_columns, _) in self.parts() {
+            let dy = dy.columns(part.outputs.clone());
+            db.extend(product(self.scale, dy.t(), z.columns(z_columns), Threads::Shared));
+        }
+        db
+    }
+
+    /// dz, part beside part.
+    fn z_gradient(&self, dy: MatRef<'_>) -> Vec<f32> {
+        let z_width = dims(&self.a)[0];
+        let tokens = self.z.len() / z_width;
+        let mut dz = vec![0.0; tokens * z_width];
+        for (part, z_columns, b_rows) in self.parts() {
+            let target = MatMut::new(&mut dz, tokens, z_width).columns(z_columns);
+            let dy = dy.columns(part.outputs.clone());
+            gemm(target, self.scale, dy, matrix(&self.b).rows(b_rows), Threads::Shared);
+        }
+        dz
+    }
+
+    /// dA, part below part.
+    fn a_gradient(&self, dz: &[f32], x: &FlexTensor) -> Vec<f32> {
+        let [z_width, input] = dims(&self.a);
+        let dz = MatRef::new(dz, dims(x)[0], z_width);
+        if !self.has_dropout() {
+            return product(1.0, dz.t(), matrix(x), Threads::Shared);
+        }
+        let mut da = Vec::with_capacity(z_width * input);
+        for (part, z_columns, _) in self.parts() {
+            let dropped = dropped(x, part.dropout);
+            let dz = dz.columns(z_columns);
+            da.extend(product(1.0, dz.t(), like(&dropped, x), Threads::Shared));
+        }
+        da
+    }
+
+    /// Adds Σᵢ dropᵢ∘(dzᵢ·Aᵢ) to dx.
+    fn add_x_gradient(&self, dz: &[f32], dx: &mut [f32], [tokens, input]: [usize; 2]) {
+        let dz = MatRef::new(dz, tokens, dims(&self.a)[0]);
+        if !self.has_dropout() {
+            let target = MatMut::new(dx, tokens, input);
+            gemm_add(target, 1.0, dz, matrix(&self.a), Threads::Shared);
+            return;
+        }
+        for (part, z_columns, _) in self.parts() {
+            let a = matrix(&self.a).rows(z_columns.clone());
+            let mut update = product(1.0, dz.columns(z_columns), a, Threads::Shared);
+            if let Some(dropout) = part.dropout {
+                drop_elements(&mut update, dropout, input);
+            }
+            dx.par_iter_mut().zip(update).for_each(|(sum, value)| *sum += value);
+        }
+    }
+}
+
+/// A matrix's values as a view.
+fn matrix(tensor: &FlexTensor) -> MatRef<'_> {
+    let [rows, columns] = dims(tensor);
+    MatRef::new(values(tensor), rows, columns)
+}
+
+/// `values` as a view of the shape of `tensor`.
+fn like<'a>(values: &'a [f32], tensor: &FlexTensor) -> MatRef<'a> {
+    let [rows, columns] = dims(tensor);
+    MatRef::new(values, rows, columns)
+}
+
+/// drop∘x.
+fn dropped(x: &FlexTensor, dropout: Option<Dropout>) -> Vec<f32> {
+    let mut dropped = values(x).to_vec();
+    if let Some(dropout) = dropout {
+        drop_elements(&mut dropped, dropout, dims(x)[1]);
+    }
+    dropped
+}
+
+/// Multiplies every element by its dropout factor.
+fn drop_elements(values: &mut [f32], dropout: Dropout, width: usize) {
+    values.par_chunks_mut(width).enumerate().for_each(|(row, values)| {
+        for (column, value) in values.iter_mut().enumerate() {
+            *value *= dropout.factor(row * width + column);
+        }
+    });
+}

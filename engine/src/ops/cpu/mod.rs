@@ -1,0 +1,19 @@
+//! The operations on the CPU: kernels over slices, each a custom step of `Autodiff<Flex>`.
+//!
+//! Every product of matrices goes through [`gemm`], every other inner loop is a SIMD kernel of
+//! [`isa`]. Threads share rows, heads or blocks of a fixed size, and what several of them sum is
+//! added in the order of these, so that results are equal from run to run.
+
+mod gemm;
+mod isa;
+mod math;
+mod step;
+
+pub(super) mod adamw;
+pub(super) mod attention;
+pub(super) mod embedding;
+pub(super) mod head;
+pub(super) mod linear;
+pub(super) mod rms_norm;
+pub(super) mod squares;
+pub(super) mod swiglu;

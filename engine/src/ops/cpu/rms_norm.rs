@@ -1,0 +1,180 @@
+//! CPU form of [`crate::ops::rms_norm`].
+
+use burn::backend::Flex;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+use std::sync::Arc;
+
+use super::isa::{Isa, simd_kernels};
+use super::math::dot;
+use super::step::{contiguous, dims, from_values, node, tensor, values};
+
+/// Rows that one task handles; fixed, as dw is summed block by block.
+const BLOCK_ROWS: usize = 64;
+
+simd_kernels! {
+    /// Writes y and ρ of some rows.
+    fn forward_rows(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], inverse_root: &mut [f32]) {
+        let width = weight.len();
+        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
+        for ((x, y), inverse_root) in rows {
+            let rho = 1.0 / (dot::<M>(x, x) / width as f32 + epsilon).sqrt();
+            *inverse_root = rho;
+            for i in 0..width {
+                y[i] = x[i] * rho * weight[i];
+            }
+        }
+    }
+
+    /// Writes dx of some rows.
+    fn backward_rows(dy: &[f32], x: &[f32], weight: &[f32], inverse_root: &[f32], dx: &mut [f32]) {
+        let width = weight.len();
+        let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
+        for (((dy, x), dx), &rho) in rows.zip(inverse_root) {
+            for i in 0..width {
+                dx[i] = dy[i] * weight[i];
+            }
+            let share = dot::<M>(dx, x) * rho * rho / width as f32;
+            for i in 0..width {
+                dx[i] = rho * (dx[i] - x[i] * share);
+            }
+        }
+    }
+
+    /// Adds the dw of some rows to `dw`.
+    fn weight_gradient(dy: &[f32], x: &[f32], inverse_root: &[f32], dw: &mut [f32]) {
+        let width = dw.len();
+        let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse_root);
+        for ((dy, x), &rho) in rows {
+            for i in 0..width {
+                dw[i] = M::mul_add(dy[i], x[i] * rho, dw[i]);
+            }
+        }
+    }
+}
+
+pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, epsilon: f32) -> Tensor<2> {
+    let isa = Isa::detect();
+    let (x, weight) = (node(x), node(weight));
+    let step = RmsNorm.prepare::<NoCheckpointing>([x.node(), weight.node()]).compute_bound();
+    let (x, weight) = (contiguous(x.into_primitive()), contiguous(weight.into_primitive()));
+    let [rows, width] = dims(&x);
+    let mut y = vec![0.0; rows * width];
+    let mut inverse_root = vec![0.0; rows];
+    y.par_chunks_mut(BLOCK_ROWS * width)
+        .zip(values(&x).par_chunks(BLOCK_ROWS * width))
+        .zip(inverse_root.par_chunks_mut(BLOCK_ROWS))
+        .for_each(|((y, x), root)| forward_rows(isa, x, values(&weight), epsilon, y, root));
+    let y = from_values(y, [rows, width]);
+    tensor(match step.stateful() {
+        OpsKind::Tracked(step) => {
+            let saved = Saved { x, weight, inverse_root: inverse_root.into() };
+            step.finish(saved, y)
+        }
+        OpsKind::UnTracked(step) => step.finish(y),
+    })
+}
+
+#[derive(Debug)]
+struct RmsNorm;
+
+#[derive(Debug, Clone)]
+struct Saved {
+    x: FlexTensor,
+    weight: FlexTensor,
+    /// ρ of each row.
+    inverse_root: Arc<[f32]>,
+}
+
+impl Backward<Flex, 2> for RmsNorm {
+    type State = Saved;
+
+    fn backward(
+        self,
+        ops: Ops<Saved, 2>,
+        gradients: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let isa = Isa::detect();
+        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let [x_node, weight_node] = ops.parents;
+        let Saved { x, weight, inverse_root } = ops.state;
+        let [rows, width] = dims(&x);
+        let block = BLOCK_ROWS * width;
+        if let Some(parent) = x_node {
+            let mut dx = vec![0.0; rows * width];
+            dx.par_chunks_mut(block)
+                .zip(values(&dy).par_chunks(block))
+                .zip(values(&x).par_chunks(block))
+                .zip(inverse_root.par_chunks(BLOCK_ROWS))
+                .for_each(|(((dx, dy), x), root)| {
+                    backward_rows(isa, dy, x, values(&weight), root, dx);
+                });
+            gradients.register::<Flex>(parent.id, from_values(dx, [rows, width]));
+        }
+        if let Some(parent) = weight_node {
+            let parts: Vec<Vec<f32>> = values(&dy)
+                .par_chunks(block)
+                .zip(values(&x).par_chunks(block))
+                .zip(inverse_root.par_chunks(BLOCK_ROWS))
+                .map(|((dy, x), root)| {
+                    let mut dw = vec![0.0; width];
+                    weight_gradient(isa, dy, x, root, &mut dw);
+                    dw
+                })
+                .collect();
+            let mut dw = vec![0.0; width];
+            for part in parts {
+                dw.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
+            }
+            gradients.register::<Flex>(parent.id, from_values(dw, [1, width]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_gives_the_values_of_f64() {
+        let (rows, width, epsilon) = (3, 37, 1e-5);
+        let wave = |n: usize, speed: f32| -> Vec<f32> {
+            (0..n).map(|i| (i as f32 * speed).sin()).collect()
+        };
+        let (x, dy, weight) = (wave(rows * width, 0.7), wave(rows * width, 1.3), wave(width, 0.4));
+        for isa in Isa::available() {
+            let mut y = vec![0.0; rows * width];
+            let mut dx = vec![0.0; rows * width];
+            let mut dw = vec![0.5; width];
+            let mut root = vec![0.0; rows];
+            forward_rows(isa, &x, &weight, epsilon, &mut y, &mut root);
+            backward_rows(isa, &dy, &x, &weight, &root, &mut dx);
+            weight_gradient(isa, &dy, &x, &root, &mut dw);
+            let mut expected_dw = vec![0.5; width];
+            for row in 0..rows {
+                let at = |v: &[f32], i: usize| f64::from(v[row * width + i]);
+                let w = |i: usize| f64::from(weight[i]);
+                let mean = (0..width).map(|i| at(&x, i).powi(2)).sum::<f64>() / width as f64;
+                let rho = 1.0 / (mean + f64::from(epsilon)).sqrt();
+                let inner: f64 = (0..width).map(|i| w(i) * at(&dy, i) * at(&x, i)).sum();
+                for i in 0..width {
+                    expected_dw[i] += at(&dy, i) * at(&x, i) * rho;
+                    let expected_y = w(i) * at(&x, i) * rho;
+                    let expected_dx =
+                        rho * (w(i) * at(&dy, i) - at(&x, i) * rho * rho * inner / width as f64);
+                    assert!((at(&y, i) - expected_y).abs() < 1e-6, "{isa:?}");
+                    assert!((at(&dx, i) - expected_dx).abs() < 1e-6, "{isa:?}");
+                }
+            }
+            for (dw, expected) in dw.iter().zip(expected_dw) {
+                assert!((f64::from(*dw) - expected).abs() < 1e-6, "{isa:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The way between device-erased tensors and slices of f32 on the Flex backend.
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Flex};
+use burn::tensor::{Bytes, DType, Shape, Tensor};
+use burn_flex::{FlexTensor, Layout};
+
+/// A tensor on the CPU with its place in the autodiff graph.
+pub(super) type Node = FloatTensor<Autodiff<Flex>>;
+
+/// # Panics
+/// When the tensor is on another device: `ops` sends only Flex's here.
+pub(super) fn node<const D: usize>(tensor: Tensor<D>) -> Node {
+    tensor.autodiff().try_into_primitive::<Autodiff<Flex>>().expect("a tensor on the CPU")
+}
+
+/// The inverse of [`node`].
+pub(super) fn tensor<const D: usize>(node: Node) -> Tensor<D> {
+    Tensor::from_primitive::<Autodiff<Flex>>(node)
+}
+
+/// An operand that is not there: a constant, which takes no gradient.
+pub(super) fn absent() -> Node {
+    node(Tensor::<1>::zeros([1], &burn::tensor::Device::flex()))
+}
+
+/// The tensor's values, row by row; copied only when it is a view with strides.
+pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+}
+
+/// The values of a tensor that went through [`contiguous`].
+pub(super) fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice::<f32>().expect("a contiguous f32 tensor")
+}
+
+/// Rows and columns of a matrix.
+pub(super) fn dims(tensor: &FlexTensor) -> [usize; 2] {
+    let shape = tensor.layout().shape();
+    assert_eq!(shape.len(), 2, "a matrix");
+    [shape[0], shape[1]]
+}
+
+/// A tensor that takes over `values`.
+pub(super) fn from_values<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+    let shape = Shape::from(shape);
+    assert_eq!(values.len(), shape.num_elements(), "values of a tensor");
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
+}

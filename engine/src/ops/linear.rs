@@ -1,0 +1,181 @@
+//! Linear projection with an optional residual and optional LoRA (Hu et al. 2021).
+//!
+//! Weights have Hugging Face's layout `[out, in]`, A `[r, in]` and B `[out, r]`. Several
+//! projections of one input are one matrix, their rows one below the other (q, k, v; gate, up). A
+//! LoRA part i belongs to the outputs `Oᵢ`, and with `dropᵢ` its input's dropout mask:
+//!
+//! ```text
+//! y        = residual + x·Wᵀ,  y[:, Oᵢ] += s·(dropᵢ∘x)·Aᵢᵀ·Bᵢᵀ
+//! zᵢ       = (dropᵢ∘x)·Aᵢᵀ
+//! dBᵢ      = s·dy[:, Oᵢ]ᵀ·zᵢ
+//! dzᵢ      = s·dy[:, Oᵢ]·Bᵢ
+//! dAᵢ      = dzᵢᵀ·(dropᵢ∘x)
+//! dx       = dy·W + Σᵢ dropᵢ∘(dzᵢ·Aᵢ)
+//! dW       = dyᵀ·x,  dresidual = dy
+//! ```
+//!
+//! B·A is never formed: with r far below the width, the two thin products cost next to nothing.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::{Tensor, TensorData};
+
+use super::dropout::Dropout;
+use super::{cpu, on_cpu};
+
+/// The low-rank branch beside a projection.
+#[derive(Debug, Clone)]
+pub(crate) struct LowRank {
+    /// The Aᵢ one below the other, `[parts · r, in]`.
+    pub(crate) a: Tensor<2>,
+    /// The Bᵢ one below the other, `[Σ |Oᵢ|, r]`.
+    pub(crate) b: Tensor<2>,
+    /// s: alpha / r, or alpha / √r.
+    pub(crate) scale: f32,
+    /// In the order of the rows of `a` and `b`.
+    pub(crate) parts: Arc<[LowRankPart]>,
+}
+
+/// One adapted projection.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct LowRankPart {
+    /// Oᵢ: its columns of y.
+    pub(crate) outputs: Range<usize>,
+    /// Dropout of its input, in training.
+    pub(crate) dropout: Option<Dropout>,
+}
+
+impl LowRank {
+    /// Rank and, for each part, its rows of B.
+    pub(super) fn b_rows(parts: &[LowRankPart]) -> impl Iterator<Item = Range<usize>> + '_ {
+        parts.iter().scan(0, |end, part| {
+            let start = *end;
+            *end += part.outputs.len();
+            Some(start..*end)
+        })
+    }
+}
+
+/// `x` `[tokens, in]` to `[tokens, out]`; `residual` has the shape of the output.
+pub(crate) fn linear(
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    residual: Option<Tensor<2>>,
+    low_rank: Option<LowRank>,
+) -> Tensor<2> {
+    if on_cpu(&x) {
+        cpu::linear::linear(x, weight, residual, low_rank)
+    } else {
+        portable(x, weight, residual, low_rank)
+    }
+}
+
+pub(super) fn portable(
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    residual: Option<Tensor<2>>,
+    low_rank: Option<LowRank>,
+) -> Tensor<2> {
+    let mut y = x.clone().matmul(weight.transpose());
+    if let Some(residual) = residual {
+        y = residual + y;
+    }
+    let Some(LowRank { a, b, scale, parts }) = low_rank else { return y };
+    let [tokens, input] = x.dims();
+    let rank = b.dims()[1];
+    for (i, (part, b_rows)) in parts.iter().zip(LowRank::b_rows(&parts)).enumerate() {
+        let a = a.clone().slice([i * rank..(i + 1) * rank, 0..input]);
+        let b = b.clone().slice([b_rows, 0..rank]);
+        let dropped = match part.dropout {
+            Some(dropout) => x.clone() * mask(dropout, &x),
+            None => x.clone(),
+        };
+        let update = dropped.matmul(a.transpose()).matmul(b.transpose()).mul_scalar(scale);
+        let columns = [0..tokens, part.outputs.clone()];
+        let sum = y.clone().slice(columns.clone()) + update;
+        y = y.slice_assign(columns, sum);
+    }
+    y
+}
+
+/// The dropout factors of every element of `x`, made on the host so that all devices agree.
+fn mask(dropout: Dropout, x: &Tensor<2>) -> Tensor<2> {
+    let [tokens, width] = x.dims();
+    let factors: Vec<f32> = (0..tokens * width).map(|index| dropout.factor(index)).collect();
+    Tensor::from_data(TensorData::new(factors, [tokens, width]), &x.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_gradients_equal, random};
+
+    /// Compares both forms: inputs are x, W, residual, and A and B when there are `parts`.
+    fn assert_forms_equal(
+        [tokens, input, output]: [usize; 3],
+        rank: usize,
+        parts: &[LowRankPart],
+        with_residual: bool,
+    ) {
+        let adapted = parts.iter().map(|part| part.outputs.len()).sum();
+        let mut inputs = vec![random([tokens, input], 1), random([output, input], 2)];
+        if with_residual {
+            inputs.push(random([tokens, output], 3));
+        }
+        if !parts.is_empty() {
+            inputs.push(random([parts.len() * rank, input], 4));
+            inputs.push(random([adapted, rank], 5));
+        }
+        let call = |form: fn(_, _, _, _) -> Tensor<2>, inputs: &[Tensor<2>]| {
+            let mut rest = inputs[2..].iter().cloned();
+            let residual = with_residual.then(|| rest.next().unwrap());
+            let low_rank = rest.next().map(|a| LowRank {
+                a,
+                b: rest.next().unwrap(),
+                scale: 0.7,
+                parts: parts.into(),
+            });
+            form(inputs[0].clone(), inputs[1].clone(), residual, low_rank)
+        };
+        assert_gradients_equal(
+            &inputs,
+            |inputs| call(cpu::linear::linear, inputs),
+            |inputs| call(portable, inputs),
+        );
+    }
+
+    fn part(outputs: Range<usize>) -> LowRankPart {
+        LowRankPart { outputs, dropout: None }
+    }
+
+    #[test]
+    fn plain_projection_equals_the_portable_form() {
+        assert_forms_equal([7, 5, 9], 0, &[], false);
+        assert_forms_equal([1, 5, 9], 0, &[], true);
+    }
+
+    #[test]
+    fn adapters_on_all_of_three_concatenated_projections() {
+        assert_forms_equal([7, 12, 21], 4, &[part(0..9), part(9..15), part(15..21)], false);
+    }
+
+    #[test]
+    fn adapters_on_the_outer_two_of_three_projections_with_residual() {
+        assert_forms_equal([6, 10, 20], 3, &[part(0..9), part(15..20)], true);
+    }
+
+    #[test]
+    fn rank_above_the_width_is_computed_too() {
+        assert_forms_equal([4, 3, 5], 8, &[part(0..5)], false);
+    }
+
+    #[test]
+    fn dropout_masks_differ_by_part_and_return_in_the_backward_pass() {
+        let parts = [
+            LowRankPart { outputs: 0..6, dropout: Some(Dropout::new(0.3, 11)) },
+            LowRankPart { outputs: 6..10, dropout: Some(Dropout::new(0.3, 12)) },
+        ];
+        assert_forms_equal([9, 8, 10], 2, &parts, true);
+    }
+}

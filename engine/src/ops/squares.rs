@@ -1,0 +1,33 @@
+//! Σ x², for gradient norms.
+
+use burn::tensor::Tensor;
+
+use super::{cpu, on_cpu};
+use crate::error::EngineError;
+use crate::parameter::read;
+
+/// Σ x² of a tensor without autodiff. On the CPU it is summed in f64; elsewhere the device sums
+/// in f32.
+///
+/// # Errors
+/// [`EngineError::Device`] when the device fails.
+pub(crate) fn sum_of_squares(x: &Tensor<2>) -> Result<f64, EngineError> {
+    if on_cpu(x) { Ok(cpu::squares::sum_of_squares(x)) } else { portable(x) }
+}
+
+pub(super) fn portable(x: &Tensor<2>) -> Result<f64, EngineError> {
+    Ok(f64::from(read(x.clone().square().sum())?[0]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::random;
+
+    #[test]
+    fn cpu_form_over_several_blocks_equals_the_portable_form() {
+        let x = random([300, 301], 1);
+        let (sum, expected) = (sum_of_squares(&x).unwrap(), portable(&x).unwrap());
+        assert!((sum / expected - 1.0).abs() < 1e-5, "{sum} {expected}");
+    }
+}

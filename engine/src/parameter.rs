@@ -1,0 +1,251 @@
+//! The tensors of a model: how they are stored, what they are called outside, their gradients.
+
+use std::collections::HashMap;
+use std::ops::{Index, Range};
+
+use burn::tensor::{Gradients, Tensor, TensorData};
+
+use crate::error::EngineError;
+
+/// A tensor as files and checkpoints know it: Hugging Face's or PEFT's name, f32 values, row major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NamedTensor {
+    /// For example `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// `[out, in]` for a projection, `[n]` for a norm.
+    pub shape: Vec<usize>,
+    /// Values, the last dimension fastest.
+    pub data: Vec<f32>,
+}
+
+/// Position of a parameter in [`Parameters`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ParameterId(usize);
+
+/// One public tensor inside a stored one: a range of its rows.
+///
+/// The weights of q, k and v are stored as one matrix, so that one GEMM computes all three; as
+/// every weight is `[out, in]`, each is a range of rows and keeps its name, values and layout.
+#[derive(Debug, Clone)]
+pub(crate) struct NamedRows {
+    pub(crate) name: String,
+    pub(crate) rows: Range<usize>,
+    /// The public shape; its product is `rows.len() · columns`.
+    pub(crate) shape: Vec<usize>,
+}
+
+/// A stored tensor `[rows, columns]`; a vector is stored as one row, so all have one rank.
+#[derive(Debug)]
+pub(crate) struct Parameter {
+    /// With autodiff; a leaf that requires its gradient exactly when `trainable`.
+    value: Tensor<2>,
+    /// Σ of the gradients since the last update, without autodiff.
+    gradient: Option<Tensor<2>>,
+    trainable: bool,
+    names: Vec<NamedRows>,
+}
+
+/// All tensors of a model, in a fixed order: what every sum over parameters follows.
+#[derive(Debug, Default)]
+pub(crate) struct Parameters {
+    entries: Vec<Parameter>,
+}
+
+impl Index<ParameterId> for Parameters {
+    type Output = Tensor<2>;
+
+    fn index(&self, id: ParameterId) -> &Tensor<2> {
+        &self.entries[id.0].value
+    }
+}
+
+impl Parameters {
+    /// Stores a tensor that carries no autodiff.
+    pub(crate) fn push(
+        &mut self,
+        value: Tensor<2>,
+        trainable: bool,
+        names: Vec<NamedRows>,
+    ) -> ParameterId {
+        let value = value.autodiff().set_require_grad(trainable);
+        self.entries.push(Parameter { value, gradient: None, trainable, names });
+        ParameterId(self.entries.len() - 1)
+    }
+
+    /// The same values as constants: what evaluation and generation run on.
+    pub(crate) fn frozen(&self) -> Self {
+        let freeze = |entry: &Parameter| Parameter {
+            value: entry.value.clone().inner().autodiff(),
+            gradient: None,
+            trainable: false,
+            names: Vec::new(),
+        };
+        Self { entries: self.entries.iter().map(freeze).collect() }
+    }
+
+    /// The parameters that train.
+    pub(crate) fn trainable(&self) -> impl Iterator<Item = &Parameter> {
+        self.entries.iter().filter(|entry| entry.trainable)
+    }
+
+    /// The parameters that train, to be changed.
+    pub(crate) fn trainable_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
+        self.entries.iter_mut().filter(|entry| entry.trainable)
+    }
+
+    /// Moves the gradients of a backward pass into the accumulated ones.
+    pub(crate) fn accumulate(&mut self, gradients: &mut Gradients) {
+        for entry in self.trainable_mut() {
+            if let Some(new) = entry.value.grad_remove(gradients) {
+                entry.gradient = Some(match entry.gradient.take() {
+                    Some(sum) => sum + new,
+                    None => new,
+                });
+            }
+        }
+    }
+
+    /// The public tensors of all parameters that train.
+    pub(crate) fn named(&self) -> Result<Vec<NamedTensor>, EngineError> {
+        let mut tensors = Vec::new();
+        for entry in self.trainable() {
+            entry.split(&entry.value, "", &mut tensors)?;
+        }
+        Ok(tensors)
+    }
+
+    /// Replaces the values of all parameters that train; nothing changes when `tensors` does not
+    /// fit.
+    pub(crate) fn assign(&mut self, tensors: Vec<NamedTensor>) -> Result<(), EngineError> {
+        let mut source = NamedSource::new(tensors)?;
+        let values = self
+            .trainable()
+            .map(|entry| entry.join("", &mut |name, shape| source.take(name, shape)))
+            .collect::<Result<Vec<_>, _>>()?;
+        source.finish()?;
+        for (entry, value) in self.trainable_mut().zip(values) {
+            entry.update(|_| value);
+        }
+        Ok(())
+    }
+}
+
+impl Parameter {
+    /// Rows and columns as stored.
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        self.value.dims()
+    }
+
+    pub(crate) fn value(&self) -> &Tensor<2> {
+        &self.value
+    }
+
+    pub(crate) fn gradient(&self) -> Option<&Tensor<2>> {
+        self.gradient.as_ref()
+    }
+
+    /// Takes the accumulated gradient, leaving none.
+    pub(crate) fn take_gradient(&mut self) -> Option<Tensor<2>> {
+        self.gradient.take()
+    }
+
+    /// Replaces the value by what `update` makes of it. `update` receives it without autodiff and,
+    /// as nothing else holds it then, may work in place.
+    pub(crate) fn update(&mut self, update: impl FnOnce(Tensor<2>) -> Tensor<2>) {
+        // A placeholder of one element stands in while the value is away.
+        let placeholder = Tensor::zeros([1, 1], &self.value.device());
+        let value = std::mem::replace(&mut self.value, placeholder).inner();
+        self.value = update(value).autodiff().set_require_grad(self.trainable);
+    }
+
+    /// Appends the public tensors inside `stored`, a tensor of this parameter's shape, each name
+    /// behind `prefix`.
+    pub(crate) fn split(
+        &self,
+        stored: &Tensor<2>,
+        prefix: &str,
+        tensors: &mut Vec<NamedTensor>,
+    ) -> Result<(), EngineError> {
+        let values = read(stored.clone())?;
+        let columns = self.dims()[1];
+        tensors.extend(self.names.iter().map(|named| NamedTensor {
+            name: format!("{prefix}{}", named.name),
+            shape: named.shape.clone(),
+            data: values[named.rows.start * columns..named.rows.end * columns].to_vec(),
+        }));
+        Ok(())
+    }
+
+    /// Rebuilds a stored tensor from its public ones, taking each from `source` by name.
+    pub(crate) fn join(
+        &self,
+        prefix: &str,
+        source: &mut impl FnMut(&str, &[usize]) -> Result<Vec<f32>, EngineError>,
+    ) -> Result<Tensor<2>, EngineError> {
+        let mut values = Vec::with_capacity(self.dims().iter().product());
+        for named in &self.names {
+            values.extend(source(&format!("{prefix}{}", named.name), &named.shape)?);
+        }
+        let device = self.value.device().inner();
+        Ok(Tensor::from_data(TensorData::new(values, self.dims()), &device))
+    }
+}
+
+/// Copies a tensor's values to the host.
+pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, EngineError> {
+    tensor
+        .inner()
+        .try_into_data()
+        .map_err(|error| EngineError::Device(format!("reading a tensor failed: {error:?}")))?
+        .try_into_vec::<f32>()
+        .map_err(|error| EngineError::Device(format!("reading a tensor failed: {error:?}")))
+}
+
+/// Tensors looked up by name, each exactly once.
+pub(crate) struct NamedSource {
+    tensors: HashMap<String, NamedTensor>,
+}
+
+impl NamedSource {
+    /// # Errors
+    /// [`EngineError::Checkpoint`] when two tensors share a name.
+    pub(crate) fn new(tensors: Vec<NamedTensor>) -> Result<Self, EngineError> {
+        let mut by_name = HashMap::with_capacity(tensors.len());
+        for tensor in tensors {
+            if let Some(first) = by_name.insert(tensor.name.clone(), tensor) {
+                return Err(EngineError::Checkpoint(format!(
+                    "tensor {} is there twice",
+                    first.name
+                )));
+            }
+        }
+        Ok(Self { tensors: by_name })
+    }
+
+    /// The values of the tensor `name`, which must have `shape`.
+    pub(crate) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
+        let tensor = self
+            .tensors
+            .remove(name)
+            .ok_or_else(|| EngineError::Checkpoint(format!("tensor {name} is missing")))?;
+        if tensor.shape != shape || tensor.data.len() != shape.iter().product::<usize>() {
+            return Err(EngineError::Checkpoint(format!(
+                "tensor {name} has shape {:?} with {} values, but the model needs {shape:?}",
+                tensor.shape,
+                tensor.data.len()
+            )));
+        }
+        Ok(tensor.data)
+    }
+
+    /// # Errors
+    /// [`EngineError::Checkpoint`] naming a tensor that nothing asked for.
+    pub(crate) fn finish(self) -> Result<(), EngineError> {
+        match self.tensors.into_keys().min() {
+            Some(name) => Err(EngineError::Checkpoint(format!(
+                "tensor {name} belongs to no trainable tensor of the model"
+            ))),
+            None => Ok(()),
+        }
+    }
+}

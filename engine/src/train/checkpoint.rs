@@ -1,0 +1,209 @@
+//! Checkpoint directories: `weights/` for people and `state/` to resume from.
+//!
+//! A directory is written under a temporary name, synced and renamed, so one that has its name is
+//! whole. `weights/` holds the exact f32 bits of the trainable tensors, so `state/` does not
+//! repeat them.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_core::protocol::TrainRequest;
+use tunesmith_core::weights::ADAPTER_WEIGHTS_NAME;
+
+use super::TrainOptions;
+use crate::error::EngineError;
+use crate::export::{self, JobFacts, safetensors};
+use crate::model::{OptimizerState, TrainableModel};
+use crate::model_directory::{CONFIG, read_json};
+
+/// The half of a checkpoint that people download.
+pub const WEIGHTS_DIR: &str = "weights";
+/// The half of a checkpoint that a run goes on from.
+pub const STATE_DIR: &str = "state";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const TRAINER_FILE: &str = "trainer.json";
+/// Raised when an older checkpoint can no longer be read.
+const FORMAT: u32 = 1;
+
+/// Where a run stands between two steps; everything else is a function of the request.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Tokens seen in training.
+    pub tokens: u64,
+    /// Training time so far.
+    pub elapsed_seconds: f64,
+    /// Loss on the validation rows before the first step.
+    pub initial_valid_loss: Option<f64>,
+    /// The lowest validation loss so far, and the step after which it was measured.
+    pub best: Option<BestStep>,
+}
+
+/// The step with the lowest validation loss.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct BestStep {
+    /// Counted from 1.
+    pub step: u64,
+    /// The loss after that step.
+    pub valid_loss: f64,
+}
+
+/// `trainer.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct TrainerFile {
+    format: u32,
+    fingerprint: String,
+    optimizer_step: u64,
+    progress: Progress,
+}
+
+/// What two runs must share for one to go on where the other stopped: a hash over the job's
+/// spec, its files, the base model's architecture and the way that rows become batches.
+pub(super) fn fingerprint(
+    request: &TrainRequest,
+    options: &TrainOptions,
+) -> Result<String, EngineError> {
+    let mut hash = Sha256::new();
+    let spec = serde_json::to_vec(&request.spec)
+        .map_err(|error| EngineError::Checkpoint(format!("the job's spec: {error}")))?;
+    let batches = format!("{options:?}");
+    for part in [spec.as_slice(), batches.as_bytes()] {
+        hash.update(Sha256::digest(part));
+    }
+    let config = request.base_model_dir.join(CONFIG);
+    let files = [Some(&config), Some(&request.training_file), request.validation_file.as_ref()];
+    for file in files.into_iter().flatten() {
+        hash.update(hash_file(file)?);
+    }
+    Ok(hex::encode(hash.finalize()))
+}
+
+fn hash_file(path: &Path) -> Result<Vec<u8>, EngineError> {
+    let mut file = File::open(path).map_err(EngineError::io(path))?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer).map_err(EngineError::io(path))?;
+        if read == 0 {
+            return Ok(hash.finalize().to_vec());
+        }
+        hash.update(&buffer[..read]);
+    }
+}
+
+/// Writes checkpoints of one run.
+#[derive(Debug)]
+pub(super) struct Writer<'a> {
+    pub(super) request: &'a TrainRequest,
+    pub(super) fingerprint: &'a str,
+}
+
+impl Writer<'_> {
+    /// Writes `checkpoint-{step}` in the output directory and returns its path.
+    pub(super) fn write(
+        &self,
+        model: &TrainableModel,
+        progress: &Progress,
+        facts: &JobFacts,
+    ) -> Result<PathBuf, EngineError> {
+        let output_dir = &self.request.output_dir;
+        let dir = output_dir.join(format!("checkpoint-{}", progress.step));
+        let partial = output_dir.join(format!("checkpoint-{}.partial", progress.step));
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(EngineError::io(&partial))?;
+        }
+        let weights = partial.join(WEIGHTS_DIR);
+        let state = partial.join(STATE_DIR);
+        for dir in [&weights, &state] {
+            fs::create_dir_all(dir).map_err(EngineError::io(dir))?;
+        }
+        export::write_weights(
+            &self.request.base_model_dir,
+            &self.request.spec.hyperparameters.adapter,
+            model.trainable_tensors()?,
+            facts,
+            &weights,
+        )?;
+        let optimizer = model.optimizer_tensors()?;
+        safetensors::write(&state.join(OPTIMIZER_FILE), optimizer.tensors)?;
+        let trainer = TrainerFile {
+            format: FORMAT,
+            fingerprint: self.fingerprint.to_owned(),
+            optimizer_step: optimizer.step,
+            progress: progress.clone(),
+        };
+        let path = state.join(TRAINER_FILE);
+        let json = serde_json::to_vec_pretty(&trainer)
+            .map_err(|error| EngineError::Checkpoint(format!("{}: {error}", path.display())))?;
+        fs::write(&path, json).map_err(EngineError::io(&path))?;
+
+        sync_tree(&partial)?;
+        fs::rename(&partial, &dir).map_err(EngineError::io(&dir))?;
+        sync(output_dir)?;
+        Ok(dir)
+    }
+}
+
+/// Brings `model` to where the checkpoint in `dir` was written. For full fine-tuning, whose
+/// checkpoints are whole models, `model` must have been loaded from [`model_dir`].
+pub(super) fn resume(
+    dir: &Path,
+    adapter: AdapterType,
+    fingerprint: &str,
+    model: &mut TrainableModel,
+) -> Result<Progress, EngineError> {
+    let path = dir.join(STATE_DIR).join(TRAINER_FILE);
+    let broken =
+        |problem: String| EngineError::Checkpoint(format!("{}: {problem}", path.display()));
+    let json = read_json(&path)?;
+    if json["format"] != FORMAT {
+        return Err(broken(format!(
+            "the checkpoint has format {}, and this version reads format {FORMAT}: start the job \
+             afresh",
+            json["format"]
+        )));
+    }
+    let trainer: TrainerFile =
+        serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
+    if trainer.fingerprint != fingerprint {
+        return Err(broken(
+            "the checkpoint belongs to other hyperparameters, another base model or other files: \
+             going on from it would be neither job"
+                .to_owned(),
+        ));
+    }
+    if adapter == AdapterType::Lora {
+        let adapter = dir.join(WEIGHTS_DIR).join(ADAPTER_WEIGHTS_NAME);
+        model.load_trainable_tensors(safetensors::read(&adapter)?)?;
+    }
+    let tensors = safetensors::read(&dir.join(STATE_DIR).join(OPTIMIZER_FILE))?;
+    model.load_optimizer_tensors(OptimizerState { step: trainer.optimizer_step, tensors })?;
+    Ok(trainer.progress)
+}
+
+/// The directory to load a model from: the base model's, or the checkpoint's own where a whole
+/// model is trained.
+pub(super) fn model_dir(request: &TrainRequest) -> PathBuf {
+    match (&request.resume_from, request.spec.hyperparameters.adapter.kind) {
+        (Some(checkpoint), AdapterType::Full) => checkpoint.join(WEIGHTS_DIR),
+        _ => request.base_model_dir.clone(),
+    }
+}
+
+/// Syncs every file under `dir`, and the directories themselves.
+fn sync_tree(dir: &Path) -> Result<(), EngineError> {
+    for entry in fs::read_dir(dir).map_err(EngineError::io(dir))? {
+        let path = entry.map_err(EngineError::io(dir))?.path();
+        if path.is_dir() { sync_tree(&path)? } else { sync(&path)? }
+    }
+    sync(dir)
+}
+
+fn sync(path: &Path) -> Result<(), EngineError> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(EngineError::io(path))
+}

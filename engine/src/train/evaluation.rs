@@ -1,0 +1,62 @@
+//! The loss on rows that do not train.
+
+use tunesmith_core::dataset::TokenizedRow;
+
+use super::StopFlag;
+use crate::batch::{Batch, BatchOutcome};
+use crate::data::batching::Batching;
+use crate::error::EngineError;
+use crate::model::TrainableModel;
+
+/// A mean over a set of rows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Evaluation {
+    /// Σ wᵢ·NLLᵢ / Σ wᵢ.
+    pub(super) loss: f64,
+    /// Share of the targets' weight whose token was also the most likely one.
+    pub(super) accuracy: f64,
+}
+
+impl From<BatchOutcome> for Evaluation {
+    fn from(sum: BatchOutcome) -> Self {
+        Self { loss: sum.weighted_nll / sum.weight, accuracy: sum.weighted_correct / sum.weight }
+    }
+}
+
+/// Validation rows, laid out as batches once.
+#[derive(Debug)]
+pub(super) struct ValidationSet {
+    batches: Vec<Batch>,
+}
+
+impl ValidationSet {
+    pub(super) fn new(rows: &[TokenizedRow], tokens_per_pass: usize) -> Self {
+        let all: Vec<usize> = (0..rows.len()).collect();
+        let batching = Batching { batch_size: usize::MAX, packing: true, tokens_per_pass };
+        Self { batches: batching.micro_batches(rows, &all) }
+    }
+
+    /// The mean over all rows; `None` when there is no row.
+    pub(super) fn evaluate(
+        &self,
+        model: &TrainableModel,
+    ) -> Result<Option<Evaluation>, EngineError> {
+        self.evaluate_unless(&StopFlag::default(), model)
+    }
+
+    /// As [`ValidationSet::evaluate`], but `None` too when `stop` is set on the way.
+    pub(super) fn evaluate_unless(
+        &self,
+        stop: &StopFlag,
+        model: &TrainableModel,
+    ) -> Result<Option<Evaluation>, EngineError> {
+        let mut sum = BatchOutcome::default();
+        for batch in &self.batches {
+            if stop.is_set() {
+                return Ok(None);
+            }
+            sum += model.evaluate(batch)?;
+        }
+        Ok((!self.batches.is_empty()).then(|| sum.into()))
+    }
+}

@@ -1,0 +1,338 @@
+//! One run: steps, evaluations, checkpoints, and their reports.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use tunesmith_core::dataset::TokenizedRow;
+use tunesmith_core::hyperparameters::ResolvedHyperparameters;
+use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainRequest};
+
+use super::checkpoint::{self, BestStep, Progress};
+use super::dataset::Dataset;
+use super::evaluation::{Evaluation, ValidationSet};
+use super::{Outcome, Sink, StopFlag, TrainOptions};
+use crate::batch::{Batch, BatchOutcome};
+use crate::data::batching::Batching;
+use crate::data::sampler::Sampler;
+use crate::device::Device;
+use crate::error::EngineError;
+use crate::export::JobFacts;
+use crate::model::TrainableModel;
+use crate::ops::dropout::DropoutKey;
+use crate::optim::adamw::AdamWParams;
+use crate::optim::schedule::learning_rate_factor;
+
+/// Line numbers that an error message lists before it says how many more there are.
+const LISTED_LINES: usize = 10;
+
+/// A run with everything loaded.
+pub(super) struct Run<'a> {
+    request: &'a TrainRequest,
+    fingerprint: String,
+    device: Device,
+    model: TrainableModel,
+    train: Vec<TokenizedRow>,
+    valid_rows: usize,
+    truncated_rows: usize,
+    validation: ValidationSet,
+    sampler: Sampler,
+    batching: Batching,
+    warmup_steps: u64,
+    total_steps: u64,
+    resumed_from_step: u64,
+    progress: Progress,
+}
+
+/// What one update showed, before it is a report.
+struct Update {
+    train: Evaluation,
+    learning_rate: f64,
+    grad_norm: f64,
+    tokens: u64,
+    seconds: f64,
+}
+
+impl<'a> Run<'a> {
+    /// Loads the data, the model and, where there is one, the checkpoint to go on from.
+    pub(super) fn prepare(
+        request: &'a TrainRequest,
+        options: &TrainOptions,
+    ) -> Result<Self, EngineError> {
+        let spec = &request.spec;
+        let hyperparameters = &spec.hyperparameters;
+        let device = Device::parse(&request.device)?;
+        let data = Dataset::load(request)?;
+        let fingerprint = checkpoint::fingerprint(request, options)?;
+        let mut model = TrainableModel::load(
+            &checkpoint::model_dir(request),
+            &hyperparameters.adapter,
+            spec.seed,
+            &device,
+        )?;
+        let progress = match &request.resume_from {
+            Some(dir) => {
+                checkpoint::resume(dir, hyperparameters.adapter.kind, &fingerprint, &mut model)?
+            }
+            None => Progress::default(),
+        };
+        let total_steps = hyperparameters.total_steps(data.train.len());
+        Ok(Self {
+            request,
+            fingerprint,
+            device,
+            model,
+            valid_rows: data.valid.len(),
+            truncated_rows: data.truncated(),
+            validation: ValidationSet::new(&data.valid, options.tokens_per_pass),
+            sampler: Sampler {
+                rows: data.train.len(),
+                rows_per_step: hyperparameters.rows_per_step() as usize,
+                seed: spec.seed,
+                order: options.order,
+            },
+            train: data.train,
+            batching: Batching {
+                batch_size: hyperparameters.batch_size as usize,
+                packing: hyperparameters.packing,
+                tokens_per_pass: options.tokens_per_pass,
+            },
+            warmup_steps: warmup_steps(hyperparameters, total_steps),
+            total_steps,
+            resumed_from_step: progress.step,
+            progress,
+        })
+    }
+
+    /// Trains to the end, or until `stop`.
+    pub(super) fn run(mut self, stop: &StopFlag, sink: Sink<'_>) -> Result<Outcome, EngineError> {
+        if self.progress.step == 0 {
+            let initial = self
+                .validation
+                .evaluate_unless(stop, &self.model)
+                .map_err(|error| self.at_step(error, "validation loss", None))?;
+            self.progress.initial_valid_loss = initial.map(|evaluation| evaluation.loss);
+        }
+        self.report(sink, FromTrainer::Started(self.started()))?;
+        let began = Instant::now();
+        let elapsed_before = self.progress.elapsed_seconds;
+        while self.progress.step < self.total_steps {
+            if stop.is_set() {
+                self.stop(sink)?;
+                return Ok(Outcome::Stopped);
+            }
+            let update = self.update()?;
+            self.progress.step += 1;
+            self.progress.tokens += update.tokens;
+            let (valid, full_valid) = self.evaluate()?;
+            self.progress.elapsed_seconds = elapsed_before + began.elapsed().as_secs_f64();
+            let metrics = self.metrics(&update, valid, full_valid);
+            self.report(sink, FromTrainer::Step(metrics.clone()))?;
+            if self.checkpoint_is_due() {
+                let dir = self.write_checkpoint()?;
+                let written = self.written(dir, Some(metrics), false);
+                self.report(sink, written)?;
+            }
+        }
+        let trained_tokens = self.progress.tokens;
+        self.report(sink, FromTrainer::Finished { trained_tokens })?;
+        Ok(Outcome::Finished { trained_tokens })
+    }
+
+    /// One optimiser step.
+    fn update(&mut self) -> Result<Update, EngineError> {
+        let began = Instant::now();
+        let step = self.progress.step;
+        let hyperparameters = &self.request.spec.hyperparameters;
+        let batches = self.batching.micro_batches(&self.train, &self.sampler.rows_of_step(step));
+        // The denominator covers the whole step, so that how the step is cut, and a last shorter
+        // step, change nothing of what a token counts.
+        let scale = 1.0 / batches.iter().map(Batch::total_weight).sum::<f64>();
+        let mut sum = BatchOutcome::default();
+        for (micro_batch, batch) in batches.iter().enumerate() {
+            let key =
+                DropoutKey { seed: self.request.spec.seed, step, micro_batch: micro_batch as u64 };
+            sum += self
+                .model
+                .forward_backward(batch, scale, key)
+                .map_err(|error| self.at_step(error, "training loss", Some(&batch.rows)))?;
+        }
+        let learning_rate = hyperparameters.learning_rate
+            * learning_rate_factor(
+                hyperparameters.lr_scheduler,
+                step,
+                self.warmup_steps,
+                self.total_steps,
+            );
+        let params = AdamWParams {
+            learning_rate,
+            weight_decay: hyperparameters.weight_decay,
+            ..AdamWParams::default()
+        };
+        let max_grad_norm =
+            (hyperparameters.max_grad_norm > 0.0).then_some(hyperparameters.max_grad_norm);
+        let grad_norm = self.model.optimizer_step(&params, max_grad_norm).map_err(|error| {
+            let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.clone()).collect();
+            self.at_step(error, "gradient", Some(&rows))
+        })?;
+        Ok(Update {
+            train: sum.into(),
+            learning_rate,
+            grad_norm,
+            tokens: batches.iter().map(|batch| batch.tokens() as u64).sum(),
+            seconds: began.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The validation loss, where this step asks for it, and again as the full one where an epoch
+    /// or the run ends.
+    fn evaluate(&mut self) -> Result<(Option<Evaluation>, Option<Evaluation>), EngineError> {
+        let step = self.progress.step;
+        let is_last = step == self.total_steps;
+        let ends_epoch = is_last || step.is_multiple_of(self.sampler.steps_per_epoch());
+        let is_due = step.is_multiple_of(self.request.spec.hyperparameters.eval_steps);
+        if !(ends_epoch || is_due) {
+            return Ok((None, None));
+        }
+        let evaluation = self
+            .validation
+            .evaluate(&self.model)
+            .map_err(|error| self.at_step(error, "validation loss", None))?;
+        if let Some(Evaluation { loss, .. }) = evaluation
+            && self.progress.best.is_none_or(|best| loss < best.valid_loss)
+        {
+            self.progress.best = Some(BestStep { step, valid_loss: loss });
+        }
+        Ok((evaluation.filter(|_| is_due || is_last), evaluation.filter(|_| ends_epoch)))
+    }
+
+    fn metrics(
+        &self,
+        update: &Update,
+        valid: Option<Evaluation>,
+        full_valid: Option<Evaluation>,
+    ) -> StepMetrics {
+        StepMetrics {
+            step: self.progress.step,
+            epoch: self.progress.step as f64 / self.sampler.steps_per_epoch() as f64,
+            train_loss: update.train.loss,
+            train_mean_token_accuracy: update.train.accuracy,
+            valid_loss: valid.map(|evaluation| evaluation.loss),
+            valid_mean_token_accuracy: valid.map(|evaluation| evaluation.accuracy),
+            full_valid_loss: full_valid.map(|evaluation| evaluation.loss),
+            full_valid_mean_token_accuracy: full_valid.map(|evaluation| evaluation.accuracy),
+            learning_rate: update.learning_rate,
+            grad_norm: update.grad_norm,
+            tokens: self.progress.tokens,
+            tokens_per_second: update.tokens as f64 / update.seconds,
+            elapsed_seconds: self.progress.elapsed_seconds,
+        }
+    }
+
+    fn started(&self) -> Started {
+        Started {
+            total_steps: self.total_steps,
+            resumed_from_step: self.resumed_from_step,
+            train_rows: self.train.len() as u64,
+            valid_rows: self.valid_rows as u64,
+            truncated_rows: self.truncated_rows as u64,
+            initial_valid_loss: self.progress.initial_valid_loss,
+            device: self.device.to_string(),
+        }
+    }
+
+    fn checkpoint_is_due(&self) -> bool {
+        let step = self.progress.step;
+        let every = self.request.spec.hyperparameters.checkpoint_steps;
+        step == self.total_steps || step.is_multiple_of(every)
+    }
+
+    /// Leaves a checkpoint to go on from, unless the one of this very step is there already.
+    fn stop(&self, sink: Sink<'_>) -> Result<(), EngineError> {
+        let step = self.progress.step;
+        let is_kept = step == self.resumed_from_step || self.checkpoint_is_due();
+        if !is_kept {
+            let dir = self.write_checkpoint()?;
+            self.report(sink, self.written(dir, None, true))?;
+        }
+        self.report(sink, FromTrainer::Stopped)
+    }
+
+    fn write_checkpoint(&self) -> Result<PathBuf, EngineError> {
+        let writer = checkpoint::Writer { request: self.request, fingerprint: &self.fingerprint };
+        let facts = JobFacts {
+            job: self.request.job_id.as_str(),
+            spec: &self.request.spec,
+            step: self.progress.step,
+            total_steps: self.total_steps,
+            trained_tokens: self.progress.tokens,
+            initial_valid_loss: self.progress.initial_valid_loss,
+            best: self.progress.best,
+        };
+        writer.write(&self.model, &self.progress, &facts)
+    }
+
+    fn written(
+        &self,
+        dir: PathBuf,
+        metrics: Option<StepMetrics>,
+        for_resume_only: bool,
+    ) -> FromTrainer {
+        let step = self.progress.step;
+        FromTrainer::Checkpoint(CheckpointWritten { step, dir, metrics, for_resume_only })
+    }
+
+    fn report(&self, sink: Sink<'_>, message: FromTrainer) -> Result<(), EngineError> {
+        sink(message).map_err(EngineError::Report)
+    }
+
+    /// Tells of numbers gone wrong where they did: in which step and in which rows.
+    fn at_step(&self, error: EngineError, what: &str, rows: Option<&[usize]>) -> EngineError {
+        let EngineError::Numeric(cause) = error else { return error };
+        let place = match (rows, self.progress.step) {
+            (Some(rows), done) => {
+                let lines = rows.iter().map(|&row| self.train[row].line).collect();
+                format!("Step {}: the {what} on {}", done + 1, lines_in_words(lines))
+            }
+            (None, 0) => format!("Before step 1: the {what}"),
+            (None, done) => format!("After step {done}: the {what}"),
+        };
+        EngineError::Numeric(format!(
+            "{place} is no longer a finite number ({cause}). Lower learning_rate (now {}) or set \
+             max_grad_norm (now {}); if it fails again at these rows, look at them.",
+            self.request.spec.hyperparameters.learning_rate,
+            self.request.spec.hyperparameters.max_grad_norm,
+        ))
+    }
+}
+
+/// Steps in which the learning rate rises; rounded, so that a short run is not all warm-up.
+fn warmup_steps(hyperparameters: &ResolvedHyperparameters, total_steps: u64) -> u64 {
+    (hyperparameters.warmup_ratio * total_steps as f64).round() as u64
+}
+
+fn lines_in_words(mut lines: Vec<usize>) -> String {
+    lines.sort_unstable();
+    let listed: Vec<String> = lines.iter().take(LISTED_LINES).map(usize::to_string).collect();
+    let noun = if lines.len() == 1 { "line" } else { "lines" };
+    let more = match lines.len().saturating_sub(LISTED_LINES) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{noun} {}{more} of the training file", listed.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_lines_are_listed_in_order_and_then_counted() {
+        assert_eq!(lines_in_words(vec![7]), "line 7 of the training file");
+        assert_eq!(lines_in_words(vec![9, 2]), "lines 2, 9 of the training file");
+        assert_eq!(
+            lines_in_words((1..=12).rev().collect()),
+            "lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more of the training file"
+        );
+    }
+}

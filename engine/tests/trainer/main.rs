@@ -1,0 +1,8 @@
+//! The trainer from its request to its files, on tiny random models.
+
+mod child;
+mod export;
+mod import;
+mod resume;
+mod support;
+mod training;

@@ -1,0 +1,146 @@
+//! A run that stops, or is killed, and goes on ends with the bits of one that ran through.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::protocol::TrainRequest;
+use tunesmith_engine::EngineError;
+use tunesmith_engine::train::{Outcome, TrainOptions};
+
+use crate::support::{Bench, Transcript, chat_rows, finish, read_safetensors, run};
+
+/// The numbers of a step without its times.
+fn timeless(steps: &[StepMetrics]) -> Vec<StepMetrics> {
+    let timeless = |step: &StepMetrics| StepMetrics {
+        tokens_per_second: 0.0,
+        elapsed_seconds: 0.0,
+        ..step.clone()
+    };
+    steps.iter().map(timeless).collect()
+}
+
+/// The bits of every tensor in a checkpoint's weights and optimiser state.
+fn bits(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
+    let mut bits = BTreeMap::new();
+    for part in ["weights", "state"] {
+        for entry in fs::read_dir(checkpoint.join(part)).expect("directory") {
+            let path = entry.expect("entry").path();
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
+                for (name, (_, values)) in read_safetensors(&path) {
+                    let values = values.iter().map(|value| value.to_bits()).collect();
+                    bits.insert(format!("{part}/{name}"), values);
+                }
+            }
+        }
+    }
+    bits
+}
+
+/// Ten steps, three an epoch, with a checkpoint every two: step 4 lies in the middle of epoch 2.
+fn ten_steps(adapter: Value) -> Value {
+    json!({
+        "batch_size": 2, "gradient_accumulation_steps": 2, "n_epochs": 10, "max_steps": 10,
+        "learning_rate": 5e-3, "checkpoint_steps": 2, "eval_steps": 3, "validation_split": 0.1,
+        "weight_decay": 0.01, "adapter": adapter,
+    })
+}
+
+fn resumed(bench: &Bench, name: &str, fields: &Value, from: &Path) -> TrainRequest {
+    TrainRequest { resume_from: Some(from.to_owned()), ..bench.request(name, fields) }
+}
+
+fn check_equal(straight: &Transcript, first: &Transcript, second: &Transcript, step: u64) {
+    assert_eq!(second.started().resumed_from_step, step);
+    assert_eq!(second.started().initial_valid_loss, straight.started().initial_valid_loss);
+    let done = first.steps.iter().filter(|metrics| metrics.step <= step).cloned();
+    let together: Vec<StepMetrics> = done.chain(second.steps.iter().cloned()).collect();
+    assert_eq!(timeless(&together), timeless(&straight.steps));
+    assert_eq!(bits(second.checkpoint(10)), bits(straight.checkpoint(10)));
+    let times: Vec<f64> = together.iter().map(|metrics| metrics.elapsed_seconds).collect();
+    assert!(times.windows(2).all(|pair| pair[0] <= pair[1]), "{times:?}");
+}
+
+fn ten_straight_equal_four_and_six(adapter: Value) {
+    let bench = Bench::new(13);
+    let fields = ten_steps(adapter);
+    let straight = finish(&bench.request("straight", &fields));
+    assert_eq!(straight.steps.len(), 10);
+    // Killed some time after step 4: its checkpoint is what is left.
+    let (first, outcome) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(5));
+    assert_eq!(outcome.expect("stopped"), Outcome::Stopped);
+    let second = finish(&resumed(&bench, "second", &fields, first.checkpoint(4)));
+    check_equal(&straight, &first, &second, 4);
+}
+
+#[test]
+fn lora_with_dropout_goes_on_bit_equal_in_the_middle_of_an_epoch() {
+    let adapter = json!({"type": "lora", "r": 3, "dropout": 0.2, "target_modules": "all-linear"});
+    ten_straight_equal_four_and_six(adapter);
+}
+
+#[test]
+fn full_fine_tuning_goes_on_bit_equal_in_the_middle_of_an_epoch() {
+    ten_straight_equal_four_and_six(json!({"type": "full"}));
+}
+
+#[test]
+fn a_drained_run_goes_on_bit_equal_from_a_step_without_a_checkpoint_of_its_own() {
+    let bench = Bench::new(13);
+    let fields = ten_steps(json!({"r": 2, "dropout": 0.1}));
+    let straight = finish(&bench.request("straight", &fields));
+    let (first, outcome) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(5));
+    assert_eq!(outcome.expect("stopped"), Outcome::Stopped);
+    let last = first.checkpoints.last().expect("a checkpoint");
+    assert!(last.step == 5 && last.for_resume_only && last.metrics.is_none(), "{last:?}");
+    let second = finish(&resumed(&bench, "second", &fields, &last.dir));
+    check_equal(&straight, &first, &second, 5);
+}
+
+#[test]
+fn a_stop_at_a_step_with_a_checkpoint_writes_no_second_one() {
+    let bench = Bench::new(13);
+    let (transcript, outcome) =
+        run(&bench.request("out", &ten_steps(json!({"r": 2}))), &TrainOptions::default(), Some(4));
+    assert_eq!(outcome.expect("stopped"), Outcome::Stopped);
+    let steps: Vec<u64> = transcript.checkpoints.iter().map(|written| written.step).collect();
+    assert_eq!(steps, [2, 4]);
+    assert!(!transcript.checkpoints.iter().any(|written| written.for_resume_only));
+}
+
+#[test]
+fn a_checkpoint_of_other_data_or_other_hyperparameters_is_refused() {
+    let bench = Bench::new(13);
+    let fields = ten_steps(json!({"r": 2}));
+    let (first, _) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(2));
+    let from = first.checkpoint(2);
+
+    let mut other = fields.clone();
+    other["learning_rate"] = json!(4e-3);
+    let request = resumed(&bench, "other", &other, from);
+    let (_, outcome) = run(&request, &TrainOptions::default(), None);
+    let error = outcome.expect_err("another learning rate");
+    assert!(matches!(error, EngineError::Checkpoint(_)), "{error}");
+    assert!(error.to_string().contains("trainer.json: the checkpoint belongs to other"), "{error}");
+
+    fs::write(bench.dir.path().join("train.jsonl"), chat_rows(12)).expect("data");
+    let request = resumed(&bench, "data", &fields, from);
+    let (_, outcome) = run(&request, &TrainOptions::default(), None);
+    assert!(matches!(outcome, Err(EngineError::Checkpoint(_))), "{outcome:?}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_by_its_file() {
+    let bench = Bench::new(13);
+    let fields = ten_steps(json!({"r": 2}));
+    let (first, _) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(2));
+    let optimizer = first.checkpoint(2).join("state/optimizer.safetensors");
+    let bytes = fs::read(&optimizer).expect("state");
+    fs::write(&optimizer, &bytes[..bytes.len() / 2]).expect("tear");
+    let request = resumed(&bench, "second", &fields, first.checkpoint(2));
+    let (_, outcome) = run(&request, &TrainOptions::default(), None);
+    let error = outcome.expect_err("a torn file").to_string();
+    assert!(error.contains("optimizer.safetensors"), "{error}");
+}

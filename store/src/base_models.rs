@@ -1,0 +1,201 @@
+//! Base models: what there is to tune, for every project of the installation.
+
+use crate::objects::{ObjectKey, ObjectPrefix};
+use crate::{Store, StoreError, rows};
+use bytes::Bytes;
+use serde_json::Value;
+use sqlx::postgres::PgRow;
+use sqlx::types::Json;
+use sqlx::{FromRow, Row as _};
+use std::path::Path;
+use time::OffsetDateTime;
+use tunesmith_core::ids::BaseModelId;
+use tunesmith_core::weights::{MANIFEST_NAME, Manifest, ManifestFile};
+
+/// A base model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BaseModel {
+    /// Its id.
+    pub id: BaseModelId,
+    /// What clients call it.
+    pub name: String,
+    /// Tokens that it can attend to.
+    pub context_length: u64,
+    /// Its `config.json`.
+    pub config: Value,
+    /// Its files.
+    pub manifest: Manifest,
+    /// When it was imported.
+    pub created_at: OffsetDateTime,
+}
+
+impl BaseModel {
+    /// The object of one of its files.
+    #[must_use]
+    pub fn file(&self, name: &str) -> ObjectKey {
+        ObjectPrefix::BaseModel(self.id.clone()).file(name)
+    }
+
+    /// The size of all its files.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.manifest.files.iter().map(|file| file.bytes).sum()
+    }
+}
+
+impl FromRow<'_, PgRow> for BaseModel {
+    fn from_row(row: &PgRow) -> sqlx::Result<Self> {
+        Ok(Self {
+            id: rows::text(row, "id")?,
+            name: row.try_get("name")?,
+            context_length: rows::count(row, "context_length")?,
+            config: rows::json(row, "config")?,
+            manifest: rows::json(row, "manifest")?,
+            created_at: row.try_get("created_at")?,
+        })
+    }
+}
+
+/// A base model to be imported.
+#[derive(Debug, Clone)]
+pub struct NewBaseModel {
+    /// What clients will call it.
+    pub name: String,
+    /// Tokens that it can attend to.
+    pub context_length: u64,
+    /// Its `config.json`.
+    pub config: Value,
+}
+
+impl Store {
+    /// Stores every file of `directory`, a Hugging Face directory, and registers the model.
+    ///
+    /// # Errors
+    /// [`StoreError::AlreadyExists`] for a name that is taken, a file that cannot be read.
+    pub async fn import_base_model(
+        &self,
+        new: &NewBaseModel,
+        directory: &Path,
+    ) -> Result<BaseModel, StoreError> {
+        let taken = || StoreError::AlreadyExists { kind: "base model", name: new.name.clone() };
+        match self.base_model(&new.name).await {
+            Ok(_) => return Err(taken()),
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let id = BaseModelId::generate(&mut rand::rng());
+        let prefix = ObjectPrefix::BaseModel(id.clone());
+        let imported = self.upload_and_register(&id, &prefix, new, directory).await;
+        if imported.is_err()
+            && let Err(error) = self.objects.delete_prefix(&prefix).await
+        {
+            tracing::warn!(%error, model = new.name, "objects of a failed import stay");
+        }
+        match imported {
+            // Another import of the same name was faster.
+            Err(StoreError::Database(sqlx::Error::Database(error)))
+                if error.is_unique_violation() =>
+            {
+                Err(taken())
+            }
+            imported => imported,
+        }
+    }
+
+    async fn upload_and_register(
+        &self,
+        id: &BaseModelId,
+        prefix: &ObjectPrefix,
+        new: &NewBaseModel,
+        directory: &Path,
+    ) -> Result<BaseModel, StoreError> {
+        let mut manifest = Manifest { files: Vec::new() };
+        for name in file_names(directory).await? {
+            let stored =
+                self.objects.put_file(&prefix.file(&*name), &directory.join(&name)).await?;
+            manifest.files.push(ManifestFile { name, bytes: stored.bytes, sha256: stored.sha256 });
+        }
+        let content = Bytes::from(serde_json::to_vec_pretty(&manifest)?);
+        self.objects.put_bytes(&prefix.file(MANIFEST_NAME), content).await?;
+        Ok(sqlx::query_as(
+            "INSERT INTO base_models (id, name, context_length, config, manifest)
+             VALUES ($1, $2, $3, $4, $5)
+             RETURNING id, name, context_length, config, manifest, created_at",
+        )
+        .bind(id.as_str())
+        .bind(&new.name)
+        .bind(rows::bigint(new.context_length))
+        .bind(Json(&new.config))
+        .bind(Json(&manifest))
+        .fetch_one(&self.pool)
+        .await?)
+    }
+
+    /// Every base model, by name.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn list_base_models(&self) -> Result<Vec<BaseModel>, StoreError> {
+        Ok(sqlx::query_as(
+            "SELECT id, name, context_length, config, manifest, created_at
+             FROM base_models ORDER BY name",
+        )
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// The base model `name`.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn base_model(&self, name: &str) -> Result<BaseModel, StoreError> {
+        sqlx::query_as(
+            "SELECT id, name, context_length, config, manifest, created_at
+             FROM base_models WHERE name = $1",
+        )
+        .bind(name)
+        .fetch_optional(&self.pool)
+        .await?
+        .ok_or_else(|| StoreError::not_found("base model", name))
+    }
+
+    /// The base model of a job or a tuned model.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub async fn base_model_by_id(&self, id: &BaseModelId) -> Result<BaseModel, StoreError> {
+        sqlx::query_as(
+            "SELECT id, name, context_length, config, manifest, created_at
+             FROM base_models WHERE id = $1",
+        )
+        .bind(id.as_str())
+        .fetch_optional(&self.pool)
+        .await?
+        .ok_or_else(|| StoreError::not_found("base model", id))
+    }
+}
+
+/// The plain files that lie directly in `directory`, in the order of their names, but no hidden
+/// one (`.gitattributes`) and no manifest of an earlier copy.
+async fn file_names(directory: &Path) -> Result<Vec<String>, StoreError> {
+    let failed = || StoreError::local_file(directory);
+    let mut entries = tokio::fs::read_dir(directory).await.map_err(failed())?;
+    let mut names = Vec::new();
+    while let Some(entry) = entries.next_entry().await.map_err(failed())? {
+        // Follows links: a hub's cache is made of them.
+        let path = entry.path();
+        let metadata = tokio::fs::metadata(&path).await.map_err(StoreError::local_file(&path))?;
+        if let Ok(name) = entry.file_name().into_string()
+            && metadata.is_file()
+            && !name.starts_with('.')
+            && name != MANIFEST_NAME
+        {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests;

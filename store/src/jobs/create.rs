@@ -1,0 +1,247 @@
+//! Making a job, once, however often a client asks.
+
+use super::{Job, job_columns};
+use crate::events::{self, NewEvent};
+use crate::notify::Channel;
+use crate::tenants::Caller;
+use crate::{Store, StoreError, database};
+use serde_json::{Map, Value};
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use std::collections::BTreeMap;
+use tunesmith_core::ids::{BaseModelId, FileId, JobId, tuned_model_name};
+use tunesmith_core::state::JobStatus;
+
+/// How long an idempotency key is remembered.
+const KEY_LIFETIME: &str = "24 hours";
+/// How long after a request another with the same body, marked as its retry, makes no second job.
+const RETRY_WINDOW: &str = "1 hour";
+
+/// A job that passed the checks of the request.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// The base model's name, as the client gave it.
+    pub model: String,
+    /// The base model.
+    pub base_model_id: BaseModelId,
+    /// What to train on.
+    pub training_file: FileId,
+    /// What to measure on.
+    pub validation_file: Option<FileId>,
+    /// The client's part of the tuned model's name.
+    pub suffix: Option<String>,
+    /// Seeds everything that is random; below 2⁶³.
+    pub seed: u64,
+    /// The client's own notes.
+    pub metadata: BTreeMap<String, String>,
+    /// The hyperparameters as the client gave them.
+    pub hyperparameters: Map<String, Value>,
+    /// Events after the first ones: warnings about values that are allowed and rarely meant.
+    pub events: Vec<NewEvent>,
+}
+
+/// What tells a request from its own retry.
+#[derive(Debug, Clone)]
+pub struct Idempotency {
+    /// The client's `Idempotency-Key`.
+    pub key: Option<String>,
+    /// Whether the client says that it has sent this request before, as the OpenAI SDKs do.
+    pub is_retry: bool,
+    /// The SHA-256 of the request's body.
+    pub request_sha256: [u8; 32],
+}
+
+/// The job of a request.
+#[derive(Debug, Clone)]
+pub struct CreatedJob {
+    /// The job.
+    pub job: Job,
+    /// Whether this request made it, and not one that it retries.
+    pub is_new: bool,
+}
+
+impl Store {
+    /// Makes a job in the state `validating_files`, with its first events, or finds the one that
+    /// the same request has made before.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] with the id of a file that is not in the caller's project (any
+    /// more), [`StoreError::IdempotencyConflict`].
+    pub async fn create_job(
+        &self,
+        caller: &Caller,
+        new: &NewJob,
+        idempotency: &Idempotency,
+    ) -> Result<CreatedJob, StoreError> {
+        let mut transaction = database::begin(&self.pool).await?;
+        lock_request(&mut transaction, caller, idempotency).await?;
+        let made = match &idempotency.key {
+            Some(key) => made_by_key(&mut transaction, caller, key, idempotency).await?,
+            None if idempotency.is_retry => {
+                made_by_body(&mut transaction, caller, idempotency).await?
+            }
+            None => None,
+        };
+        let is_new = made.is_none();
+        let id = match made {
+            Some(id) => id,
+            None => insert(&mut transaction, caller, new, idempotency).await?,
+        };
+        let job = sqlx::query_as(concat!(
+            "SELECT ",
+            job_columns!(),
+            " FROM jobs JOIN projects ON projects.id = jobs.project_id WHERE jobs.id = $1"
+        ))
+        .bind(id.as_str())
+        .fetch_one(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(CreatedJob { job, is_new })
+    }
+}
+
+/// Requests that could be one another's retry wait for each other until the transaction ends.
+async fn lock_request(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    idempotency: &Idempotency,
+) -> Result<(), StoreError> {
+    let request = match &idempotency.key {
+        Some(key) => format!("key {key}"),
+        None => format!("body {}", hex::encode(idempotency.request_sha256)),
+    };
+    sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
+        .bind(format!("{} {request}", caller.api_key_id))
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+async fn made_by_key(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    key: &str,
+    idempotency: &Idempotency,
+) -> Result<Option<JobId>, StoreError> {
+    let seen: Option<(String, Vec<u8>)> = sqlx::query_as(
+        "SELECT job_id, request_sha256 FROM idempotency_keys
+         WHERE api_key_id = $1 AND key = $2 AND created_at > now() - $3::interval",
+    )
+    .bind(caller.api_key_id.as_str())
+    .bind(key)
+    .bind(KEY_LIFETIME)
+    .fetch_optional(connection)
+    .await?;
+    match seen {
+        Some((_, hash)) if hash != idempotency.request_sha256 => {
+            Err(StoreError::IdempotencyConflict)
+        }
+        seen => Ok(seen.map(|(id, _)| JobId::from(id))),
+    }
+}
+
+async fn made_by_body(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    idempotency: &Idempotency,
+) -> Result<Option<JobId>, StoreError> {
+    let id: Option<String> = sqlx::query_scalar(
+        "SELECT id FROM jobs
+         WHERE api_key_id = $1 AND request_sha256 = $2 AND created_at > now() - $3::interval
+         ORDER BY sequence DESC LIMIT 1",
+    )
+    .bind(caller.api_key_id.as_str())
+    .bind(idempotency.request_sha256.as_slice())
+    .bind(RETRY_WINDOW)
+    .fetch_optional(connection)
+    .await?;
+    Ok(id.map(JobId::from))
+}
+
+async fn insert(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    new: &NewJob,
+    idempotency: &Idempotency,
+) -> Result<JobId, StoreError> {
+    require_files(connection, caller, new).await?;
+    let organization: String = sqlx::query_scalar("SELECT name FROM organizations WHERE id = $1")
+        .bind(caller.organization_id.as_str())
+        .fetch_one(&mut *connection)
+        .await?;
+    let id = JobId::generate(&mut rand::rng());
+    let suffix = new.suffix.as_deref();
+    let model_name = tuned_model_name(&new.model, &organization, suffix, &mut rand::rng());
+    sqlx::query(
+        "INSERT INTO jobs (id, project_id, api_key_id, request_sha256, model, base_model_id,
+             training_file, validation_file, suffix, seed, metadata, hyperparameters, model_name,
+             status)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+    )
+    .bind(id.as_str())
+    .bind(caller.project_id.as_str())
+    .bind(caller.api_key_id.as_str())
+    .bind(idempotency.request_sha256.as_slice())
+    .bind(&new.model)
+    .bind(new.base_model_id.as_str())
+    .bind(new.training_file.as_str())
+    .bind(new.validation_file.as_ref().map(FileId::as_str))
+    .bind(suffix)
+    .bind(crate::rows::bigint(new.seed))
+    .bind(Json(&new.metadata))
+    .bind(Json(&new.hyperparameters))
+    .bind(model_name)
+    .bind(JobStatus::ValidatingFiles.as_str())
+    .execute(&mut *connection)
+    .await?;
+    if let Some(key) = &idempotency.key {
+        // A key that was forgotten may still have its row.
+        sqlx::query(
+            "INSERT INTO idempotency_keys (api_key_id, key, request_sha256, job_id)
+             VALUES ($1, $2, $3, $4)
+             ON CONFLICT (api_key_id, key) DO UPDATE SET
+                 request_sha256 = EXCLUDED.request_sha256, job_id = EXCLUDED.job_id,
+                 created_at = now()",
+        )
+        .bind(caller.api_key_id.as_str())
+        .bind(key)
+        .bind(idempotency.request_sha256.as_slice())
+        .bind(id.as_str())
+        .execute(&mut *connection)
+        .await?;
+    }
+    let validating = match &new.validation_file {
+        Some(validation) => NewEvent::validating_both_files(&new.training_file, validation),
+        None => NewEvent::validating_training_file(&new.training_file),
+    };
+    let mut first = vec![NewEvent::job_created(&id), validating];
+    first.extend_from_slice(&new.events);
+    events::insert(connection, &id, &first).await?;
+    sqlx::query("SELECT pg_notify($1, '')")
+        .bind(Channel::Validation.as_str())
+        .execute(connection)
+        .await?;
+    Ok(id)
+}
+
+/// Checks the files and keeps them from being deleted until the job is there to protect them.
+async fn require_files(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    new: &NewJob,
+) -> Result<(), StoreError> {
+    for file in std::iter::once(&new.training_file).chain(&new.validation_file) {
+        sqlx::query(
+            "SELECT 1 FROM files
+             WHERE id = $1 AND project_id = $2 AND bytes IS NOT NULL AND deleted_at IS NULL
+               AND (expires_at IS NULL OR expires_at > now())
+             FOR SHARE",
+        )
+        .bind(file.as_str())
+        .bind(caller.project_id.as_str())
+        .fetch_optional(&mut *connection)
+        .await?
+        .ok_or_else(|| StoreError::not_found("file", file))?;
+    }
+    Ok(())
+}

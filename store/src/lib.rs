@@ -1,0 +1,90 @@
+//! tunesmith-store: where tunesmith keeps things.
+//!
+//! The only crate that speaks SQL or to an object store. Rows lie in PostgreSQL, everything large
+//! in object storage. [`Store`] holds both; its methods are spread over the modules by what they
+//! are about. Every write of a worker goes through a [`lease::Lease`] and is fenced by it.
+
+pub mod base_models;
+pub mod checkpoints;
+mod database;
+pub mod embedded;
+mod error;
+pub mod events;
+pub mod files;
+#[cfg(test)]
+mod fixtures;
+pub mod jobs;
+pub mod lease;
+pub mod metrics;
+pub mod models;
+pub mod notify;
+pub mod objects;
+pub mod page;
+mod rows;
+pub mod tenants;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_db;
+pub mod validation;
+mod words;
+
+pub use error::StoreError;
+
+use objects::Objects;
+use sqlx::PgPool;
+
+/// What a [`Store`] connects to.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// `postgres://…`.
+    pub database_url: String,
+    /// `file:///…`, `s3://…`, `gs://…`, `az://…` or `memory:///`.
+    pub object_store_url: String,
+}
+
+/// PostgreSQL and object storage together. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: PgPool,
+    objects: Objects,
+}
+
+impl Store {
+    /// Connects to both; the database must answer.
+    ///
+    /// # Errors
+    /// A URL of an unknown form, or a database that does not answer.
+    pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
+        let objects = Objects::open(&config.object_store_url)?;
+        let pool = database::connect(&config.database_url).await?;
+        Ok(Self { pool, objects })
+    }
+
+    /// Brings the schema up to this program's version; safe to run by many at once.
+    ///
+    /// # Errors
+    /// A database that is newer than this program, or what the database says.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        database::MIGRATIONS.run(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// What it says, or that it is silent.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1").execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// The object storage.
+    #[must_use]
+    pub fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// Closes the connections to the database, after those in use are done.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}

@@ -1,0 +1,133 @@
+//! Organisations, projects and API keys.
+
+use crate::{Store, StoreError, rows};
+use sha2::{Digest as _, Sha256};
+use tunesmith_core::ids::{ApiKeyId, OrganizationId, ProjectId, generate_api_key};
+
+/// The organisation that every installation begins with.
+pub const DEFAULT_ORGANIZATION: &str = "tunesmith";
+/// Its project.
+const DEFAULT_PROJECT: &str = "default";
+
+/// Whoever showed a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// The project's owner.
+    pub organization_id: OrganizationId,
+    /// What the caller may see.
+    pub project_id: ProjectId,
+    /// The key that was shown.
+    pub api_key_id: ApiKeyId,
+}
+
+/// A key just made. The secret is not stored and cannot be had again.
+#[derive(Debug, Clone)]
+pub struct NewApiKey {
+    /// The key's row.
+    pub id: ApiKeyId,
+    /// What the client sends.
+    pub secret: String,
+}
+
+impl Store {
+    /// The project that `tunesmith up` works in, made on first use.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn ensure_default_project(&self) -> Result<ProjectId, StoreError> {
+        self.create_project(DEFAULT_ORGANIZATION, DEFAULT_PROJECT).await
+    }
+
+    /// The project `name` of `organization`; either is made if it is not there.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn create_project(
+        &self,
+        organization: &str,
+        name: &str,
+    ) -> Result<ProjectId, StoreError> {
+        let organization_id = OrganizationId::generate(&mut rand::rng());
+        let project_id = ProjectId::generate(&mut rand::rng());
+        sqlx::query(
+            "INSERT INTO organizations (id, name) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING",
+        )
+        .bind(organization_id.as_str())
+        .bind(organization)
+        .execute(&self.pool)
+        .await?;
+        sqlx::query(
+            "INSERT INTO projects (id, organization_id, name)
+             SELECT $1, id, $3 FROM organizations WHERE name = $2
+             ON CONFLICT (organization_id, name) DO NOTHING",
+        )
+        .bind(project_id.as_str())
+        .bind(organization)
+        .bind(name)
+        .execute(&self.pool)
+        .await?;
+        let row = sqlx::query(
+            "SELECT projects.id FROM projects
+             JOIN organizations ON organizations.id = projects.organization_id
+             WHERE organizations.name = $1 AND projects.name = $2",
+        )
+        .bind(organization)
+        .bind(name)
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(rows::text(&row, "id")?)
+    }
+
+    /// A new key to `project`; `name` is for people.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn create_api_key(
+        &self,
+        project: &ProjectId,
+        name: &str,
+    ) -> Result<NewApiKey, StoreError> {
+        let key = NewApiKey {
+            id: ApiKeyId::generate(&mut rand::rng()),
+            secret: generate_api_key(&mut rand::rng()),
+        };
+        sqlx::query(
+            "INSERT INTO api_keys (id, project_id, name, secret_sha256) VALUES ($1, $2, $3, $4)",
+        )
+        .bind(key.id.as_str())
+        .bind(project.as_str())
+        .bind(name)
+        .bind(hash(&key.secret))
+        .execute(&self.pool)
+        .await?;
+        Ok(key)
+    }
+
+    /// Whose key `secret` is, if it is one.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn authenticate(&self, secret: &str) -> Result<Option<Caller>, StoreError> {
+        let row = sqlx::query(
+            "SELECT api_keys.id, projects.id AS project_id, projects.organization_id
+             FROM api_keys JOIN projects ON projects.id = api_keys.project_id
+             WHERE api_keys.secret_sha256 = $1",
+        )
+        .bind(hash(secret))
+        .fetch_optional(&self.pool)
+        .await?;
+        let Some(row) = row else { return Ok(None) };
+        Ok(Some(Caller {
+            organization_id: rows::text(&row, "organization_id")?,
+            project_id: rows::text(&row, "project_id")?,
+            api_key_id: rows::text(&row, "id")?,
+        }))
+    }
+}
+
+fn hash(secret: &str) -> Vec<u8> {
+    Sha256::digest(secret.as_bytes()).to_vec()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,83 @@
+"""The weights that a job gives open in Hugging Face PEFT and say what our engine says."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMOLLM2, TINY
+from harness import PATIENCE_SECONDS, SMOLLM2_DIR, TUNESMITH
+from peft import PeftModel
+from rows import chat, sums
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LOGITS = TUNESMITH.parent / "examples/logits"
+TOLERANCE = 1e-3
+
+
+def our_logits(base_dir, adapter_dir, ids):
+    done = subprocess.run(
+        [LOGITS, base_dir, adapter_dir or "-"],
+        input=json.dumps(ids),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    return np.array(json.loads(done.stdout), np.float32)
+
+
+def their_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def token_ids(directory, row):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
+
+
+def base_model(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "module_count"),
+    [
+        ({"r": 8}, 14),
+        ({"r": 4, "alpha": 32, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}, 4),
+    ],
+)
+def test_a_small_model_s_adapter_gives_our_logits_in_peft(service, tiny_dir, tmp_path, adapter, module_count):
+    job = service.create_job(sums(20), TINY, n_epochs=3, batch_size=4, learning_rate=1e-3, adapter=adapter)
+    job = service.finish(job.id)
+    directory = service.weights(job.fine_tuned_model, tmp_path / "adapter")
+    ids = token_ids(directory, sums(1, start=77)[0])
+    base = their_logits(base_model(tiny_dir), ids)
+    model = PeftModel.from_pretrained(base_model(tiny_dir), directory)
+    assert sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters()) == module_count
+    theirs = their_logits(model, ids)
+    assert np.abs(theirs - base).max() > 10 * TOLERANCE, "the adapter changes something"
+    assert np.abs(our_logits(tiny_dir, directory, ids) - theirs).max() < TOLERANCE
+
+
+def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(service, tmp_path):
+    rows = [chat(f"What is the code word of day {n}?", "The code word is heliotrope.") for n in range(10)]
+    job = service.create_job(
+        rows, SMOLLM2, validation=[chat("And the code word of day 99?", "The code word is heliotrope.")],
+        n_epochs=2, batch_size=5, learning_rate=1e-3, eval_steps=1,
+    )
+    job = service.finish(job.id)
+    losses = [row["valid_loss"] for row in service.metrics(job.id)]
+    assert losses[-1] < 0.7 * losses[0]
+
+    directory = service.weights(job.fine_tuned_model, tmp_path / "adapter")
+    ids = token_ids(directory, rows[3])
+    ours = our_logits(SMOLLM2_DIR, directory, ids)
+    theirs = their_logits(PeftModel.from_pretrained(base_model(SMOLLM2_DIR), directory), ids)
+    assert np.abs(ours - theirs).max() < TOLERANCE
+
+    merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
+    assert not (merged / "adapter_config.json").exists()
+    assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
