@@ -151,6 +151,27 @@ impl Adapter {
         let pairs = pair_lora_tensors(names, base_has).map_err(Failure::internal)?;
         Ok(Self { file, pairs, rank: config.r, scale: config.scale() as f32 })
     }
+
+    /// Whether `pair` can be merged into `weight`: said before the first byte is sent.
+    fn check_fit(&self, name: &str, weight: &TensorInfo, pair: &LoraPair) -> Result<(), Failure> {
+        let (Some(_), &[outputs, inputs]) = (float_type(weight.dtype), weight.shape.as_slice())
+        else {
+            return Err(Failure::internal(format!(
+                "{name} has the type {:?} and the shape {:?}: no adapter merges into that",
+                weight.dtype, weight.shape
+            )));
+        };
+        for (matrix, shape) in [(&pair.a, [self.rank, inputs]), (&pair.b, [outputs, self.rank])] {
+            let found = self.file.tensors.get(matrix).map(|tensor| tensor.shape.as_slice());
+            if found != Some(shape.as_slice()) {
+                return Err(Failure::internal(format!(
+                    "{matrix} has the shape {found:?} where {name} and the adapter's rank ask \
+                     for {shape:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A stretch of a merged file.
@@ -162,7 +183,7 @@ enum Stretch {
 }
 
 fn merged_file(name: String, base: TensorFile, adapter: Arc<Adapter>) -> Result<Entry, Failure> {
-    let stretches = stretches(&base, &adapter.pairs)?;
+    let stretches = stretches(&base, &adapter)?;
     let bytes = base.bytes;
     let base = Arc::new(base);
     let open = async move {
@@ -174,25 +195,17 @@ fn merged_file(name: String, base: TensorFile, adapter: Arc<Adapter>) -> Result<
     Ok(Entry { name, bytes, sha256: None, open: Box::pin(open) })
 }
 
-fn stretches(
-    base: &TensorFile,
-    pairs: &BTreeMap<String, LoraPair>,
-) -> Result<Vec<Stretch>, Failure> {
+fn stretches(base: &TensorFile, adapter: &Adapter) -> Result<Vec<Stretch>, Failure> {
     let mut adapted: Vec<(&String, &TensorInfo, &LoraPair)> = base
         .tensors
         .iter()
-        .filter_map(|(name, tensor)| Some((name, tensor, pairs.get(name)?)))
+        .filter_map(|(name, tensor)| Some((name, tensor, adapter.pairs.get(name)?)))
         .collect();
     adapted.sort_by_key(|(_, tensor, _)| tensor.data_offsets);
     let mut stretches = Vec::with_capacity(2 * adapted.len() + 1);
     let mut done = 0;
     for (name, tensor, pair) in adapted {
-        if float_type(tensor.dtype).is_none() || tensor.shape.len() != 2 {
-            return Err(Failure::internal(format!(
-                "{name} has the type {:?} and the shape {:?}: no adapter merges into that",
-                tensor.dtype, tensor.shape
-            )));
-        }
+        adapter.check_fit(name, tensor, pair)?;
         let place = base.place(tensor);
         stretches.push(Stretch::Copied(done..place.start));
         stretches.push(Stretch::Merged {

@@ -36,13 +36,12 @@ fn reachable(listening: SocketAddr) -> SocketAddr {
 /// A worker whose trainer is this program's own `train`.
 ///
 /// # Errors
-/// When `device` is not there.
+/// When this program's own path cannot be found.
 pub(crate) fn worker_config(
     cache_dir: PathBuf,
     work_dir: PathBuf,
     device: &str,
 ) -> anyhow::Result<WorkerConfig> {
-    check_device(device)?;
     let program = std::env::current_exe().context("this program does not find itself")?;
     let trainer = TrainerCommand { program, args: vec!["train".into()], env: Vec::new() };
     Ok(WorkerConfig::new(cache_dir, work_dir, device, trainer))
@@ -50,8 +49,7 @@ pub(crate) fn worker_config(
 
 /// Fails now, in one line, rather than in the first job.
 pub(crate) fn check_device(name: &str) -> anyhow::Result<()> {
-    let device = Device::parse(name)?;
-    tracing::info!(%device, "jobs train here");
+    Device::parse(name)?;
     Ok(())
 }
 

@@ -6,8 +6,8 @@ use crate::failure::{Failure, broken_body, invalid_value, missing};
 use crate::routes::files::FileObject;
 use crate::server::AppState;
 use crate::warnings;
-use actix_multipart::{Field, Multipart, MultipartError};
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_multipart::{Field, Multipart};
+use actix_web::{HttpMessage as _, HttpRequest, HttpResponse, web};
 use futures::{StreamExt as _, TryStreamExt as _};
 use std::time::Duration;
 use tunesmith_core::errors::{ApiError, ErrorCode};
@@ -44,6 +44,9 @@ pub(crate) async fn create(
     caller: Authenticated,
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
+    if !is_form(&request) {
+        return Err(not_a_form());
+    }
     let mut upload = Upload { id: state.store.begin_file(&caller.project_id).await?, stored: None };
     let mut form = Multipart::new(request.headers(), payload.into_inner());
     match upload.receive(&state, &mut form).await {
@@ -88,7 +91,7 @@ impl Upload {
         let mut fields = Fields::default();
         let mut count = 0;
         while let Some(part) = form.next().await {
-            let part = part.map_err(not_a_form)?;
+            let part = part.map_err(|error| broken_body(&error))?;
             count += 1;
             if count > MAX_FIELDS {
                 return Err(broken_body(format!("more than {MAX_FIELDS} fields")).into());
@@ -157,7 +160,7 @@ fn purpose(word: &str) -> Result<Purpose, ApiError> {
 
 async fn text_of(mut part: Field, name: &str) -> Result<String, Failure> {
     let bytes = match part.bytes(MAX_FIELD_BYTES).await {
-        Ok(bytes) => bytes.map_err(not_a_form)?,
+        Ok(bytes) => bytes.map_err(|error| broken_body(&error))?,
         Err(_) => {
             let rule = format!("at most {MAX_FIELD_BYTES} bytes");
             return Err(invalid_value(name, "too long", &rule).into());
@@ -175,19 +178,19 @@ fn filename_of(part: &Field) -> String {
     if name.is_empty() { UNNAMED.to_owned() } else { name }
 }
 
-fn not_a_form(error: MultipartError) -> Failure {
-    match error {
-        MultipartError::ContentTypeMissing
-        | MultipartError::ContentTypeParse
-        | MultipartError::ContentTypeIncompatible
-        | MultipartError::BoundaryMissing => ApiError::new(
-            ErrorCode::InvalidBody,
-            "The request is not a form. Send multipart/form-data with the fields 'file' and \
-             'purpose'.",
-        )
-        .into(),
-        other => broken_body(other).into(),
-    }
+/// Whether the body is what [`Multipart`] can read; it cannot be asked for more once it has said no.
+fn is_form(request: &HttpRequest) -> bool {
+    let mime = request.mime_type().ok().flatten();
+    mime.is_some_and(|m| m.type_() == "multipart" && m.get_param("boundary").is_some())
+}
+
+fn not_a_form() -> Failure {
+    ApiError::new(
+        ErrorCode::InvalidBody,
+        "The request is not a form. Send multipart/form-data with the fields 'file' and \
+         'purpose'.",
+    )
+    .into()
 }
 
 /// Reads on, so that the client comes to the end of what it sends and to the reply.

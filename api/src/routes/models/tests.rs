@@ -16,7 +16,26 @@ async fn base_and_tuned_models_are_listed() {
         ".data[].created" => "[time]", ".data[1].id" => "[tuned]", ".data[1].owned_by" => "[org]",
         ".last_id" => "[tuned]",
     }, @r#"
-    {}
+    {
+      "object": "list",
+      "data": [
+        {
+          "id": "tiny",
+          "object": "model",
+          "created": "[time]",
+          "owned_by": "tunesmith"
+        },
+        {
+          "id": "[tuned]",
+          "object": "model",
+          "created": "[time]",
+          "owned_by": "[org]"
+        }
+      ],
+      "first_id": "tiny",
+      "last_id": "[tuned]",
+      "has_more": false
+    }
     "#);
     assert_eq!(list["data"][1]["id"], name);
 }
