@@ -7,8 +7,8 @@ demo:
 	@scripts/packages.sh demo
 	@python3 demo/demo.py
 
-# Everything: unit tests, then the black-box tests.
-test: test-rust test-black-box
+# Everything: the types of the cuda feature, unit tests, then the black-box tests.
+test: check-cuda test-rust test-black-box
 
 test-rust:
 	scripts/packages.sh test
@@ -23,6 +23,7 @@ test-black-box:
 
 # The cuda feature type-checks without a CUDA toolkit (about seven minutes the first time).
 check-cuda:
+	scripts/packages.sh test
 	DOCS_RS=1 cargo check -p tunesmith --features cuda
 
 lint:

@@ -5,8 +5,6 @@ Run it with `make demo`, which first installs what is missing. KEEP=1 leaves the
 Ends with exit code 0 only if the loss on rows that were never trained on fell by at least 20 %.
 """
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -113,14 +111,6 @@ class Server:
         with urllib.request.urlopen(request) as reply:
             return json.load(reply)
 
-    def read_file(self, file_id):
-        """A file's content."""
-        request = urllib.request.Request(
-            f"{self.base_url}/files/{file_id}/content", headers={"Authorization": f"Bearer {self.key}"}
-        )
-        with urllib.request.urlopen(request) as reply:
-            return reply.read().decode()
-
     def stop(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -170,16 +160,6 @@ def sparkline(values, width=64):
     return "".join(bars[round((v - low) / ((high - low) or 1) * (len(bars) - 1))] for v in means)
 
 
-def held_out_losses(server, job):
-    """The loss on the validation rows before the first step and after the last.
-
-    The result file carries each evaluation forward, and the one before the first step into row 1.
-    """
-    table = server.read_file(job["result_files"][0])
-    losses = [float(row["valid_loss"]) for row in csv.DictReader(io.StringIO(table))]
-    return losses[0], losses[-1]
-
-
 def side_by_side(left, right, width=46):
     """Two texts in two columns, each a (title, text)."""
     columns = [[title, "─" * width, *textwrap.wrap(text, width)] for title, text in (left, right)]
@@ -198,8 +178,9 @@ def keep(source, target):
 def report(server, job):
     """Prints what was learned; gives whether it is enough."""
     stage(6, "What it learned: downloading the adapter and asking both models, a few seconds.")
-    metrics = server.call(f"/fine_tuning/jobs/{job['id']}/metrics")["data"]
-    before, after = held_out_losses(server, job)
+    curve = server.call(f"/fine_tuning/jobs/{job['id']}/metrics")
+    metrics, before = curve["data"], curve["initial_valid_loss"]
+    after = metrics[-1]["valid_loss"]
     fall = 1 - after / before
     base, adapter = DEMO / MODEL, DEMO / "adapter"
     (config,) = (server.data_dir / "cache/models").glob("*/config.json")

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::protocol::TrainRequest;
+use tunesmith_core::protocol::{STATE_DIR, WEIGHTS_DIR};
 use tunesmith_core::weights::ADAPTER_WEIGHTS_NAME;
 
 use super::TrainOptions;
@@ -20,10 +21,6 @@ use crate::export::{self, JobFacts, safetensors};
 use crate::model::{OptimizerState, TrainableModel};
 use crate::model_directory::{CONFIG, read_json};
 
-/// The half of a checkpoint that people download.
-pub const WEIGHTS_DIR: &str = "weights";
-/// The half of a checkpoint that a run goes on from.
-pub const STATE_DIR: &str = "state";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const TRAINER_FILE: &str = "trainer.json";
 /// Raised when an older checkpoint can no longer be read.
