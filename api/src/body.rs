@@ -27,7 +27,7 @@ pub(crate) struct JsonBody {
 pub(crate) async fn read_json(mut payload: Payload) -> Result<JsonBody, Failure> {
     let mut body = BytesMut::new();
     while let Some(piece) = payload.next().await {
-        let piece = piece.map_err(|error| broken_body(error))?;
+        let piece = piece.map_err(broken_body)?;
         if body.len() + piece.len() > MAX_JSON_BYTES {
             return Err(ApiError::new(
                 ErrorCode::PayloadTooLarge,

@@ -91,7 +91,7 @@ impl Upload {
         let mut fields = Fields::default();
         let mut count = 0;
         while let Some(part) = form.next().await {
-            let part = part.map_err(|error| broken_body(&error))?;
+            let part = part.map_err(broken_body)?;
             count += 1;
             if count > MAX_FIELDS {
                 return Err(broken_body(format!("more than {MAX_FIELDS} fields")).into());
@@ -160,7 +160,7 @@ fn purpose(word: &str) -> Result<Purpose, ApiError> {
 
 async fn text_of(mut part: Field, name: &str) -> Result<String, Failure> {
     let bytes = match part.bytes(MAX_FIELD_BYTES).await {
-        Ok(bytes) => bytes.map_err(|error| broken_body(&error))?,
+        Ok(bytes) => bytes.map_err(broken_body)?,
         Err(_) => {
             let rule = format!("at most {MAX_FIELD_BYTES} bytes");
             return Err(invalid_value(name, "too long", &rule).into());

@@ -163,8 +163,8 @@ mod tests {
                 let mean = (0..width).map(|i| at(&x, i).powi(2)).sum::<f64>() / width as f64;
                 let rho = 1.0 / (mean + f64::from(epsilon)).sqrt();
                 let inner: f64 = (0..width).map(|i| w(i) * at(&dy, i) * at(&x, i)).sum();
-                for i in 0..width {
-                    expected_dw[i] += at(&dy, i) * at(&x, i) * rho;
+                for (i, expected_dw) in expected_dw.iter_mut().enumerate() {
+                    *expected_dw += at(&dy, i) * at(&x, i) * rho;
                     let expected_y = w(i) * at(&x, i) * rho;
                     let expected_dx =
                         rho * (w(i) * at(&dy, i) - at(&x, i) * rho * rho * inner / width as f64);
