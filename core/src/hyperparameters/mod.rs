@@ -1,0 +1,307 @@
+//! Hyperparameters: what a client may ask for, the range of each, and what `"auto"` becomes.
+//!
+//! A default value, a range and a parameter's name are each written once, here.
+
+use crate::errors::{ApiError, ErrorCode};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+mod adapter;
+mod reader;
+#[cfg(test)]
+mod tests;
+
+pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES};
+
+use reader::{Reader, above, closed};
+
+/// A value, or `"auto"`: the service chooses when it has seen the data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Auto<T> {
+    /// Resolved when the files are validated.
+    #[default]
+    Auto,
+    /// As the client said.
+    Value(T),
+}
+
+impl<T: Copy> Auto<T> {
+    /// The client's value, or what `resolve` makes of `"auto"`.
+    pub fn unwrap_or_else(self, resolve: impl FnOnce() -> T) -> T {
+        match self {
+            Self::Auto => resolve(),
+            Self::Value(value) => value,
+        }
+    }
+}
+
+/// How the learning rate moves after warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScheduler {
+    /// Stays at its peak.
+    Constant,
+    /// Falls on a straight line to 0 at the last step.
+    #[default]
+    Linear,
+    /// Falls on half a cosine wave to 0 at the last step.
+    Cosine,
+}
+
+/// A learning rate of 1.0 × the multiplier, for LoRA.
+pub const LORA_LEARNING_RATE: f64 = 2e-4;
+/// The same for full fine-tuning: a tenth, as the optimum of the two usually differs by that.
+pub const FULL_LEARNING_RATE: f64 = 2e-5;
+/// Learning rates outside this range are taken, with a warning.
+pub const SENSIBLE_LEARNING_RATES: (f64, f64) = (1e-7, 1e-3);
+/// The fewest examples that a job trains on.
+pub const MIN_EXAMPLES: usize = 10;
+/// Checkpoints by `"auto"` lie at most this many steps apart, so that a lost worker costs little.
+const MAX_AUTO_CHECKPOINT_STEPS: u64 = 200;
+/// `"auto"` evaluates about this often in a run.
+const AUTO_EVALUATIONS: u64 = 10;
+
+macro_rules! hyperparameters {
+    ($($(#[$doc:meta])* $name:ident: $kind:ty = $read:ident($($range:expr)?);)*) => {
+        /// What the client asked for; everything may be left to the service.
+        #[derive(Debug, Clone, PartialEq, Default)]
+        pub struct Hyperparameters {
+            $($(#[$doc])* pub $name: Auto<$kind>,)*
+            /// What trains: LoRA of a shape, or everything.
+            pub adapter: AdapterConfig,
+        }
+
+        /// The same with nothing left to choose, as the job shows it and the trainer obeys it.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        pub struct ResolvedHyperparameters {
+            $($(#[$doc])* pub $name: $kind,)*
+            /// What trains: LoRA of a shape, or everything.
+            pub adapter: AdapterConfig,
+        }
+
+        const NAMES: &[&str] = &[$(stringify!($name),)* "adapter"];
+
+        impl Hyperparameters {
+            fn read(reader: &Reader<'_>) -> Result<Self, ApiError> {
+                Ok(Self {
+                    $($name: reader.$read(stringify!($name) $(, $range)?)?,)*
+                    adapter: reader.adapter()?,
+                })
+            }
+
+            /// As the wire shows it before the files are validated.
+            #[must_use]
+            pub fn to_wire(&self) -> Value {
+                let mut map = Map::new();
+                $(map.insert(stringify!($name).to_owned(), wire(&self.$name));)*
+                map.insert("adapter".to_owned(), serde_json::json!(self.adapter));
+                Value::Object(map)
+            }
+        }
+    };
+}
+
+hyperparameters! {
+    /// Passes over the training rows.
+    n_epochs: u64 = integer(closed(1.0, 50.0));
+    /// Rows in one forward and backward pass.
+    batch_size: u64 = integer(closed(1.0, 256.0));
+    /// Factor on the method's default learning rate.
+    learning_rate_multiplier: f64 = number(above(0.0, 10_000.0));
+    /// Peak learning rate.
+    learning_rate: f64 = number(above(0.0, 1.0));
+    /// What the learning rate does after warm-up.
+    lr_scheduler: LrScheduler = word();
+    /// Share of all steps in which the learning rate rises from 0 to its peak.
+    warmup_ratio: f64 = number(closed(0.0, 1.0));
+    /// Decoupled weight decay of AdamW.
+    weight_decay: f64 = number(closed(0.0, 1.0));
+    /// Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
+    max_grad_norm: f64 = number(closed(0.0, 1_000_000.0));
+    /// Forward and backward passes to one optimiser step.
+    gradient_accumulation_steps: u64 = integer(closed(1.0, 1024.0));
+    /// The most optimiser steps, whatever `n_epochs` says; 0 sets no limit.
+    max_steps: u64 = integer(closed(0.0, 10_000_000.0));
+    /// Rows are cut at this many tokens.
+    max_seq_length: u64 = integer(closed(8.0, 1_048_576.0));
+    /// Weight of a prompt token's loss, where a completion token's is 1.
+    prompt_loss_weight: f64 = number(closed(0.0, 1.0));
+    /// Whether a pass computes all its rows at once, laid end to end, or one after another. The
+    /// numbers are the same; packing is faster and takes more memory.
+    packing: bool = boolean();
+    /// Steps between evaluations on the validation rows.
+    eval_steps: u64 = integer(closed(1.0, 10_000_000.0));
+    /// Steps between checkpoints.
+    checkpoint_steps: u64 = integer(closed(1.0, 10_000_000.0));
+    /// Share of the training rows that is held out for validation.
+    validation_split: f64 = number(closed(0.0, 0.5));
+}
+
+fn wire<T: Serialize>(value: &Auto<T>) -> Value {
+    match value {
+        Auto::Auto => Value::from("auto"),
+        Auto::Value(value) => serde_json::json!(value),
+    }
+}
+
+/// What must be known of the data before `"auto"` can become a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DataFacts {
+    /// Rows of the training file.
+    pub examples: usize,
+    /// Tokens that the base model can attend to.
+    pub context_length: u64,
+}
+
+impl Hyperparameters {
+    /// Reads `fields`, the hyperparameters at the request's path `path`.
+    ///
+    /// Returns them beside the names that are not hyperparameters of ours.
+    ///
+    /// # Errors
+    /// `invalid_value` naming the parameter by its path, its value and the range.
+    pub fn parse(fields: &Map<String, Value>, path: &str) -> Result<(Self, Vec<String>), ApiError> {
+        let reader = Reader { fields, path };
+        let parsed = Self::read(&reader)?;
+        if let (Auto::Value(_), Auto::Value(_)) =
+            (parsed.learning_rate, parsed.learning_rate_multiplier)
+        {
+            return Err(ApiError::new(
+                ErrorCode::InvalidValue,
+                "Invalid value for 'learning_rate': it stands beside \
+                 'learning_rate_multiplier'. Give one of the two.",
+            )
+            .with_param(format!("{path}.learning_rate")));
+        }
+        let unknown = fields.keys().filter(|key| !NAMES.contains(&key.as_str())).cloned().collect();
+        Ok((parsed, unknown))
+    }
+
+    /// The method's own learning rate, by which a multiplier counts.
+    #[must_use]
+    pub fn default_learning_rate(&self) -> f64 {
+        match self.adapter.kind {
+            AdapterType::Lora => LORA_LEARNING_RATE,
+            AdapterType::Full => FULL_LEARNING_RATE,
+        }
+    }
+
+    /// Sentences about values that are allowed and rarely meant.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let rate = match self.learning_rate {
+            Auto::Value(rate) => rate,
+            Auto::Auto => {
+                self.default_learning_rate() * self.learning_rate_multiplier.unwrap_or_else(|| 1.0)
+            }
+        };
+        let (low, high) = SENSIBLE_LEARNING_RATES;
+        if (low..=high).contains(&rate) {
+            return Vec::new();
+        }
+        vec![format!(
+            "The learning rate {rate:e} lies outside {low:e} to {high:e}, where fine-tuning \
+             usually works: expect {}.",
+            if rate > high { "a loss that jumps or grows" } else { "a loss that hardly moves" }
+        )]
+    }
+
+    /// Turns every `"auto"` into a value.
+    #[must_use]
+    pub fn resolve(&self, facts: &DataFacts) -> ResolvedHyperparameters {
+        let examples = facts.examples.max(1) as u64;
+        let default_rate = self.default_learning_rate();
+        let learning_rate = self
+            .learning_rate
+            .unwrap_or_else(|| default_rate * self.learning_rate_multiplier.unwrap_or_else(|| 1.0));
+        let mut resolved = ResolvedHyperparameters {
+            n_epochs: self.n_epochs.unwrap_or_else(|| auto_epochs(examples)),
+            batch_size: self.batch_size.unwrap_or_else(|| auto_batch_size(examples)),
+            learning_rate_multiplier: self
+                .learning_rate_multiplier
+                .unwrap_or_else(|| learning_rate / default_rate),
+            learning_rate,
+            lr_scheduler: self.lr_scheduler.unwrap_or_else(LrScheduler::default),
+            warmup_ratio: self.warmup_ratio.unwrap_or_else(|| 0.03),
+            weight_decay: self.weight_decay.unwrap_or_else(|| 0.0),
+            max_grad_norm: self.max_grad_norm.unwrap_or_else(|| 1.0),
+            gradient_accumulation_steps: self.gradient_accumulation_steps.unwrap_or_else(|| 1),
+            max_steps: self.max_steps.unwrap_or_else(|| 0),
+            max_seq_length: self
+                .max_seq_length
+                .unwrap_or_else(|| facts.context_length)
+                .min(facts.context_length),
+            prompt_loss_weight: self.prompt_loss_weight.unwrap_or_else(|| 0.1),
+            packing: self.packing.unwrap_or_else(|| true),
+            eval_steps: 1,
+            checkpoint_steps: 1,
+            validation_split: self.validation_split.unwrap_or_else(|| 0.0),
+            adapter: self.adapter.clone(),
+        };
+        let steps_per_epoch = resolved.steps_per_epoch(resolved.train_rows(facts.examples));
+        let total = resolved.total_steps(resolved.train_rows(facts.examples));
+        resolved.eval_steps = self.eval_steps.unwrap_or_else(|| (total / AUTO_EVALUATIONS).max(1));
+        resolved.checkpoint_steps = self.checkpoint_steps.unwrap_or_else(|| {
+            steps_per_epoch
+                .div_ceil(steps_per_epoch.div_ceil(MAX_AUTO_CHECKPOINT_STEPS).max(1))
+                .max(1)
+        });
+        resolved
+    }
+}
+
+impl ResolvedHyperparameters {
+    /// Rows that train when `examples` rows are in the training file: all but the held-out ones.
+    /// At least one row stays on each side of a split that is asked for.
+    #[must_use]
+    pub fn train_rows(&self, examples: usize) -> usize {
+        examples - self.held_out_rows(examples)
+    }
+
+    /// Rows of the training file that `validation_split` holds out.
+    #[must_use]
+    pub fn held_out_rows(&self, examples: usize) -> usize {
+        if self.validation_split <= 0.0 || examples < 2 {
+            return 0;
+        }
+        ((examples as f64 * self.validation_split).round() as usize).clamp(1, examples - 1)
+    }
+
+    /// Optimiser steps in one pass over `train_rows` rows; a last, shorter one counts in full.
+    #[must_use]
+    pub fn steps_per_epoch(&self, train_rows: usize) -> u64 {
+        (train_rows as u64).div_ceil(self.rows_per_step())
+    }
+
+    /// Rows to one optimiser step.
+    #[must_use]
+    pub fn rows_per_step(&self) -> u64 {
+        self.batch_size * self.gradient_accumulation_steps
+    }
+
+    /// Optimiser steps of the whole job.
+    #[must_use]
+    pub fn total_steps(&self, train_rows: usize) -> u64 {
+        let all = self.n_epochs * self.steps_per_epoch(train_rows);
+        if self.max_steps == 0 { all } else { all.min(self.max_steps) }
+    }
+}
+
+/// OpenAI's rule: 3, more on little data (at most 25), fewer on very much.
+fn auto_epochs(examples: u64) -> u64 {
+    const USUAL: u64 = 3;
+    const FEWEST_ROWS_SEEN: u64 = 100;
+    const MOST_ROWS_SEEN: u64 = 25_000;
+    if examples * USUAL < FEWEST_ROWS_SEEN {
+        (FEWEST_ROWS_SEEN / examples).min(25)
+    } else if examples * USUAL > MOST_ROWS_SEEN {
+        (MOST_ROWS_SEEN / examples).max(1)
+    } else {
+        USUAL
+    }
+}
+
+/// OpenAI's rule: 0.2 % of the examples, within 1 to 256.
+fn auto_batch_size(examples: u64) -> u64 {
+    (examples as f64 * 0.002).round().clamp(1.0, 256.0) as u64
+}

@@ -1,0 +1,151 @@
+//! Reading hyperparameters out of a request; every error names its field, its value and the rule.
+
+use super::adapter::{AdapterConfig, AdapterType, TARGET_MODULES};
+use super::{Auto, LrScheduler};
+use crate::errors::{ApiError, ErrorCode};
+use serde::Deserialize as _;
+use serde_json::{Map, Value};
+use std::fmt;
+
+/// A closed range of numbers (open below where `above_min`), as an error message states it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Range {
+    min: f64,
+    max: f64,
+    above_min: bool,
+}
+
+pub(super) const fn closed(min: f64, max: f64) -> Range {
+    Range { min, max, above_min: false }
+}
+
+pub(super) const fn above(min: f64, max: f64) -> Range {
+    Range { min, max, above_min: true }
+}
+
+impl Range {
+    fn holds(self, value: f64) -> bool {
+        value <= self.max && if self.above_min { value > self.min } else { value >= self.min }
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { min, max, above_min } = self;
+        if *above_min {
+            write!(f, "greater than {min} and at most {max}")
+        } else {
+            write!(f, "between {min} and {max}")
+        }
+    }
+}
+
+/// Reads fields of one JSON object; every error names the field by its whole path.
+pub(super) struct Reader<'a> {
+    pub(super) fields: &'a Map<String, Value>,
+    pub(super) path: &'a str,
+}
+
+impl Reader<'_> {
+    /// The field, unless it is absent, null or `"auto"`.
+    fn given(&self, name: &str) -> Option<&Value> {
+        self.fields.get(name).filter(|value| !value.is_null() && *value != "auto")
+    }
+
+    fn invalid(&self, name: &str, value: &Value, rule: impl fmt::Display) -> ApiError {
+        ApiError::new(
+            ErrorCode::InvalidValue,
+            format!("Invalid value for '{name}': {value}. It must be {rule}."),
+        )
+        .with_param(format!("{}.{name}", self.path))
+    }
+
+    pub(super) fn number(&self, name: &str, range: Range) -> Result<Auto<f64>, ApiError> {
+        let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
+        value
+            .as_f64()
+            .filter(|&number| range.holds(number))
+            .map(Auto::Value)
+            .ok_or_else(|| self.invalid(name, value, format_args!("\"auto\" or a number {range}")))
+    }
+
+    pub(super) fn integer(&self, name: &str, range: Range) -> Result<Auto<u64>, ApiError> {
+        let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
+        value
+            .as_f64()
+            .filter(|number| number.fract() == 0.0 && range.holds(*number))
+            .map(|number| Auto::Value(number as u64))
+            .ok_or_else(|| {
+                self.invalid(name, value, format_args!("\"auto\" or a whole number {range}"))
+            })
+    }
+
+    pub(super) fn boolean(&self, name: &str) -> Result<Auto<bool>, ApiError> {
+        let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
+        value
+            .as_bool()
+            .map(Auto::Value)
+            .ok_or_else(|| self.invalid(name, value, "\"auto\", true or false"))
+    }
+
+    pub(super) fn word(&self, name: &str) -> Result<Auto<LrScheduler>, ApiError> {
+        let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
+        LrScheduler::deserialize(value).map(Auto::Value).map_err(|_| {
+            self.invalid(name, value, "\"auto\", \"constant\", \"linear\" or \"cosine\"")
+        })
+    }
+
+    pub(super) fn adapter(&self) -> Result<AdapterConfig, ApiError> {
+        let mut adapter = AdapterConfig::default();
+        let Some(value) = self.given("adapter") else { return Ok(adapter) };
+        let Value::Object(fields) = value else {
+            return Err(self.invalid("adapter", value, "an object such as {\"type\": \"lora\"}"));
+        };
+        let path = format!("{}.adapter", self.path);
+        let reader = Reader { fields, path: &path };
+        const KNOWN: [&str; 6] = ["type", "r", "alpha", "dropout", "target_modules", "use_rslora"];
+        if let Some((name, value)) = fields.iter().find(|(key, _)| !KNOWN.contains(&key.as_str())) {
+            return Err(reader.invalid(
+                name,
+                value,
+                format_args!("left out: an adapter has {}", KNOWN.join(", ")),
+            ));
+        }
+        if let Some(value) = reader.given("type") {
+            adapter.kind = AdapterType::deserialize(value)
+                .map_err(|_| reader.invalid("type", value, "\"lora\" or \"full\""))?;
+        }
+        let r = reader.integer("r", closed(1.0, 1024.0))?;
+        adapter.r = r.unwrap_or_else(|| adapter.r as u64) as usize;
+        // PEFT users set alpha to twice the rank; who gives only the rank gets that too.
+        adapter.alpha =
+            reader.number("alpha", above(0.0, 65_536.0))?.unwrap_or_else(|| 2.0 * adapter.r as f64);
+        adapter.dropout =
+            reader.number("dropout", closed(0.0, 0.9))?.unwrap_or_else(|| adapter.dropout);
+        adapter.use_rslora = reader.boolean("use_rslora")?.unwrap_or_else(|| adapter.use_rslora);
+        if let Some(value) = reader.given("target_modules") {
+            adapter.target_modules = target_modules(value).ok_or_else(|| {
+                let all = TARGET_MODULES.join(", ");
+                reader.invalid(
+                    "target_modules",
+                    value,
+                    format_args!("\"all-linear\" or a list with at least one of {all}"),
+                )
+            })?;
+        }
+        Ok(adapter)
+    }
+}
+
+/// The modules that `value` names, in the order of [`TARGET_MODULES`]; `None` if it names none or
+/// one that is not there.
+fn target_modules(value: &Value) -> Option<Vec<String>> {
+    if value == "all-linear" {
+        return Some(TARGET_MODULES.map(str::to_owned).to_vec());
+    }
+    let named: Vec<&str> = value.as_array()?.iter().map(Value::as_str).collect::<Option<_>>()?;
+    if named.is_empty() || named.iter().any(|name| !TARGET_MODULES.contains(name)) {
+        return None;
+    }
+    Some(TARGET_MODULES.into_iter().filter(|m| named.contains(m)).map(str::to_owned).collect())
+}

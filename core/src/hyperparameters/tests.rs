@@ -1,0 +1,133 @@
+use super::*;
+use serde_json::json;
+
+const PATH: &str = "method.supervised.hyperparameters";
+
+fn parse(value: &Value) -> Result<Hyperparameters, ApiError> {
+    Hyperparameters::parse(value.as_object().expect("object"), PATH).map(|(parsed, _)| parsed)
+}
+
+fn resolve(value: &Value, examples: usize) -> ResolvedHyperparameters {
+    parse(value).expect("valid").resolve(&DataFacts { examples, context_length: 8192 })
+}
+
+#[test]
+fn a_value_out_of_range_is_refused_naming_parameter_value_and_range() {
+    let error = parse(&json!({"n_epochs": 51})).expect_err("over the range");
+    assert_eq!(error.code, ErrorCode::InvalidValue);
+    assert_eq!(error.param.as_deref(), Some("method.supervised.hyperparameters.n_epochs"));
+    assert_eq!(
+        error.message,
+        "Invalid value for 'n_epochs': 51. It must be \"auto\" or a whole number between 1 and 50."
+    );
+    for bad in [
+        json!({"batch_size": 0}),
+        json!({"batch_size": 1.5}),
+        json!({"batch_size": "4"}),
+        json!({"learning_rate": 0}),
+        json!({"learning_rate": -1e-4}),
+        json!({"lr_scheduler": "sawtooth"}),
+        json!({"warmup_ratio": 1.1}),
+        json!({"packing": 1}),
+        json!({"prompt_loss_weight": 2}),
+        json!({"validation_split": 0.9}),
+        json!({"adapter": "lora"}),
+        json!({"adapter": {"r": 0}}),
+        json!({"adapter": {"type": "prefix"}}),
+        json!({"adapter": {"target_modules": []}}),
+        json!({"adapter": {"target_modules": ["q_proj", "w_pack"]}}),
+        json!({"adapter": {"rank": 8}}),
+        json!({"learning_rate": 1e-4, "learning_rate_multiplier": 2}),
+    ] {
+        let error = parse(&bad).expect_err(&bad.to_string());
+        assert!(error.param.expect("param").starts_with(PATH), "{bad}");
+    }
+}
+
+#[test]
+fn an_adapters_error_names_its_whole_path() {
+    let error = parse(&json!({"adapter": {"dropout": 2}})).expect_err("over the range");
+    assert_eq!(error.param.as_deref(), Some("method.supervised.hyperparameters.adapter.dropout"));
+}
+
+#[test]
+fn unknown_names_are_handed_back() {
+    let fields = json!({"n_epochs": 2, "n_epoch": 3});
+    let (parsed, unknown) =
+        Hyperparameters::parse(fields.as_object().expect("object"), PATH).expect("valid");
+    assert_eq!(parsed.n_epochs, Auto::Value(2));
+    assert_eq!(unknown, ["n_epoch"]);
+}
+
+#[test]
+fn auto_follows_the_published_rules() {
+    for (examples, epochs, batch) in
+        [(10, 10, 1), (3, 25, 1), (33, 3, 1), (1000, 3, 2), (10_000, 2, 20), (200_000, 1, 256)]
+    {
+        let resolved = resolve(&json!({"n_epochs": "auto"}), examples);
+        assert_eq!((resolved.n_epochs, resolved.batch_size), (epochs, batch), "{examples}");
+    }
+}
+
+#[test]
+fn the_learning_rate_follows_method_and_multiplier() {
+    assert_eq!(resolve(&json!({}), 100).learning_rate, LORA_LEARNING_RATE);
+    let full = resolve(&json!({"adapter": {"type": "full"}}), 100);
+    assert_eq!(full.learning_rate, FULL_LEARNING_RATE);
+    let doubled = resolve(&json!({"learning_rate_multiplier": 2}), 100);
+    assert_eq!(doubled.learning_rate, 2.0 * LORA_LEARNING_RATE);
+    let absolute = resolve(&json!({"learning_rate": 1e-4}), 100);
+    assert_eq!(absolute.learning_rate_multiplier, 0.5);
+}
+
+#[test]
+fn a_learning_rate_outside_the_sensible_range_warns() {
+    assert!(parse(&json!({"learning_rate": 1e-3})).expect("valid").warnings().is_empty());
+    assert_eq!(parse(&json!({"learning_rate": 2e-3})).expect("valid").warnings().len(), 1);
+    assert_eq!(parse(&json!({"learning_rate": 1e-8})).expect("valid").warnings().len(), 1);
+}
+
+#[test]
+fn a_last_shorter_step_counts_in_full() {
+    let resolved = resolve(&json!({"batch_size": 4, "n_epochs": 3}), 5);
+    assert_eq!(resolved.steps_per_epoch(5), 2);
+    assert_eq!(resolved.total_steps(5), 6);
+    let capped = resolve(&json!({"batch_size": 4, "n_epochs": 3, "max_steps": 5}), 5);
+    assert_eq!(capped.total_steps(5), 5);
+}
+
+#[test]
+fn a_split_leaves_a_row_on_each_side() {
+    let resolved = resolve(&json!({"validation_split": 0.01}), 20);
+    assert_eq!((resolved.held_out_rows(20), resolved.train_rows(20)), (1, 19));
+    assert_eq!(resolve(&json!({}), 20).held_out_rows(20), 0);
+}
+
+#[test]
+fn auto_checkpoints_lie_evenly_and_at_most_200_steps_apart() {
+    assert_eq!(resolve(&json!({"batch_size": 4}), 48).checkpoint_steps, 12);
+    assert_eq!(resolve(&json!({"batch_size": 1}), 1000).checkpoint_steps, 200);
+    assert_eq!(resolve(&json!({"batch_size": 1}), 201).checkpoint_steps, 101);
+}
+
+#[test]
+fn resolved_values_survive_json() {
+    let resolved = resolve(&json!({"learning_rate": 0.000_123_456_789}), 77);
+    let text = serde_json::to_string(&resolved).expect("json");
+    assert_eq!(serde_json::from_str::<ResolvedHyperparameters>(&text).expect("back"), resolved);
+}
+
+#[test]
+fn the_wire_shows_auto_until_it_is_resolved() {
+    let wire = parse(&json!({"n_epochs": 2})).expect("valid").to_wire();
+    assert_eq!(wire["n_epochs"], 2);
+    assert_eq!(wire["batch_size"], "auto");
+}
+
+#[test]
+fn a_rank_alone_brings_twice_itself_as_alpha() {
+    let adapter = resolve(&json!({"adapter": {"r": 4}}), 20).adapter;
+    assert_eq!((adapter.r, adapter.alpha, adapter.scale()), (4, 8.0, 2.0));
+    let stabilised = resolve(&json!({"adapter": {"r": 4, "use_rslora": true}}), 20).adapter;
+    assert_eq!(stabilised.scale(), 4.0);
+}
