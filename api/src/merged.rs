@@ -11,7 +11,7 @@ use crate::stored::{entry, manifest};
 use crate::streaming::{Content, ContentError};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
@@ -122,7 +122,7 @@ impl TensorFile {
         let wrong =
             |reason: &str| ContentError::Merge { name: name.to_owned(), reason: reason.to_owned() };
         let tensor = self.tensors.get(name).ok_or_else(|| wrong("it is not in its file"))?;
-        let float = float_type(tensor.dtype).ok_or_else(|| wrong("it does not hold floats"))?;
+        let float = float_type(tensor).ok_or_else(|| wrong("it does not hold floats"))?;
         Ok(float.decode(&self.bytes_of(tensor).await?))
     }
 }
@@ -154,8 +154,7 @@ impl Adapter {
 
     /// Whether `pair` can be merged into `weight`: said before the first byte is sent.
     fn check_fit(&self, name: &str, weight: &TensorInfo, pair: &LoraPair) -> Result<(), Failure> {
-        let (Some(_), &[outputs, inputs]) = (float_type(weight.dtype), weight.shape.as_slice())
-        else {
+        let (Some(_), &[outputs, inputs]) = (float_type(weight), weight.shape.as_slice()) else {
             return Err(Failure::internal(format!(
                 "{name} has the type {:?} and the shape {:?}: no adapter merges into that",
                 weight.dtype, weight.shape
@@ -256,8 +255,7 @@ fn merge(
     b: &[f32],
     adapter: &Adapter,
 ) -> Result<Bytes, String> {
-    let (Some(float), &[outputs, inputs]) = (float_type(tensor.dtype), tensor.shape.as_slice())
-    else {
+    let (Some(float), &[outputs, inputs]) = (float_type(tensor), tensor.shape.as_slice()) else {
         return Err(format!("{name} is no matrix of floats"));
     };
     let mut weight = Vec::from(weight);
@@ -266,13 +264,8 @@ fn merge(
     Ok(weight.into())
 }
 
-fn float_type(dtype: Dtype) -> Option<FloatType> {
-    match dtype {
-        Dtype::F32 => Some(FloatType::F32),
-        Dtype::BF16 => Some(FloatType::Bf16),
-        Dtype::F16 => Some(FloatType::F16),
-        _ => None,
-    }
+fn float_type(tensor: &TensorInfo) -> Option<FloatType> {
+    FloatType::parse(&tensor.dtype.to_string())
 }
 
 async fn read(objects: &Objects, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, StoreError> {

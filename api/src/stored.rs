@@ -9,7 +9,8 @@ use tunesmith_store::Store;
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectPrefix, Objects};
 
-/// The files of an adapter or of a model that was trained in full, as they are, checked against their sums on the way.
+/// The files of an adapter or of a model that was trained in full, as they are, checked against
+/// their sums on the way.
 pub(crate) async fn entries(store: &Store, model: &Model) -> Result<Vec<Entry>, Failure> {
     let prefix = model.weights();
     let manifest = manifest(store.objects(), &prefix).await?;

@@ -223,19 +223,13 @@ impl Store {
         request: &PageRequest,
     ) -> Result<Page<Event>, StoreError> {
         self.require_job(project, job).await?;
-        let after = match &request.after {
-            None => None,
-            Some(id) => Some(
-                sqlx::query_scalar::<_, i64>(
-                    "SELECT sequence FROM job_events WHERE id = $1 AND job_id = $2",
-                )
-                .bind(id)
-                .bind(job.as_str())
-                .fetch_optional(&self.pool)
-                .await?
-                .ok_or_else(|| StoreError::UnknownCursor { after: id.clone() })?,
-            ),
-        };
+        let after = request
+            .sequence(
+                &self.pool,
+                "SELECT sequence FROM job_events WHERE id = $1 AND job_id = $2",
+                job.as_str(),
+            )
+            .await?;
         let found = sqlx::query_as(
             "SELECT id, created_at, level, type, message, data FROM job_events
              WHERE job_id = $1 AND ($2::bigint IS NULL OR sequence < $2)

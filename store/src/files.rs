@@ -10,6 +10,21 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use tunesmith_core::ids::{FileId, JobId, ProjectId};
 
+/// True of the files that clients see: whole, not deleted, not expired.
+macro_rules! is_there {
+    () => {
+        "bytes IS NOT NULL AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())"
+    };
+}
+pub(crate) use is_there;
+
+/// What a [`File`] is read from.
+macro_rules! file_columns {
+    () => {
+        "id, filename, purpose, bytes, sha256, created_at, expires_at"
+    };
+}
+
 words! {
     /// What a file is for.
     Purpose {
@@ -161,11 +176,12 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], also for a file of another project or one that has expired.
     pub async fn file(&self, project: &ProjectId, id: &FileId) -> Result<File, StoreError> {
-        sqlx::query_as(
-            "SELECT id, filename, purpose, bytes, sha256, created_at, expires_at FROM files
-             WHERE id = $1 AND project_id = $2 AND bytes IS NOT NULL AND deleted_at IS NULL
-               AND (expires_at IS NULL OR expires_at > now())",
-        )
+        sqlx::query_as(concat!(
+            "SELECT ",
+            file_columns!(),
+            " FROM files WHERE id = $1 AND project_id = $2 AND ",
+            is_there!()
+        ))
         .bind(id.as_str())
         .bind(project.as_str())
         .fetch_optional(&self.pool)
@@ -183,35 +199,35 @@ impl Store {
         purpose: Option<Purpose>,
         request: &PageRequest,
     ) -> Result<Page<File>, StoreError> {
-        let after = match &request.after {
-            None => None,
-            Some(id) => Some(
-                sqlx::query_scalar::<_, i64>(
-                    "SELECT sequence FROM files WHERE id = $1 AND project_id = $2",
-                )
-                .bind(id)
-                .bind(project.as_str())
-                .fetch_optional(&self.pool)
-                .await?
-                .ok_or_else(|| StoreError::UnknownCursor { after: id.clone() })?,
-            ),
-        };
+        let after = request
+            .sequence(
+                &self.pool,
+                "SELECT sequence FROM files WHERE id = $1 AND project_id = $2",
+                project.as_str(),
+            )
+            .await?;
         let statement = match request.order {
             Order::Descending => {
-                "SELECT id, filename, purpose, bytes, sha256, created_at, expires_at FROM files
-                 WHERE project_id = $1 AND bytes IS NOT NULL AND deleted_at IS NULL
-                   AND (expires_at IS NULL OR expires_at > now())
-                   AND ($2::text IS NULL OR purpose = $2)
-                   AND ($3::bigint IS NULL OR sequence < $3)
-                 ORDER BY sequence DESC LIMIT $4"
+                concat!(
+                    "SELECT ",
+                    file_columns!(),
+                    " FROM files WHERE project_id = $1 AND ",
+                    is_there!(),
+                    " AND ($2::text IS NULL OR purpose = $2)
+                      AND ($3::bigint IS NULL OR sequence < $3)
+                      ORDER BY sequence DESC LIMIT $4"
+                )
             }
             Order::Ascending => {
-                "SELECT id, filename, purpose, bytes, sha256, created_at, expires_at FROM files
-                 WHERE project_id = $1 AND bytes IS NOT NULL AND deleted_at IS NULL
-                   AND (expires_at IS NULL OR expires_at > now())
-                   AND ($2::text IS NULL OR purpose = $2)
-                   AND ($3::bigint IS NULL OR sequence > $3)
-                 ORDER BY sequence LIMIT $4"
+                concat!(
+                    "SELECT ",
+                    file_columns!(),
+                    " FROM files WHERE project_id = $1 AND ",
+                    is_there!(),
+                    " AND ($2::text IS NULL OR purpose = $2)
+                      AND ($3::bigint IS NULL OR sequence > $3)
+                      ORDER BY sequence LIMIT $4"
+                )
             }
         };
         let found = sqlx::query_as(statement)
@@ -232,12 +248,11 @@ impl Store {
         let mut transaction = database::begin(&self.pool).await?;
         // The lock comes first, in a statement of its own: a job that is just being made holds it
         // too, and the next statement sees that job.
-        sqlx::query(
-            "SELECT 1 FROM files
-             WHERE id = $1 AND project_id = $2 AND bytes IS NOT NULL AND deleted_at IS NULL
-               AND (expires_at IS NULL OR expires_at > now())
-             FOR UPDATE",
-        )
+        sqlx::query(concat!(
+            "SELECT 1 FROM files WHERE id = $1 AND project_id = $2 AND ",
+            is_there!(),
+            " FOR UPDATE"
+        ))
         .bind(id.as_str())
         .bind(project.as_str())
         .fetch_optional(&mut *transaction)

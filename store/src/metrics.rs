@@ -6,6 +6,16 @@ use sqlx::postgres::PgRow;
 use tunesmith_core::ids::{JobId, ProjectId};
 use tunesmith_core::metrics::StepMetrics;
 
+/// Selects steps of the job `$1`.
+macro_rules! steps_of_job {
+    () => {
+        "SELECT step, epoch, train_loss, train_mean_token_accuracy, valid_loss,
+             valid_mean_token_accuracy, full_valid_loss, full_valid_mean_token_accuracy,
+             learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds
+         FROM job_metrics WHERE job_id = $1"
+    };
+}
+
 impl Store {
     /// The metrics of a job's steps after `after_step`, in their order; 0 for all.
     ///
@@ -18,16 +28,11 @@ impl Store {
         after_step: u64,
     ) -> Result<Vec<StepMetrics>, StoreError> {
         self.require_job(project, job).await?;
-        let found = sqlx::query(
-            "SELECT step, epoch, train_loss, train_mean_token_accuracy, valid_loss,
-                 valid_mean_token_accuracy, full_valid_loss, full_valid_mean_token_accuracy,
-                 learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds
-             FROM job_metrics WHERE job_id = $1 AND step > $2 ORDER BY step",
-        )
-        .bind(job.as_str())
-        .bind(rows::bigint(after_step))
-        .fetch_all(&self.pool)
-        .await?;
+        let found = sqlx::query(concat!(steps_of_job!(), " AND step > $2 ORDER BY step"))
+            .bind(job.as_str())
+            .bind(rows::bigint(after_step))
+            .fetch_all(&self.pool)
+            .await?;
         Ok(found.iter().map(step_metrics).collect::<sqlx::Result<_>>()?)
     }
 
@@ -41,15 +46,10 @@ impl Store {
         job: &JobId,
     ) -> Result<Option<StepMetrics>, StoreError> {
         self.require_job(project, job).await?;
-        let found = sqlx::query(
-            "SELECT step, epoch, train_loss, train_mean_token_accuracy, valid_loss,
-                 valid_mean_token_accuracy, full_valid_loss, full_valid_mean_token_accuracy,
-                 learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds
-             FROM job_metrics WHERE job_id = $1 ORDER BY step DESC LIMIT 1",
-        )
-        .bind(job.as_str())
-        .fetch_optional(&self.pool)
-        .await?;
+        let found = sqlx::query(concat!(steps_of_job!(), " ORDER BY step DESC LIMIT 1"))
+            .bind(job.as_str())
+            .fetch_optional(&self.pool)
+            .await?;
         Ok(found.as_ref().map(step_metrics).transpose()?)
     }
 }

@@ -1,5 +1,8 @@
 //! Pages of lists.
 
+use crate::StoreError;
+use sqlx::PgPool;
+
 /// Which end of a list comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Order {
@@ -31,6 +34,20 @@ impl PageRequest {
     /// One more than the limit, which shows whether there are more.
     pub(crate) fn fetch(&self) -> i64 {
         i64::from(self.limit) + 1
+    }
+
+    /// Where the list goes on: the `sequence` of `after`, which `statement` selects by `$1`, that
+    /// id, and `$2`, whose list it is. None from the list's beginning.
+    pub(crate) async fn sequence(
+        &self,
+        pool: &PgPool,
+        statement: &'static str,
+        owner: &str,
+    ) -> Result<Option<i64>, StoreError> {
+        let Some(after) = &self.after else { return Ok(None) };
+        let found: Option<i64> =
+            sqlx::query_scalar(statement).bind(after).bind(owner).fetch_optional(pool).await?;
+        found.map(Some).ok_or_else(|| StoreError::UnknownCursor { after: after.clone() })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Job, job_columns};
 use crate::events::{self, NewEvent};
+use crate::files::is_there;
 use crate::notify::Channel;
 use crate::tenants::Caller;
 use crate::{Store, StoreError, database};
@@ -231,12 +232,11 @@ async fn require_files(
     new: &NewJob,
 ) -> Result<(), StoreError> {
     for file in std::iter::once(&new.training_file).chain(&new.validation_file) {
-        sqlx::query(
-            "SELECT 1 FROM files
-             WHERE id = $1 AND project_id = $2 AND bytes IS NOT NULL AND deleted_at IS NULL
-               AND (expires_at IS NULL OR expires_at > now())
-             FOR SHARE",
-        )
+        sqlx::query(concat!(
+            "SELECT 1 FROM files WHERE id = $1 AND project_id = $2 AND ",
+            is_there!(),
+            " FOR SHARE"
+        ))
         .bind(file.as_str())
         .bind(caller.project_id.as_str())
         .fetch_optional(&mut *connection)

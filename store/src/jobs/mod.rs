@@ -170,19 +170,13 @@ impl Store {
         metadata: &BTreeMap<String, String>,
         request: &PageRequest,
     ) -> Result<Page<Job>, StoreError> {
-        let after = match &request.after {
-            None => None,
-            Some(id) => Some(
-                sqlx::query_scalar::<_, i64>(
-                    "SELECT sequence FROM jobs WHERE id = $1 AND project_id = $2",
-                )
-                .bind(id)
-                .bind(project.as_str())
-                .fetch_optional(&self.pool)
-                .await?
-                .ok_or_else(|| StoreError::UnknownCursor { after: id.clone() })?,
-            ),
-        };
+        let after = request
+            .sequence(
+                &self.pool,
+                "SELECT sequence FROM jobs WHERE id = $1 AND project_id = $2",
+                project.as_str(),
+            )
+            .await?;
         let found = sqlx::query_as(concat!(
             "SELECT ",
             job_columns!(),
