@@ -19,6 +19,7 @@ pub const TARGET_MODULES: [&str; 7] =
 
 /// What is trained, and how a LoRA adapter is shaped. Field names and meanings are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct AdapterConfig {
     /// LoRA or full fine-tuning.
     #[serde(rename = "type")]

@@ -73,6 +73,7 @@ macro_rules! hyperparameters {
 
         /// The same with nothing left to choose, as the job shows it and the trainer obeys it.
         #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(default)]
         pub struct ResolvedHyperparameters {
             $($(#[$doc])* pub $name: $kind,)*
             /// What trains: LoRA of a shape, or everything.
@@ -247,6 +248,13 @@ impl Hyperparameters {
                 .max(1)
         });
         resolved
+    }
+}
+
+impl Default for ResolvedHyperparameters {
+    /// What a field has that a stored job lacks, because it is older than the field.
+    fn default() -> Self {
+        Hyperparameters::default().resolve(&DataFacts { examples: 1, context_length: u64::MAX })
     }
 }
 

@@ -131,3 +131,14 @@ fn a_rank_alone_brings_twice_itself_as_alpha() {
     let stabilised = resolve(&json!({"adapter": {"r": 4, "use_rslora": true}}), 20).adapter;
     assert_eq!(stabilised.scale(), 4.0);
 }
+
+#[test]
+fn a_stored_job_that_is_older_than_a_field_is_read_with_its_default() {
+    let resolved = resolve(&json!({"n_epochs": 7}), 100);
+    let mut stored = serde_json::to_value(&resolved).expect("plain data");
+    let fields = stored.as_object_mut().expect("object");
+    fields.remove("packing");
+    fields["adapter"].as_object_mut().expect("object").remove("use_rslora");
+    let read: ResolvedHyperparameters = serde_json::from_value(stored).expect("readable");
+    assert_eq!(read, resolved);
+}
