@@ -6,17 +6,58 @@ use crate::error::EngineError;
 
 /// Rows of a micro-batch, concatenated. Attention is block-diagonal by segment and positions
 /// restart in each, so a row's loss does not depend on its neighbours and nothing is padded.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// Rows that begin alike may share that beginning: it is a segment of its own, computed once, and
+/// the rest of each row is a segment that continues it. Causal attention makes this exact: what a
+/// token sees and predicts does not depend on what follows it.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Token ids of all rows, end to end; length T.
     pub ids: Vec<u32>,
     /// Weight of each token *as a target*: `weights[t]` multiplies −log p(ids[t] | ids before it
-    /// in its segment). A segment's first token is never a target, whatever its weight says.
+    /// in its row). A row's first token is never a target, whatever its weight says. In a shared
+    /// beginning it is the sum over the rows that share it.
     pub weights: Vec<f32>,
-    /// Where each row lies in `ids`; consecutive, covering `0..T`.
-    pub segments: Vec<Range<usize>>,
-    /// The row number (0-based, in the data set) that each segment came from.
+    /// The segments, consecutive in `ids` and covering `0..T`.
+    pub segments: Vec<Segment>,
+    /// The rows (numbers in the data set, from 0) that the batch was made of.
     pub rows: Vec<usize>,
+}
+
+/// Consecutive tokens of a row: all of them, or those after a beginning shared with other rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it lies in the batch's ids.
+    pub tokens: Range<usize>,
+    /// Where the beginning lies that it continues, an earlier segment's `tokens`; else empty.
+    pub prefix: Range<usize>,
+}
+
+impl Segment {
+    /// A row of its own.
+    #[must_use]
+    pub fn whole(tokens: Range<usize>) -> Self {
+        Self { tokens, prefix: 0..0 }
+    }
+
+    /// The position in its row of the segment's first token.
+    #[must_use]
+    pub fn first_position(&self) -> usize {
+        self.prefix.len()
+    }
+
+    /// How many tokens its last token sees, itself included.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.prefix.len() + self.tokens.len()
+    }
+
+    /// Each token that is predicted, and the one whose logits predict it.
+    fn predictions(&self) -> impl Iterator<Item = (usize, usize)> {
+        let tokens = self.tokens.clone();
+        let first = self.prefix.clone().last().map(|last| (last, tokens.start));
+        first.into_iter().chain(tokens.clone().zip(tokens.skip(1)))
+    }
 }
 
 impl Batch {
@@ -26,7 +67,7 @@ impl Batch {
         Self {
             ids: ids.to_vec(),
             weights: vec![1.0; ids.len()],
-            segments: std::iter::once(0..ids.len()).collect(),
+            segments: vec![Segment::whole(0..ids.len())],
             rows: vec![0],
         }
     }
@@ -37,23 +78,27 @@ impl Batch {
     /// [`EngineError::Data`] naming what does not fit.
     pub fn check(&self) -> Result<(), EngineError> {
         let mut covered = 0;
-        for segment in &self.segments {
-            if segment.start != covered || segment.end <= segment.start {
+        for (index, Segment { tokens, prefix }) in self.segments.iter().enumerate() {
+            if tokens.start != covered || tokens.end <= tokens.start {
                 return Err(EngineError::Data(format!(
-                    "segment {segment:?} of a batch does not follow token {covered}"
+                    "segment {tokens:?} of a batch does not follow token {covered}"
                 )));
             }
-            covered = segment.end;
+            let is_whole =
+                |segment: &Segment| segment.prefix.is_empty() && segment.tokens == *prefix;
+            if !prefix.is_empty() && !self.segments[..index].iter().any(is_whole) {
+                return Err(EngineError::Data(format!(
+                    "segment {tokens:?} of a batch continues {prefix:?}, which is no row's \
+                     beginning before it"
+                )));
+            }
+            covered = tokens.end;
         }
-        if covered != self.ids.len()
-            || self.weights.len() != self.ids.len()
-            || self.rows.len() != self.segments.len()
-        {
+        if covered != self.ids.len() || self.weights.len() != self.ids.len() {
             return Err(EngineError::Data(format!(
-                "a batch of {} ids has {} weights, {} rows, and {} segments that end at {covered}",
+                "a batch of {} ids has {} weights and {} segments that end at {covered}",
                 self.ids.len(),
                 self.weights.len(),
-                self.rows.len(),
                 self.segments.len()
             )));
         }
@@ -66,13 +111,14 @@ impl Batch {
     }
 
     /// What there is to predict, in order; targets of weight 0 are left out. Ids are shifted
-    /// against positions here and nowhere else.
+    /// against positions here and nowhere else. A position may come more than once: the end of a
+    /// shared beginning predicts how each row goes on.
     pub fn targets(&self) -> impl Iterator<Item = Target> + '_ {
         self.segments
             .iter()
-            .flat_map(|segment| segment.start + 1..segment.end)
-            .map(|token| Target {
-                position: token - 1,
+            .flat_map(Segment::predictions)
+            .map(|(position, token)| Target {
+                position,
                 id: self.ids[token],
                 weight: self.weights[token],
             })
@@ -82,17 +128,27 @@ impl Batch {
     /// Σ of the weights of all targets: the denominator of the mean loss.
     #[must_use]
     pub fn total_weight(&self) -> f64 {
-        self.segments
-            .iter()
-            .flat_map(|segment| &self.weights[(segment.start + 1).min(segment.end)..segment.end])
-            .map(|&weight| f64::from(weight))
-            .sum()
+        self.targets().map(|target| f64::from(target.weight)).sum()
     }
 
-    /// How many tokens the batch holds.
+    /// How many tokens are computed.
     #[must_use]
     pub fn tokens(&self) -> usize {
         self.ids.len()
+    }
+
+    /// How many tokens the rows have; a shared beginning counts once for each of them.
+    #[must_use]
+    pub fn row_tokens(&self) -> usize {
+        let continued =
+            |segment: &Segment| self.segments.iter().any(|other| other.prefix == segment.tokens);
+        self.segments.iter().filter(|segment| !continued(segment)).map(Segment::context).sum()
+    }
+
+    /// The greatest number of tokens that any token sees, itself included.
+    #[must_use]
+    pub fn longest_context(&self) -> usize {
+        self.segments.iter().map(Segment::context).max().unwrap_or(0)
     }
 }
 
@@ -134,7 +190,7 @@ mod tests {
         Batch {
             ids: vec![10, 11, 12, 20, 21],
             weights: vec![9.0, 0.0, 0.5, 9.0, 1.0],
-            segments: vec![0..3, 3..5],
+            segments: vec![Segment::whole(0..3), Segment::whole(3..5)],
             rows: vec![0, 1],
         }
     }
@@ -157,8 +213,37 @@ mod tests {
     #[test]
     fn segments_with_a_gap_or_an_overlap_are_refused() {
         for segments in [[0..2, 3..5], [0..3, 2..5], [0..5, 5..5], [0..3, 3..4]] {
-            let rows = vec![0; segments.len()];
-            assert!(Batch { segments: segments.into(), rows, ..two_segments() }.check().is_err());
+            let segments = segments.map(Segment::whole).into();
+            assert!(Batch { segments, ..two_segments() }.check().is_err());
+        }
+    }
+
+    /// The rows 10 11 12 and 10 11 20 21, which share their first two tokens.
+    fn shared_beginning() -> Batch {
+        let continued = |tokens| Segment { tokens, prefix: 0..2 };
+        Batch {
+            ids: vec![10, 11, 12, 20, 21],
+            weights: vec![9.0, 0.2, 0.5, 0.0, 1.0],
+            segments: vec![Segment::whole(0..2), continued(2..3), continued(3..5)],
+            rows: vec![0, 1],
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_shared_beginning_predicts_how_each_row_goes_on() {
+        let batch = Batch { weights: vec![9.0, 0.2, 0.5, 0.7, 1.0], ..shared_beginning() };
+        let targets: Vec<_> = batch.targets().map(|t| (t.position, t.id, t.weight)).collect();
+        assert_eq!(targets, [(0, 11, 0.2), (1, 12, 0.5), (1, 20, 0.7), (3, 21, 1.0)]);
+        assert_eq!((batch.tokens(), batch.row_tokens(), batch.longest_context()), (5, 7, 4));
+        assert!(batch.check().is_ok());
+    }
+
+    #[test]
+    fn segment_that_continues_what_is_no_earlier_row_is_refused() {
+        for prefix in [0..1, 2..3, 3..5, 4..9] {
+            let mut batch = shared_beginning();
+            batch.segments[2].prefix = prefix;
+            assert!(batch.check().is_err());
         }
     }
 

@@ -2,11 +2,14 @@
 
 use tunesmith_core::dataset::TokenizedRow;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Segment};
 
 /// The most tokens of one pass, where more than one row shares it. On a CPU more than this gains
 /// no speed, and the memory of a pass grows with its tokens.
 pub const TOKENS_PER_PASS: usize = 2048;
+
+/// Beginnings shorter than this are not worth a segment of their own.
+const MIN_SHARED_TOKENS: usize = 16;
 
 /// How a step's rows are cut into passes. No choice changes a step's loss or gradient but for
 /// rounding and for which inputs LoRA dropout hits, since sums are normalised once a step.
@@ -16,48 +19,135 @@ pub struct Batching {
     pub batch_size: usize,
     /// Whether the rows of a pass are computed at once, laid end to end, or one after another.
     pub packing: bool,
-    /// The most tokens in one pass; one longer row makes a pass of its own.
+    /// Whether rows of a pass that begin alike, as with one system prompt, share the computation
+    /// of that beginning. Not together with what is random for each token of a row.
+    pub share_prefixes: bool,
+    /// The most tokens computed in one pass; one longer row makes a pass of its own.
     pub tokens_per_pass: usize,
 }
 
 impl Batching {
-    /// Lays `numbers`, rows of `rows`, out as micro-batches in that order.
+    /// Lays `numbers`, rows of `rows`, out as micro-batches in that order; rows that share a
+    /// beginning come together, where the first of them stands.
     #[must_use]
     pub fn micro_batches(&self, rows: &[TokenizedRow], numbers: &[usize]) -> Vec<Batch> {
         let batch_size = if self.packing { self.batch_size } else { 1 };
-        let mut batches: Vec<Batch> = Vec::new();
+        let mut passes: Vec<Pass<'_>> = Vec::new();
         for group in numbers.chunks(batch_size) {
-            let mut room = 0;
+            let mut pass = Pass::new(rows, self.share_prefixes);
             for &number in group {
-                let row = &rows[number];
-                let tokens = row.ids.len();
-                match batches.last_mut() {
-                    Some(batch) if room >= tokens => append(batch, row, number),
-                    _ => {
-                        room = self.tokens_per_pass.max(tokens);
-                        let mut batch = Batch {
-                            ids: Vec::new(),
-                            weights: Vec::new(),
-                            segments: Vec::new(),
-                            rows: Vec::new(),
-                        };
-                        append(&mut batch, row, number);
-                        batches.push(batch);
-                    }
+                if !pass.is_empty() && pass.tokens_with(number) > self.tokens_per_pass {
+                    passes.push(std::mem::replace(&mut pass, Pass::new(rows, self.share_prefixes)));
                 }
-                room -= tokens;
+                pass.push(number);
             }
+            passes.push(pass);
         }
-        batches
+        passes.iter().map(Pass::batch).collect()
     }
 }
 
-fn append(batch: &mut Batch, row: &TokenizedRow, number: usize) {
-    let start = batch.ids.len();
-    batch.ids.extend_from_slice(&row.ids);
-    batch.weights.extend_from_slice(&row.weights);
-    batch.segments.push(start..batch.ids.len());
-    batch.rows.push(number);
+/// The rows of one pass, by their beginnings.
+struct Pass<'a> {
+    rows: &'a [TokenizedRow],
+    share_prefixes: bool,
+    families: Vec<Family>,
+}
+
+/// Rows that begin alike.
+struct Family {
+    /// Never empty.
+    members: Vec<usize>,
+    /// How many first tokens all members have in common; each member has at least one more.
+    shared: usize,
+}
+
+impl<'a> Pass<'a> {
+    fn new(rows: &'a [TokenizedRow], share_prefixes: bool) -> Self {
+        Self { rows, share_prefixes, families: Vec::new() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.families.is_empty()
+    }
+
+    /// The family that row `number` belongs to, and what its members would then share.
+    fn family_of(&self, number: usize) -> Option<(usize, usize)> {
+        if !self.share_prefixes {
+            return None;
+        }
+        let ids = &self.rows[number].ids;
+        self.families.iter().enumerate().find_map(|(index, family)| {
+            let first = &self.rows[family.members[0]].ids;
+            let longest = family.shared.min(ids.len().saturating_sub(1));
+            let shared = first.iter().zip(ids).take(longest).take_while(|(a, b)| a == b).count();
+            (shared >= MIN_SHARED_TOKENS).then_some((index, shared))
+        })
+    }
+
+    /// Tokens to compute, with row `number` added.
+    fn tokens_with(&self, number: usize) -> usize {
+        let joined = self.family_of(number);
+        let mut tokens = self.rows[number].ids.len();
+        for (index, family) in self.families.iter().enumerate() {
+            tokens += match joined {
+                Some((joined, shared)) if joined == index => {
+                    family.tokens(self.rows, shared) - shared
+                }
+                _ => family.tokens(self.rows, family.shared),
+            };
+        }
+        tokens
+    }
+
+    fn push(&mut self, number: usize) {
+        match self.family_of(number) {
+            Some((index, shared)) => {
+                self.families[index].members.push(number);
+                self.families[index].shared = shared;
+            }
+            None => {
+                let shared = self.rows[number].ids.len().saturating_sub(1);
+                self.families.push(Family { members: vec![number], shared });
+            }
+        }
+    }
+
+    fn batch(&self) -> Batch {
+        let mut batch = Batch::default();
+        for Family { members, shared } in &self.families {
+            let shared = if members.len() > 1 { *shared } else { 0 };
+            let mut prefix = 0..0;
+            if shared > 0 {
+                prefix = batch.ids.len()..batch.ids.len() + shared;
+                batch.ids.extend_from_slice(&self.rows[members[0]].ids[..shared]);
+                // In f64, so that the sum over many rows is rounded once.
+                batch.weights.extend((0..shared).map(|token| {
+                    let weights =
+                        members.iter().map(|&row| f64::from(self.rows[row].weights[token]));
+                    weights.sum::<f64>() as f32
+                }));
+                batch.segments.push(Segment::whole(prefix.clone()));
+            }
+            for &number in members {
+                let (row, start) = (&self.rows[number], batch.ids.len());
+                batch.ids.extend_from_slice(&row.ids[shared..]);
+                batch.weights.extend_from_slice(&row.weights[shared..]);
+                let tokens = start..batch.ids.len();
+                batch.segments.push(Segment { tokens, prefix: prefix.clone() });
+                batch.rows.push(number);
+            }
+        }
+        batch
+    }
+}
+
+impl Family {
+    /// Tokens to compute when the members share their first `shared` ones.
+    fn tokens(&self, rows: &[TokenizedRow], shared: usize) -> usize {
+        let all: usize = self.members.iter().map(|&row| rows[row].ids.len()).sum();
+        all - (self.members.len() - 1) * shared
+    }
 }
 
 #[cfg(test)]
@@ -74,6 +164,21 @@ mod tests {
         lengths.iter().enumerate().map(row).collect()
     }
 
+    fn batching(batch_size: usize, tokens_per_pass: usize) -> Batching {
+        Batching { batch_size, packing: true, share_prefixes: true, tokens_per_pass }
+    }
+
+    /// Rows that begin with `shared` equal tokens and go on with `own` tokens of their own.
+    fn rows_after(shared: usize, own: &[usize]) -> Vec<TokenizedRow> {
+        let row = |(index, &own): (usize, &usize)| {
+            let own = std::iter::repeat_n(1000 + index as u32, own);
+            let ids: Vec<u32> = (0..shared as u32).chain(own).collect();
+            let weights = vec![0.5 + index as f32; ids.len()];
+            TokenizedRow { line: index + 1, ids, weights, truncated: false }
+        };
+        own.iter().enumerate().map(row).collect()
+    }
+
     fn row_numbers(batches: &[Batch]) -> Vec<Vec<usize>> {
         batches.iter().map(|batch| batch.rows.clone()).collect()
     }
@@ -81,25 +186,81 @@ mod tests {
     #[test]
     fn packing_lays_the_rows_of_a_batch_end_to_end() {
         let rows = rows(&[3, 2, 4, 1, 5]);
-        let batching = Batching { batch_size: 2, packing: true, tokens_per_pass: 100 };
+        let batching = batching(2, 100);
         let batches = batching.micro_batches(&rows, &[4, 0, 2, 1, 3]);
         assert_eq!(row_numbers(&batches), [vec![4, 0], vec![2, 1], vec![3]]);
-        assert_eq!(batches[0].segments, [0..5, 5..8]);
+        assert_eq!(batches[0].segments, [0..5, 5..8].map(Segment::whole));
         assert_eq!(batches[0].ids, [4, 4, 4, 4, 4, 0, 0, 0]);
         assert!(batches.iter().all(|batch| batch.check().is_ok()));
     }
 
     #[test]
     fn without_packing_each_row_is_a_pass() {
-        let batching = Batching { batch_size: 4, packing: false, tokens_per_pass: 100 };
+        let batching = Batching { packing: false, ..batching(4, 100) };
         let batches = batching.micro_batches(&rows(&[3, 2, 4]), &[0, 1, 2]);
         assert_eq!(row_numbers(&batches), [[0], [1], [2]]);
     }
 
     #[test]
     fn a_pass_ends_where_the_next_row_would_pass_the_budget() {
-        let batching = Batching { batch_size: 8, packing: true, tokens_per_pass: 6 };
+        let batching = batching(8, 6);
         let batches = batching.micro_batches(&rows(&[3, 3, 1, 9, 2]), &[0, 1, 2, 3, 4]);
         assert_eq!(row_numbers(&batches), [vec![0, 1], vec![2], vec![3], vec![4]]);
+    }
+
+    #[test]
+    fn rows_that_begin_alike_share_their_beginning() {
+        let rows = rows_after(20, &[3, 1, 2]);
+        let batches = batching(8, 100).micro_batches(&rows, &[2, 0, 1]);
+        assert_eq!(row_numbers(&batches), [[2, 0, 1]]);
+        let batch = &batches[0];
+        let continued = |tokens| Segment { tokens, prefix: 0..20 };
+        assert_eq!(batch.segments[0], Segment::whole(0..20));
+        assert_eq!(batch.segments[1..], [20..22, 22..25, 25..26].map(continued));
+        assert_eq!(batch.ids[19..26], [19, 1002, 1002, 1000, 1000, 1000, 1001]);
+        assert_eq!(batch.weights[19..21], [0.5 + 1.5 + 2.5, 2.5]);
+        assert_eq!((batch.tokens(), batch.row_tokens()), (26, 66));
+        assert!(batch.check().is_ok());
+        let apart = Batching { share_prefixes: false, ..batching(8, 100) };
+        let apart = apart.micro_batches(&rows, &[2, 0, 1]);
+        assert_eq!((apart[0].tokens(), apart[0].row_tokens()), (66, 66));
+        assert!((apart[0].total_weight() - batch.total_weight()).abs() < 1e-5);
+    }
+
+    #[test]
+    fn equal_rows_keep_one_token_each() {
+        let rows = vec![rows_after(20, &[0]).remove(0); 3];
+        let batches = batching(8, 100).micro_batches(&rows, &[0, 1, 2]);
+        assert_eq!((batches[0].tokens(), batches[0].row_tokens()), (19 + 3, 60));
+        assert!(batches[0].check().is_ok());
+    }
+
+    #[test]
+    fn short_or_different_beginnings_are_not_shared() {
+        let batches = batching(8, 100).micro_batches(&rows_after(15, &[3, 1]), &[0, 1]);
+        assert_eq!(batches[0].segments, [0..18, 18..34].map(Segment::whole));
+        let mut rows = rows_after(20, &[3, 1]);
+        rows[1].ids[0] = 7;
+        let batches = batching(8, 100).micro_batches(&rows, &[0, 1]);
+        assert_eq!(batches[0].segments, [0..23, 23..44].map(Segment::whole));
+    }
+
+    #[test]
+    fn two_system_prompts_make_two_families() {
+        let mut rows = rows_after(20, &[1, 1, 1, 1]);
+        for row in [1, 3] {
+            rows[row].ids[0] = 7;
+        }
+        let batches = batching(8, 100).micro_batches(&rows, &[0, 1, 2, 3]);
+        assert_eq!(row_numbers(&batches), [[0, 2, 1, 3]]);
+        assert_eq!((batches[0].tokens(), batches[0].row_tokens()), (44, 84));
+        assert!(batches[0].check().is_ok());
+    }
+
+    #[test]
+    fn the_budget_counts_a_shared_beginning_once() {
+        let rows = rows_after(20, &[5, 5, 5, 5]);
+        let batches = batching(8, 35).micro_batches(&rows, &[0, 1, 2, 3]);
+        assert_eq!(row_numbers(&batches), [[0, 1, 2].as_slice(), &[3]]);
     }
 }

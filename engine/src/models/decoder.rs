@@ -1,7 +1,6 @@
 //! The Llama decoder: pre-norm layers of rotary grouped attention and SwiGLU (Touvron et al. 2023).
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData};
 
@@ -114,16 +113,14 @@ impl Decoder {
         dropout: Option<DropoutKey>,
         mut observe: impl FnMut(&Tensor<2>),
     ) -> Tensor<2> {
-        let segments: Arc<[Range<usize>]> = batch.segments.as_slice().into();
-        let longest = segments.iter().map(|segment| segment.len()).max().unwrap_or(0);
-        let rotary = RotaryTable::new(&self.config, 0, longest);
+        let rotary = RotaryTable::new(&self.config, 0, batch.longest_context());
         let heads = self.heads();
         let mut x = self.embed(parameters, &batch.ids);
         observe(&x);
         for (index, layer) in self.layers.iter().enumerate() {
             let dropout = dropout.map(|key| (key, index));
             x = self.layer(parameters, layer, x, dropout, |qkv| {
-                attention::attention(qkv, heads, &segments, &rotary)
+                attention::attention(qkv, heads, &batch.segments, &rotary)
             });
             observe(&x);
         }

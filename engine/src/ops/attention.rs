@@ -12,15 +12,17 @@
 //! dq̂ = dS·k̂,  dk̂ = dSᵀ·q̂,  dq = Rᵀ·dq̂,  dk = Rᵀ·dk̂
 //! ```
 //!
-//! Segments never meet, so nothing is masked but the future, and no matrix spans two segments.
+//! Segments never meet, so nothing is masked but the future, and no matrix spans two segments. But
+//! a segment may continue an earlier one, its prefix: it then sees the prefix's k̂ and v before its
+//! own, counts its positions on from there, and adds its share to the prefix's dk̂ and dv.
 //! P is computed again in the backward pass from each row's log Σ exp (Dao 2023).
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use burn::tensor::{Bool, Tensor, TensorData, activation};
 
 use super::{cpu, on_cpu};
+use crate::batch::Segment;
 use crate::models::rope::RotaryTable;
 
 /// How many heads there are, and how wide each is.
@@ -61,7 +63,7 @@ impl Heads {
 pub(crate) fn attention(
     qkv: Tensor<2>,
     heads: Heads,
-    segments: &Arc<[Range<usize>]>,
+    segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
     if on_cpu(&qkv) {
@@ -74,14 +76,20 @@ pub(crate) fn attention(
 pub(super) fn portable(
     qkv: Tensor<2>,
     heads: Heads,
-    segments: &[Range<usize>],
+    segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
+    let rows = |tokens: Range<usize>| qkv.clone().slice([tokens, 0..heads.qkv_width()]);
     let outputs = segments
         .iter()
-        .map(|segment| {
-            let rows = qkv.clone().slice([segment.clone(), 0..heads.qkv_width()]);
-            let (q, k, v) = rotated(rows, heads, rotary);
+        .map(|Segment { tokens, prefix }| {
+            let mut all = rows(tokens.clone());
+            if !prefix.is_empty() {
+                all = Tensor::cat(vec![rows(prefix.clone()), all], 0);
+            }
+            let (q, k, v) = rotated(all, heads, rotary);
+            let context = prefix.len() + tokens.len();
+            let q = q.slice([0..heads.query, prefix.len()..context, 0..heads.dim]);
             attend(q, k, v)
         })
         .collect();
@@ -174,23 +182,26 @@ mod tests {
     use crate::parameter::read;
 
     fn assert_forms_equal(heads: Heads, lengths: &[usize]) {
-        let segments = segments(lengths);
-        let tokens = lengths.iter().sum();
+        assert_segments_equal(heads, &segments(lengths));
+    }
+
+    fn assert_segments_equal(heads: Heads, segments: &[Segment]) {
+        let tokens = segments.last().unwrap().tokens.end;
         let rotary = RotaryTable::from_frequencies(&frequencies(heads), 0, tokens);
         assert_gradients_equal(
             &[random([tokens, heads.qkv_width()], 5).mul_scalar(2.0)],
-            |inputs| cpu::attention::attention(inputs[0].clone(), heads, &segments, &rotary),
-            |inputs| portable(inputs[0].clone(), heads, &segments, &rotary),
+            |inputs| cpu::attention::attention(inputs[0].clone(), heads, segments, &rotary),
+            |inputs| portable(inputs[0].clone(), heads, segments, &rotary),
         );
     }
 
-    fn segments(lengths: &[usize]) -> Arc<[Range<usize>]> {
+    fn segments(lengths: &[usize]) -> Vec<Segment> {
         let mut end = 0;
         lengths
             .iter()
             .map(|length| {
                 end += length;
-                end - length..end
+                Segment::whole(end - length..end)
             })
             .collect()
     }
@@ -202,6 +213,28 @@ mod tests {
     #[test]
     fn grouped_heads_over_segments_down_to_one_token() {
         assert_forms_equal(Heads { query: 6, key_value: 2, dim: 8 }, &[5, 1, 9]);
+    }
+
+    #[test]
+    fn segments_that_continue_an_earlier_one() {
+        let heads = Heads { query: 6, key_value: 2, dim: 8 };
+        let mut segments = segments(&[4, 5, 1, 3, 2, 200]);
+        segments[2].prefix = 4..9;
+        segments[3].prefix = 4..9;
+        segments[5].prefix = 0..4;
+        assert_segments_equal(heads, &segments);
+    }
+
+    #[test]
+    fn a_segment_after_its_prefix_sees_what_the_whole_row_shows() {
+        let heads = Heads { query: 4, key_value: 2, dim: 4 };
+        let qkv = random([7, heads.qkv_width()], 9);
+        let rotary = RotaryTable::from_frequencies(&frequencies(heads), 0, 7);
+        let whole = cpu::attention::attention(qkv.clone(), heads, &segments(&[7]), &rotary);
+        let mut parts = segments(&[3, 4]);
+        parts[1].prefix = 0..3;
+        let parts = cpu::attention::attention(qkv, heads, &parts, &rotary);
+        assert_close("o", &read(parts).unwrap(), &read(whole).unwrap());
     }
 
     #[test]

@@ -142,6 +142,13 @@ mod tests {
     }
 
     #[test]
+    fn several_targets_after_one_position_add_their_gradients() {
+        let mut targets = TARGETS;
+        targets[1].position = 0;
+        assert_forms_equal(&targets, 5);
+    }
+
+    #[test]
     fn one_form_alone_requires_its_gradient() {
         let (_, _, dh, dw) = run(cpu_form, &TARGETS, 5);
         let hidden = random([5, 9], 1).mul_scalar(2.0).autodiff();

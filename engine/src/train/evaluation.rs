@@ -32,7 +32,12 @@ pub(super) struct ValidationSet {
 impl ValidationSet {
     pub(super) fn new(rows: &[TokenizedRow], tokens_per_pass: usize) -> Self {
         let all: Vec<usize> = (0..rows.len()).collect();
-        let batching = Batching { batch_size: usize::MAX, packing: true, tokens_per_pass };
+        let batching = Batching {
+            batch_size: usize::MAX,
+            packing: true,
+            share_prefixes: true,
+            tokens_per_pass,
+        };
         Self { batches: batching.micro_batches(rows, &all) }
     }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use tunesmith_core::dataset::TokenizedRow;
-use tunesmith_core::hyperparameters::ResolvedHyperparameters;
+use tunesmith_core::hyperparameters::{AdapterType, ResolvedHyperparameters};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainRequest};
 
@@ -95,6 +95,7 @@ impl<'a> Run<'a> {
             batching: Batching {
                 batch_size: hyperparameters.batch_size as usize,
                 packing: hyperparameters.packing,
+                share_prefixes: !has_token_noise(hyperparameters),
                 tokens_per_pass: options.tokens_per_pass,
             },
             warmup_steps: warmup_steps(hyperparameters, total_steps),
@@ -179,7 +180,7 @@ impl<'a> Run<'a> {
             train: sum.into(),
             learning_rate,
             grad_norm,
-            tokens: batches.iter().map(|batch| batch.tokens() as u64).sum(),
+            tokens: batches.iter().map(|batch| batch.row_tokens() as u64).sum(),
             seconds: began.elapsed().as_secs_f64(),
         })
     }
@@ -309,6 +310,12 @@ impl<'a> Run<'a> {
 /// Steps in which the learning rate rises; rounded, so that a short run is not all warm-up.
 fn warmup_steps(hyperparameters: &ResolvedHyperparameters, total_steps: u64) -> u64 {
     (hyperparameters.warmup_ratio * total_steps as f64).round() as u64
+}
+
+/// Whether something random is drawn for each token of a row, so that two rows differ even where
+/// their tokens do not.
+fn has_token_noise(hyperparameters: &ResolvedHyperparameters) -> bool {
+    hyperparameters.adapter.kind == AdapterType::Lora && hyperparameters.adapter.dropout > 0.0
 }
 
 fn lines_in_words(mut lines: Vec<usize>) -> String {

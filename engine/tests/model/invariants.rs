@@ -1,6 +1,8 @@
 //! What must hold of any model in training, on a tiny one with random weights.
 
+use tunesmith_core::dataset::TokenizedRow;
 use tunesmith_core::hyperparameters::{AdapterConfig, TARGET_MODULES};
+use tunesmith_engine::data::batching::Batching;
 use tunesmith_engine::{AdamWParams, Batch, DropoutKey, EngineError, NamedTensor, TrainableModel};
 
 use crate::support::{pack, stir_adapter, tiny_ids, tiny_model};
@@ -91,6 +93,40 @@ fn first_weight_of_a_segment_counts_for_nothing() {
     let mut rows = rows();
     rows.iter_mut().for_each(|(_, weights)| weights[0] = 1e6);
     assert_eq!(model.evaluate(&pack(&rows)).unwrap(), outcome);
+}
+
+#[test]
+fn rows_that_share_their_beginning_have_the_loss_and_gradient_of_rows_apart() {
+    let beginning = tiny_ids(20, 9);
+    let row = |(line, own): (usize, Vec<u32>)| {
+        let ids = [beginning.clone(), own].concat();
+        let weights = (0..ids.len()).map(|i| [0.1, 1.0, 0.0][(i + line) % 3]).collect();
+        TokenizedRow { line, ids, weights, truncated: false }
+    };
+    let own = [tiny_ids(7, 1), tiny_ids(1, 2), tiny_ids(12, 3)];
+    let rows: Vec<TokenizedRow> = own.into_iter().enumerate().map(row).collect();
+    let batches = |share_prefixes| {
+        let batching =
+            Batching { batch_size: 8, packing: true, share_prefixes, tokens_per_pass: 1000 };
+        batching.micro_batches(&rows, &[0, 1, 2])
+    };
+    let (shared, apart) = (batches(true), batches(false));
+    assert_eq!((shared[0].tokens(), apart[0].tokens()), (40, 80));
+    let scale = 1.0 / apart[0].total_weight();
+    for adapter in [lora(), AdapterConfig::full()] {
+        let mut together = stirred_model(&adapter);
+        let a = together.forward_backward(&shared[0], scale, KEY).unwrap();
+        let mut one_by_one = stirred_model(&adapter);
+        let b = one_by_one.forward_backward(&apart[0], scale, KEY).unwrap();
+        for (a, b) in [
+            (a.weighted_nll, b.weighted_nll),
+            (a.weight, b.weight),
+            (a.weighted_correct, b.weighted_correct),
+        ] {
+            assert!((a - b).abs() < 1e-6 * b.abs() + 1e-5, "{a} {b}");
+        }
+        assert_close(&gradients(together), &gradients(one_by_one));
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_engine::batch::Segment;
 use tunesmith_engine::{Batch, Device, NamedTensor, TrainableModel};
 
 /// The directory of SmolLM2-135M-Instruct in f32. Fails when it is not there: a test that is
@@ -89,7 +90,7 @@ pub(crate) fn pack(rows: &[(Vec<u32>, Vec<f32>)]) -> Batch {
         let start = batch.ids.len();
         batch.ids.extend(ids);
         batch.weights.extend(weights);
-        batch.segments.push(start..batch.ids.len());
+        batch.segments.push(Segment::whole(start..batch.ids.len()));
     }
     batch
 }

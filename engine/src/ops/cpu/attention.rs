@@ -1,8 +1,9 @@
 //! CPU form of [`crate::ops::attention`].
 //!
-//! The unit of work is one head of one segment. Queries, keys and values are laid out unit by unit,
-//! each `[n, D]`, so that a unit's products run on contiguous memory and its results are a slice
-//! of its own.
+//! The unit of work is one head of one segment. Queries, keys and values are laid out unit by unit:
+//! queries `[n, D]`, keys and values `[p + n, D]` where the segment continues a prefix of p tokens,
+//! whose keys and values are copied in front of its own. So a unit's products run on contiguous
+//! memory, and its results are a slice of its own.
 
 mod kernels;
 
@@ -23,6 +24,7 @@ use self::kernels::{
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add};
 use super::isa::Isa;
 use super::step::{contiguous, dims, from_values, node, tensor, values};
+use crate::batch::Segment;
 use crate::models::rope::RotaryTable;
 use crate::ops::attention::Heads;
 
@@ -32,14 +34,13 @@ const QUERY_BLOCK: usize = 128;
 pub(in crate::ops) fn attention(
     qkv: Tensor<2>,
     heads: Heads,
-    segments: &Arc<[Range<usize>]>,
+    segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
     let qkv = node(qkv);
     let step = Attention.prepare::<NoCheckpointing>([qkv.node()]).compute_bound();
     let qkv = contiguous(qkv.into_primitive());
-    let layout =
-        Layout { isa: Isa::detect(), heads, segments: segments.clone(), rotary: rotary.clone() };
+    let layout = Layout::new(heads, segments, rotary);
     let mut inputs = layout.split(&qkv);
     let output = layout.forward(&mut inputs);
     let output = from_values(output, [dims(&qkv)[0], heads.query_width()]);
@@ -75,7 +76,7 @@ impl Backward<Flex, 1> for Attention {
         let [Some(parent)] = ops.parents else { return };
         let Saved { layout, inputs, output } = ops.state;
         let d_inputs = layout.backward(&inputs, values(&output), values(&d_output));
-        let d_qkv = layout.merge(&d_inputs);
+        let d_qkv = layout.merge(d_inputs);
         let shape = [dims(&output)[0], layout.heads.qkv_width()];
         gradients.register::<Flex>(parent.id, from_values(d_qkv, shape));
     }
@@ -86,8 +87,32 @@ impl Backward<Flex, 1> for Attention {
 struct Layout {
     isa: Isa,
     heads: Heads,
-    segments: Arc<[Range<usize>]>,
+    segments: Arc<[Placed]>,
     rotary: RotaryTable,
+}
+
+/// A segment, and where it lies among the keys.
+#[derive(Debug, Clone)]
+struct Placed {
+    tokens: Range<usize>,
+    /// Its prefix's place among the segments.
+    prefix: Option<usize>,
+    /// p.
+    prefix_len: usize,
+    /// Keys of one head that lie before its own.
+    first_key: usize,
+}
+
+impl Placed {
+    /// n.
+    fn queries(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// p + n.
+    fn keys(&self) -> usize {
+        self.prefix_len + self.tokens.len()
+    }
 }
 
 /// q̂, k̂ and v, or their gradients, unit by unit.
@@ -101,8 +126,31 @@ struct Inputs {
 }
 
 impl Layout {
+    fn new(heads: Heads, segments: &[Segment], rotary: &RotaryTable) -> Self {
+        let mut first_key = 0;
+        let placed = segments.iter().map(|Segment { tokens, prefix }| {
+            let placed = Placed {
+                tokens: tokens.clone(),
+                prefix: segments
+                    .iter()
+                    .position(|other| !prefix.is_empty() && other.tokens == *prefix),
+                prefix_len: prefix.len(),
+                first_key,
+            };
+            first_key += placed.keys();
+            placed
+        });
+        let segments = placed.collect();
+        Self { isa: Isa::detect(), heads, segments, rotary: rotary.clone() }
+    }
+
     fn tokens(&self) -> usize {
-        self.segments.last().map_or(0, |segment| segment.end)
+        self.segments.last().map_or(0, |segment| segment.tokens.end)
+    }
+
+    /// Keys of one head, those copied from prefixes included.
+    fn keys(&self) -> usize {
+        self.segments.last().map_or(0, |segment| segment.first_key + segment.keys())
     }
 
     fn scale(&self) -> f32 {
@@ -110,95 +158,121 @@ impl Layout {
     }
 
     /// All units of `count` heads: segment by segment, and in each head by head.
-    fn units(&self, count: usize) -> impl Iterator<Item = (&Range<usize>, usize)> {
+    fn units(&self, count: usize) -> impl Iterator<Item = (&Placed, usize)> {
         self.segments.iter().flat_map(move |segment| (0..count).map(move |head| (segment, head)))
     }
 
-    /// Where a unit lies in a buffer of `count` heads with `width` values for each token.
-    fn unit(
-        &self,
-        segment: &Range<usize>,
-        head: usize,
-        count: usize,
-        width: usize,
-    ) -> Range<usize> {
-        let start = (segment.start * count + head * segment.len()) * width;
-        start..start + segment.len() * width
+    /// Where a unit's queries lie in a buffer with `width` values for each.
+    fn query_unit(&self, segment: &Placed, head: usize, width: usize) -> Range<usize> {
+        let start = segment.tokens.start * self.heads.query + head * segment.queries();
+        start * width..(start + segment.queries()) * width
     }
 
-    /// Cuts a buffer of `count` heads with `width` values for each token into its units.
-    fn cut<'a>(&self, buffer: &'a mut [f32], count: usize, width: usize) -> Vec<&'a mut [f32]> {
-        let mut rest = buffer;
-        self.units(count)
-            .map(|(segment, _)| rest.split_off_mut(..segment.len() * width).expect("a unit"))
-            .collect()
+    /// Where a unit's keys lie, and likewise its values.
+    fn key_unit(&self, segment: &Placed, key_head: usize) -> Range<usize> {
+        let start = segment.first_key * self.heads.key_value + key_head * segment.keys();
+        start * self.heads.dim..(start + segment.keys()) * self.heads.dim
+    }
+
+    /// Cuts a buffer with `width` values for each query into units.
+    fn cut_queries<'a>(&self, buffer: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
+        let lengths = self.units(self.heads.query).map(|(segment, _)| segment.queries() * width);
+        cut(buffer, lengths)
+    }
+
+    /// Cuts a buffer of keys or values into units.
+    fn cut_keys<'a>(&self, buffer: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+        let (count, dim) = (self.heads.key_value, self.heads.dim);
+        cut(buffer, self.units(count).map(|(segment, _)| segment.keys() * dim))
     }
 
     /// Takes rows apart into units, and rotates queries and keys.
     fn split(&self, qkv: &FlexTensor) -> Inputs {
         let (heads, dim) = (self.heads, self.heads.dim);
         let rows = MatrixRows { values: values(qkv), width: heads.qkv_width() };
-        let gather = |count: usize, first_column: usize, rotated: bool| {
-            let mut buffer = vec![0.0; self.tokens() * count * dim];
-            let units: Vec<_> = self.units(count).zip(self.cut(&mut buffer, count, dim)).collect();
+        // One row's values of one head, at the row's position.
+        let take = |token: usize, position: usize, first: usize, rotated: bool, y: &mut [f32]| {
+            let source = rows.part(token, first, dim);
+            if rotated {
+                let (cos, sin) = self.rotary.row(position);
+                rotate(self.isa, source, cos, sin, y);
+            } else {
+                y.copy_from_slice(source);
+            }
+        };
+        let mut q = vec![0.0; self.tokens() * heads.query_width()];
+        let units: Vec<_> = self.units(heads.query).zip(self.cut_queries(&mut q, dim)).collect();
+        units.into_par_iter().for_each(|((segment, head), unit)| {
+            for (i, y) in unit.chunks_exact_mut(dim).enumerate() {
+                let (token, position) = (segment.tokens.start + i, segment.prefix_len + i);
+                take(token, position, head * dim, true, y);
+            }
+        });
+        let gather = |first_column: usize, rotated: bool| {
+            let mut buffer = vec![0.0; self.keys() * heads.key_value_width()];
+            let units: Vec<_> =
+                self.units(heads.key_value).zip(self.cut_keys(&mut buffer)).collect();
             units.into_par_iter().for_each(|((segment, head), unit)| {
-                let first = first_column + head * dim;
-                for (position, target) in unit.chunks_exact_mut(dim).enumerate() {
-                    let source = rows.part(segment.start + position, first, dim);
-                    if rotated {
-                        let (cos, sin) = self.rotary.row(position);
-                        rotate(self.isa, source, cos, sin, target);
-                    } else {
-                        target.copy_from_slice(source);
-                    }
+                let prefix =
+                    segment.prefix.map_or(0..0, |index| self.segments[index].tokens.clone());
+                let tokens = prefix.chain(segment.tokens.clone());
+                for ((position, token), y) in tokens.enumerate().zip(unit.chunks_exact_mut(dim)) {
+                    take(token, position, first_column + head * dim, rotated, y);
                 }
             });
             buffer
         };
-        let (query_width, key_value_width) = (heads.query_width(), heads.key_value_width());
-        Inputs {
-            q: gather(heads.query, 0, true),
-            k: gather(heads.key_value, query_width, true),
-            v: gather(heads.key_value, query_width + key_value_width, false),
-            log_sum: Vec::new(),
-        }
+        let k = gather(heads.query_width(), true);
+        let v = gather(heads.query_width() + heads.key_value_width(), false);
+        Inputs { q, k, v, log_sum: Vec::new() }
     }
 
-    /// The inverse of [`Layout::split`] for gradients.
-    fn merge(&self, inputs: &Inputs) -> Vec<f32> {
+    /// The inverse of [`Layout::split`] for gradients: those of copied keys and values are added
+    /// to the originals'.
+    fn merge(&self, mut inputs: Inputs) -> Vec<f32> {
+        self.return_copies(&mut inputs.k);
+        self.return_copies(&mut inputs.v);
         let (heads, dim) = (self.heads, self.heads.dim);
         let width = heads.qkv_width();
         let mut rows = vec![0.0; self.tokens() * width];
-        let mut rest = rows.as_mut_slice();
-        let by_segment: Vec<_> = self
-            .segments
-            .iter()
-            .map(|s| (s, rest.split_off_mut(..s.len() * width).expect("a segment")))
-            .collect();
-        by_segment.into_par_iter().for_each(|(segment, rows)| {
-            rows.par_chunks_exact_mut(width).enumerate().for_each(|(position, row)| {
+        let by_segment = cut(&mut rows, self.segments.iter().map(|s| s.queries() * width));
+        self.segments.par_iter().zip(by_segment).for_each(|(segment, rows)| {
+            rows.par_chunks_exact_mut(width).enumerate().for_each(|(i, row)| {
+                let position = segment.prefix_len + i;
                 let (cos, sin) = self.rotary.row(position);
                 let (q_row, rest) = row.split_at_mut(heads.query_width());
                 let (k_row, v_row) = rest.split_at_mut(heads.key_value_width());
-                let part = |count: usize, head: usize| {
-                    let start = self.unit(segment, head, count, dim).start + position * dim;
-                    start..start + dim
-                };
                 for (head, target) in q_row.chunks_exact_mut(dim).enumerate() {
-                    let source = &inputs.q[part(heads.query, head)];
-                    rotate_back(self.isa, source, cos, sin, target);
+                    let unit = &inputs.q[self.query_unit(segment, head, dim)];
+                    rotate_back(self.isa, &unit[i * dim..][..dim], cos, sin, target);
                 }
                 for (head, target) in k_row.chunks_exact_mut(dim).enumerate() {
-                    let source = &inputs.k[part(heads.key_value, head)];
-                    rotate_back(self.isa, source, cos, sin, target);
+                    let unit = &inputs.k[self.key_unit(segment, head)];
+                    rotate_back(self.isa, &unit[position * dim..][..dim], cos, sin, target);
                 }
                 for (head, target) in v_row.chunks_exact_mut(dim).enumerate() {
-                    let source = &inputs.v[part(heads.key_value, head)];
-                    target.copy_from_slice(source);
+                    let unit = &inputs.v[self.key_unit(segment, head)];
+                    target.copy_from_slice(&unit[position * dim..][..dim]);
                 }
             });
         });
         rows
+    }
+
+    /// Adds the gradients of copied keys to those of the prefixes they were copied from, in the
+    /// order of the segments.
+    fn return_copies(&self, gradients: &mut [f32]) {
+        for segment in self.segments.iter() {
+            let Some(prefix) = segment.prefix else { continue };
+            for head in 0..self.heads.key_value {
+                let source = self.key_unit(segment, head);
+                let target = self.key_unit(&self.segments[prefix], head);
+                // A prefix lies before what continues it.
+                let (earlier, later) = gradients.split_at_mut(source.start);
+                let sums = &mut earlier[target];
+                sums.iter_mut().zip(later).for_each(|(sum, value)| *sum += *value);
+            }
+        }
     }
 
     /// o, as rows `[tokens, H·D]`; fills `log_sum`.
@@ -208,20 +282,22 @@ impl Layout {
         let mut by_unit = vec![0.0; self.tokens() * heads.query_width()];
         let units: Vec<_> = self
             .units(heads.query)
-            .zip(self.cut(&mut by_unit, heads.query, dim))
-            .zip(self.cut(&mut log_sum, heads.query, 1))
+            .zip(self.cut_queries(&mut by_unit, dim))
+            .zip(self.cut_queries(&mut log_sum, 1))
             .collect();
         units.into_par_iter().for_each_init(Vec::new, |scores, (((segment, head), o), log_sum)| {
             let (q, k, v) = self.unit_inputs(inputs, segment, head);
-            scores.resize(QUERY_BLOCK.min(segment.len()) * segment.len(), 0.0);
+            scores.resize(QUERY_BLOCK.min(segment.queries()) * segment.keys(), 0.0);
             let blocks = o.chunks_mut(QUERY_BLOCK * dim).zip(log_sum.chunks_mut(QUERY_BLOCK));
             for (block, (o, log_sum)) in blocks.enumerate() {
-                let first = block * QUERY_BLOCK;
-                let (queries, keys) = (log_sum.len(), first + log_sum.len());
+                let (first, queries) = (block * QUERY_BLOCK, log_sum.len());
+                let first_position = segment.prefix_len + first;
+                let keys = first_position + queries;
                 let scores = &mut scores[..queries * keys];
                 let target = MatMut::new(scores, queries, keys);
-                gemm(target, 1.0, q.rows(first..keys), k.rows(0..keys).t(), Threads::One);
-                let block = Block { keys, first_query: first, scale: self.scale() };
+                let q = q.rows(first..first + queries);
+                gemm(target, 1.0, q, k.rows(0..keys).t(), Threads::One);
+                let block = Block { keys, first_position, scale: self.scale() };
                 causal_softmax(self.isa, block, scores, log_sum);
                 let p = MatRef::new(scores, queries, keys);
                 gemm(MatMut::new(o, queries, dim), 1.0, p, v.rows(0..keys), Threads::One);
@@ -236,9 +312,9 @@ impl Layout {
         let (count, dim) = (self.heads.query, self.heads.dim);
         let mut rows = Vec::with_capacity(by_unit.len());
         for segment in self.segments.iter() {
-            for position in 0..segment.len() {
+            for i in 0..segment.queries() {
                 for head in 0..count {
-                    let start = self.unit(segment, head, count, dim).start + position * dim;
+                    let start = self.query_unit(segment, head, dim).start + i * dim;
                     rows.extend_from_slice(&by_unit[start..start + dim]);
                 }
             }
@@ -250,24 +326,24 @@ impl Layout {
     fn unit_inputs<'a>(
         &self,
         inputs: &'a Inputs,
-        segment: &Range<usize>,
+        segment: &Placed,
         head: usize,
     ) -> (MatRef<'a>, MatRef<'a>, MatRef<'a>) {
-        let heads = self.heads;
-        let shared = self.unit(segment, head / heads.group(), heads.key_value, heads.dim);
-        let own = self.unit(segment, head, heads.query, heads.dim);
-        let view = |buffer: &'a [f32], unit: Range<usize>| {
-            MatRef::new(&buffer[unit], segment.len(), heads.dim)
-        };
-        (view(&inputs.q, own), view(&inputs.k, shared.clone()), view(&inputs.v, shared))
+        let dim = self.heads.dim;
+        let own = self.query_unit(segment, head, dim);
+        let shared = self.key_unit(segment, head / self.heads.group());
+        (
+            MatRef::new(&inputs.q[own], segment.queries(), dim),
+            MatRef::new(&inputs.k[shared.clone()], segment.keys(), dim),
+            MatRef::new(&inputs.v[shared], segment.keys(), dim),
+        )
     }
 
     /// The gradients of q̂, k̂ and v, from o and do as rows.
     fn backward(&self, inputs: &Inputs, output: &[f32], d_output: &[f32]) -> Inputs {
         let (heads, dim) = (self.heads, self.heads.dim);
         let mut dq = vec![0.0; inputs.q.len()];
-        let units: Vec<_> =
-            self.units(heads.query).zip(self.cut(&mut dq, heads.query, dim)).collect();
+        let units: Vec<_> = self.units(heads.query).zip(self.cut_queries(&mut dq, dim)).collect();
         // Each query head has its own share of dk and dv; the shares of a group are then added in
         // the order of its heads.
         let shares: Vec<(Vec<f32>, Vec<f32>)> = units
@@ -280,9 +356,9 @@ impl Layout {
         let mut dk = vec![0.0; inputs.k.len()];
         let mut dv = vec![0.0; inputs.v.len()];
         let groups: Vec<_> = self
-            .cut(&mut dk, heads.key_value, dim)
+            .cut_keys(&mut dk)
             .into_iter()
-            .zip(self.cut(&mut dv, heads.key_value, dim))
+            .zip(self.cut_keys(&mut dv))
             .zip(shares.chunks(heads.group()))
             .collect();
         groups.into_par_iter().for_each(|((dk, dv), shares)| {
@@ -309,7 +385,7 @@ struct UnitBackward<'a> {
     inputs: &'a Inputs,
     output: &'a [f32],
     d_output: &'a [f32],
-    segment: &'a Range<usize>,
+    segment: &'a Placed,
     head: usize,
 }
 
@@ -317,13 +393,12 @@ impl UnitBackward<'_> {
     /// Writes dq̂; returns this head's shares of dk̂ and dv.
     fn run(&self, scratch: &mut Scratch, dq: &mut [f32]) -> (Vec<f32>, Vec<f32>) {
         let Layout { isa, heads, .. } = *self.layout;
-        let (dim, length, scale) = (heads.dim, self.segment.len(), self.layout.scale());
+        let (dim, scale) = (heads.dim, self.layout.scale());
         let (q, k, v) = self.layout.unit_inputs(self.inputs, self.segment, self.head);
-        let log_sum =
-            &self.inputs.log_sum[self.layout.unit(self.segment, self.head, heads.query, 1)];
+        let log_sum = &self.inputs.log_sum[self.layout.query_unit(self.segment, self.head, 1)];
         let columns = self.head * dim..(self.head + 1) * dim;
         let d_output = MatRef::new(self.d_output, self.layout.tokens(), heads.query_width())
-            .rows(self.segment.clone())
+            .rows(self.segment.tokens.clone())
             .columns(columns.clone());
 
         let width = heads.query_width();
@@ -332,30 +407,32 @@ impl UnitBackward<'_> {
             MatrixRows { values: self.d_output, width },
         );
         scratch.inner.clear();
-        scratch.inner.extend(self.segment.clone().map(|token| {
+        scratch.inner.extend(self.segment.tokens.clone().map(|token| {
             inner_product(
                 isa,
                 do_rows.part(token, columns.start, dim),
                 o_rows.part(token, columns.start, dim),
             )
         }));
-        let block_size = QUERY_BLOCK.min(length) * length;
+        let block_size = QUERY_BLOCK.min(self.segment.queries()) * self.segment.keys();
         scratch.scores.resize(block_size, 0.0);
         scratch.d_scores.resize(block_size, 0.0);
 
-        let (mut dk, mut dv) = (vec![0.0; length * dim], vec![0.0; length * dim]);
+        let keys = self.segment.keys();
+        let (mut dk, mut dv) = (vec![0.0; keys * dim], vec![0.0; keys * dim]);
         for (block, dq) in dq.chunks_mut(QUERY_BLOCK * dim).enumerate() {
-            let first = block * QUERY_BLOCK;
-            let queries = dq.len() / dim;
-            let keys = first + queries;
+            let (first, queries) = (block * QUERY_BLOCK, dq.len() / dim);
+            let rows = first..first + queries;
+            let first_position = self.segment.prefix_len + first;
+            let keys = first_position + queries;
             let scores = &mut scratch.scores[..queries * keys];
             let d_scores = &mut scratch.d_scores[..queries * keys];
-            let (q, d_output) = (q.rows(first..keys), d_output.rows(first..keys));
+            let (q, d_output) = (q.rows(rows.clone()), d_output.rows(rows.clone()));
             let (k, v) = (k.rows(0..keys), v.rows(0..keys));
             gemm(MatMut::new(scores, queries, keys), 1.0, q, k.t(), Threads::One);
             gemm(MatMut::new(d_scores, queries, keys), 1.0, d_output, v.t(), Threads::One);
-            let (log_sum, inner) = (&log_sum[first..keys], &scratch.inner[first..keys]);
-            let block = Block { keys, first_query: first, scale };
+            let (log_sum, inner) = (&log_sum[rows.clone()], &scratch.inner[rows]);
+            let block = Block { keys, first_position, scale };
             causal_softmax_backward(isa, block, scores, d_scores, log_sum, inner);
             let p = MatRef::new(scores, queries, keys);
             let ds = MatRef::new(d_scores, queries, keys);
@@ -367,6 +444,12 @@ impl UnitBackward<'_> {
         }
         (dk, dv)
     }
+}
+
+/// Cuts a buffer into consecutive parts of these lengths.
+fn cut(buffer: &mut [f32], lengths: impl Iterator<Item = usize>) -> Vec<&mut [f32]> {
+    let mut rest = buffer;
+    lengths.map(|length| rest.split_off_mut(..length).expect("a part")).collect()
 }
 
 /// Rows of a matrix, to read parts of them.

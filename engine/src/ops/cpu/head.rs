@@ -140,8 +140,10 @@ fn compute(
         let dz = MatRef::new(logits, chunk.len(), vocabulary);
         if let Some(d_hidden) = &mut d_hidden {
             let dh = product(1.0, dz, weight_view, Threads::Shared);
+            // Added, as several targets may follow one position.
             for (target, dh) in chunk.iter().zip(dh.chunks_exact(width)) {
-                d_hidden[target.position * width..][..width].copy_from_slice(dh);
+                let sum = &mut d_hidden[target.position * width..][..width];
+                sum.iter_mut().zip(dh).for_each(|(sum, value)| *sum += value);
             }
         }
         if let Some(d_weight) = &mut d_weight {

@@ -8,9 +8,9 @@ use crate::ops::cpu::math::{dot, exp, max, sum};
 pub(super) struct Block {
     /// Columns of the scores.
     pub(super) keys: usize,
-    /// The query of the scores' first row; row r sees the keys up to `first_query + r`, and what
-    /// lies after that becomes 0.
-    pub(super) first_query: usize,
+    /// The position of the scores' first row; row r sees the keys up to `first_position + r`, and
+    /// what lies after that becomes 0.
+    pub(super) first_position: usize,
     /// 1 / √D.
     pub(super) scale: f32,
 }
@@ -43,7 +43,7 @@ simd_kernels! {
     /// Turns rows of q̂·k̂ᵀ into rows of P, and gives log Σ exp of each.
     pub(super) fn causal_softmax(block: Block, scores: &mut [f32], log_sum: &mut [f32]) {
         for (r, (row, log_sum)) in scores.chunks_exact_mut(block.keys).zip(log_sum).enumerate() {
-            let (seen, future) = row.split_at_mut(block.first_query + r + 1);
+            let (seen, future) = row.split_at_mut(block.first_position + r + 1);
             let greatest = max(seen) * block.scale;
             for score in seen.iter_mut() {
                 *score = exp::<M>(M::mul_add(*score, block.scale, -greatest));
@@ -65,7 +65,7 @@ simd_kernels! {
         let keys = block.keys;
         let rows = scores.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys));
         for (r, ((p, ds), (&log_sum, &inner))) in rows.zip(log_sum.iter().zip(inner)).enumerate() {
-            let (p, p_future) = p.split_at_mut(block.first_query + r + 1);
+            let (p, p_future) = p.split_at_mut(block.first_position + r + 1);
             let (ds, ds_future) = ds.split_at_mut(p.len());
             for i in 0..p.len() {
                 let probability = exp::<M>(M::mul_add(p[i], block.scale, -log_sum));
@@ -115,9 +115,9 @@ mod tests {
     #[test]
     fn softmax_and_its_gradient_have_the_values_of_f64_on_every_path() {
         // Queries 40 to 44, so that rows are longer than one vector.
-        let (queries, first_query, scale) = (5, 40, 0.3);
-        let keys = first_query + queries;
-        let block = Block { keys, first_query, scale };
+        let (queries, first_position, scale) = (5, 40, 0.3);
+        let keys = first_position + queries;
+        let block = Block { keys, first_position, scale };
         let (scores, d_p) = (wave(queries * keys, 0.9), wave(queries * keys, 0.35));
         let inner = wave(queries, 0.5);
         for isa in Isa::available() {
@@ -126,7 +126,7 @@ mod tests {
             let (mut p_again, mut ds) = (scores.clone(), d_p.clone());
             causal_softmax_backward(isa, block, &mut p_again, &mut ds, &log_sum, &inner);
             for row in 0..queries {
-                let seen = first_query + row + 1;
+                let seen = first_position + row + 1;
                 let exp =
                     |key: usize| (f64::from(scores[row * keys + key]) * f64::from(scale)).exp();
                 let total: f64 = (0..seen).map(exp).sum();
