@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test test-rust test-black-box check-cuda lint dashboard
+.PHONY: demo test test-rust test-black-box check-cuda bench lint dashboard
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -25,6 +25,12 @@ test-black-box:
 check-cuda:
 	scripts/packages.sh test
 	DOCS_RS=1 cargo check -p tunesmith --features cuda
+
+# Speed, memory and start-up beside PyTorch, TRL and unsloth, as ratios. BENCH_ONLY=lora runs a part.
+bench:
+	scripts/packages.sh test
+	cargo build --release --workspace --bins --examples
+	python3 bench/run.py $(BENCH_ARGS)
 
 lint:
 	cargo fmt --all --check

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# What the benchmarks need beyond a release build: the model as a Hugging Face directory, and the
+# peers in virtual environments of their own, kept in the cache (about 6 GB each, a few minutes).
+# Prints one environment a line, `NAME PYTHON`, and nothing else, on standard output. An environment
+# that cannot be installed is reported on standard error and left out: its lines then say `not run`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# One at a time: a second one would empty an environment that the first is still filling.
+mkdir -p bench/out
+exec 9>bench/out/setup.lock
+flock 9
+
+model=target/test-models/SmolLM2-135M-Instruct
+if [ ! -f "$model/model.safetensors" ]; then
+  echo "Importing SmolLM2-135M-Instruct ..." >&2
+  gguf=$(scripts/fetch-smollm2.sh)
+  rm -rf "$model.part"
+  mkdir -p "$(dirname "$model")"
+  cargo run --quiet --release --example import_model -- "$gguf" "$model.part" >&2
+  rm -rf "$model"
+  mv "$model.part" "$model"
+fi
+
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith
+# environment NAME REQUIREMENTS
+environment() {
+  local name=$1 requirements=bench/peers/$2 hash venv
+  hash=$(cat "$requirements" <(python3 --version) | sha256sum | cut -c1-12)
+  venv=$cache/bench-$name-$hash
+  if [ ! -f "$venv/complete" ]; then
+    echo "Installing the peers of $requirements (about 6 GB) ..." >&2
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    if ! "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" >&2; then
+      echo "$requirements cannot be installed here: what needs it is left out." >&2
+      rm -rf "$venv"
+      return
+    fi
+    touch "$venv/complete"
+  fi
+  echo "$name $venv/bin/python"
+}
+
+environment torch requirements.txt
+environment unsloth requirements-unsloth.txt
+
+shim=bench/out/mkl_intel.so
+cc -O2 -shared -fPIC -o "$shim" bench/peers/mkl_intel.c >&2
