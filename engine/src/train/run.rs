@@ -1,6 +1,8 @@
 //! One run: steps, evaluations, checkpoints, and their reports.
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Instant;
 
 use tunesmith_core::dataset::TokenizedRow;
@@ -62,14 +64,20 @@ impl<'a> Run<'a> {
         let spec = &request.spec;
         let hyperparameters = &spec.hyperparameters;
         let device = Device::parse(&request.device)?;
-        let data = Dataset::load(request)?;
         let fingerprint = checkpoint::fingerprint(request, options)?;
-        let mut model = TrainableModel::load(
-            &checkpoint::model_dir(request),
-            &hyperparameters.adapter,
-            spec.seed,
-            &device,
-        )?;
+        // Making tokens keeps one core busy, and reading weights mostly waits for memory.
+        let (data, model) = thread::scope(|scope| {
+            let data = scope.spawn(|| Dataset::load(request));
+            let model = TrainableModel::load(
+                &checkpoint::model_dir(request),
+                &hyperparameters.adapter,
+                spec.seed,
+                &device,
+            );
+            (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
+        });
+        // Of two errors the data's is told: it is the one that a job's owner can mend.
+        let (data, mut model) = (data?, model?);
         let progress = match &request.resume_from {
             Some(dir) => {
                 checkpoint::resume(dir, hyperparameters.adapter.kind, &fingerprint, &mut model)?
