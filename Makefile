@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test test-rust test-black-box check-cuda bench lint dashboard
+.PHONY: demo test test-rust test-black-box check-cuda bench lint dashboard fixtures
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -43,3 +43,8 @@ lint:
 dashboard:
 	cd dashboard && npm ci --silent && npm run --silent build
 	scripts/dashboard-digest.sh > dashboard/dist/sources.sha256
+
+# Tiny models of each family with the numbers that Hugging Face computes for them; committed.
+fixtures:
+	scripts/packages.sh test
+	OMP_NUM_THREADS=1 "$$(scripts/test-setup.sh)" scripts/fixtures/families.py

@@ -17,9 +17,11 @@ impl Generation<'_> {
     /// Appends `ids` to the sequence; returns the logits `[vocab_size]` of the token after them.
     ///
     /// # Errors
-    /// [`EngineError::Data`] for an unknown id or for none at all.
+    /// [`EngineError::Data`] for an unknown id or for none at all, or for a sequence that has grown
+    /// longer than the model can compute.
     pub fn advance(&mut self, ids: &[u32]) -> Result<Vec<f32>, EngineError> {
         self.model.check_ids(ids)?;
+        self.model.check_length(self.cache.tokens() + ids.len())?;
         let decoder = self.model.decoder();
         let hidden = decoder.extend(&self.parameters, ids, &mut self.cache);
         read(decoder.logits(&self.parameters, hidden, &[ids.len() - 1]))

@@ -101,6 +101,7 @@ impl TrainableModel {
     /// [`EngineError::Data`] for an unknown id, or a position outside of `ids`.
     pub fn logits(&self, ids: &[u32], positions: &[usize]) -> Result<Vec<Vec<f32>>, EngineError> {
         self.check_ids(ids)?;
+        self.check_length(ids.len())?;
         if let Some(position) = positions.iter().find(|&&position| position >= ids.len()) {
             return Err(EngineError::Data(format!(
                 "position {position} lies outside of a sequence of {} tokens",
@@ -121,6 +122,7 @@ impl TrainableModel {
     /// [`EngineError::Data`] for an unknown id.
     pub fn hidden_norms(&self, ids: &[u32]) -> Result<Vec<f64>, EngineError> {
         self.check_ids(ids)?;
+        self.check_length(ids.len())?;
         let mut last_rows = Vec::new();
         let last_row = |state: &Tensor<2>| {
             let [tokens, width] = state.dims();
@@ -209,6 +211,7 @@ impl TrainableModel {
     fn check(&self, batch: &Batch) -> Result<(), EngineError> {
         self.check_ids(&batch.ids)?;
         batch.check()?;
+        self.check_length(batch.longest_context())?;
         if batch.total_weight() > 0.0 {
             Ok(())
         } else {
@@ -216,6 +219,17 @@ impl TrainableModel {
                 "the batch of rows {:?} has no token with loss",
                 batch.rows
             )))
+        }
+    }
+
+    /// Refuses a sequence for which the model would turn its heads at other frequencies.
+    pub(crate) fn check_length(&self, tokens: usize) -> Result<(), EngineError> {
+        match self.config().rope.longest_sequence() {
+            Some(longest) if tokens > longest => Err(EngineError::Data(format!(
+                "a sequence of {tokens} tokens is longer than the {longest} within which the \
+                 model's longrope has its short factors: lower max_seq_length to {longest}"
+            ))),
+            _ => Ok(()),
         }
     }
 

@@ -160,7 +160,11 @@ impl TestApi {
     async fn put_weights(&self, claimed: &ClaimedJob, step: u64) {
         let directory = tempfile::tempdir().expect("directory");
         let adapter = &claimed.job.resolved.as_ref().expect("resolved").adapter;
-        let config = PeftConfig { base_model: Some(BASE.to_owned()), adapter: adapter.clone() };
+        let config = PeftConfig {
+            base_model: Some(BASE.to_owned()),
+            adapter: adapter.clone(),
+            fused_projections: false,
+        };
         let files: HashMap<&str, Vec<u8>> = match config.to_json() {
             Ok(config) => HashMap::from([
                 ("adapter_config.json", config.into_bytes()),

@@ -1,5 +1,7 @@
 //! What is trained: LoRA of a shape, or every weight.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 /// Which weights train.
@@ -16,6 +18,27 @@ pub enum AdapterType {
 /// The seven projections of a decoder layer, by Hugging Face's names.
 pub const TARGET_MODULES: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// Modules of models that store several projections as one, such as Phi-3: their names in Hugging
+/// Face's code and in PEFT's, and the positions in [`TARGET_MODULES`] of what they hold.
+const FUSED_MODULES: [(&str, Range<usize>); 2] = [("qkv_proj", 0..3), ("gate_up_proj", 4..6)];
+
+/// The positions in [`TARGET_MODULES`] of what the module `name` of a model holds: one for a
+/// projection, several for one of the modules `qkv_proj` and `gate_up_proj`, none for another name.
+#[must_use]
+pub fn target_modules_of(name: &str) -> Range<usize> {
+    let single = TARGET_MODULES.iter().position(|module| *module == name);
+    let fused = || FUSED_MODULES.into_iter().find(|(module, _)| *module == name);
+    single.map(|index| index..index + 1).or_else(|| Some(fused()?.1)).unwrap_or_default()
+}
+
+/// The module of [`target_modules_of`] that holds the projection `target` and others, if there is
+/// one.
+#[must_use]
+pub fn fused_module_of(target: &str) -> Option<&'static str> {
+    let index = TARGET_MODULES.iter().position(|module| *module == target)?;
+    FUSED_MODULES.into_iter().find(|(_, held)| held.contains(&index)).map(|(module, _)| module)
+}
 
 /// What is trained, and how a LoRA adapter is shaped. Field names and meanings are PEFT's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -61,5 +84,20 @@ impl AdapterConfig {
     pub fn scale(&self) -> f64 {
         let rank = self.r as f64;
         if self.use_rslora { self.alpha / rank.sqrt() } else { self.alpha / rank }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fused_modules_hold_their_projections() {
+        assert_eq!(TARGET_MODULES[target_modules_of("qkv_proj")], ["q_proj", "k_proj", "v_proj"]);
+        assert_eq!(TARGET_MODULES[target_modules_of("gate_up_proj")], ["gate_proj", "up_proj"]);
+        assert_eq!(TARGET_MODULES[target_modules_of("o_proj")], ["o_proj"]);
+        assert!(target_modules_of("lm_head").is_empty());
+        assert_eq!(fused_module_of("k_proj"), Some("qkv_proj"));
+        assert_eq!(fused_module_of("o_proj"), None);
     }
 }

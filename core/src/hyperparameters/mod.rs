@@ -11,7 +11,7 @@ mod reader;
 #[cfg(test)]
 mod tests;
 
-pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES};
+pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of};
 
 use reader::{Reader, above, closed};
 

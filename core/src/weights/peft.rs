@@ -1,10 +1,12 @@
 //! PEFT's adapter format, as PEFT 0.21 writes and reads it: `adapter_config.json` and the names
 //! of the tensors in `adapter_model.safetensors`.
 
-use crate::hyperparameters::{AdapterConfig, AdapterType, TARGET_MODULES};
+use crate::hyperparameters::{
+    AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The file that describes an adapter.
 pub const ADAPTER_CONFIG_NAME: &str = "adapter_config.json";
@@ -23,6 +25,9 @@ pub struct PeftConfig {
     pub base_model: Option<String>,
     /// Shape and scale of the adapter.
     pub adapter: AdapterConfig,
+    /// Whether the base model stores q, k and v as one `qkv_proj`, and gate and up as one
+    /// `gate_up_proj`, as Phi-3 does: these are then the modules that PEFT knows.
+    pub fused_projections: bool,
 }
 
 /// Why an adapter cannot be used.
@@ -113,7 +118,7 @@ struct Written<'a> {
     r: usize,
     rank_pattern: Map<String, Value>,
     revision: (),
-    target_modules: &'a [String],
+    target_modules: Vec<&'a str>,
     target_parameters: (),
     task_type: &'static str,
     trainable_token_indices: (),
@@ -157,7 +162,7 @@ impl PeftConfig {
             r: adapter.r,
             rank_pattern: Map::new(),
             revision: (),
-            target_modules: &adapter.target_modules,
+            target_modules: self.modules(),
             target_parameters: (),
             task_type: "CAUSAL_LM",
             trainable_token_indices: (),
@@ -165,6 +170,21 @@ impl PeftConfig {
             use_qalora: false,
             use_rslora: adapter.use_rslora,
         })?)
+    }
+
+    /// The names of the adapted modules in the base model.
+    fn modules(&self) -> Vec<&str> {
+        let mut modules: Vec<&str> = Vec::new();
+        for target in &self.adapter.target_modules {
+            let holder = Some(target.as_str())
+                .filter(|_| self.fused_projections)
+                .and_then(fused_module_of)
+                .unwrap_or(target);
+            if !modules.contains(&holder) {
+                modules.push(holder);
+            }
+        }
+        modules
     }
 
     /// Reads the text of `adapter_config.json`.
@@ -203,6 +223,7 @@ impl PeftConfig {
         if let Some(bias) = read.rest.get("bias").filter(|bias| *bias != "none") {
             return Err(PeftError::Unsupported { field: "bias", value: bias.to_string() });
         }
+        let mut fused_projections = false;
         let target_modules = match read.target_modules {
             Targets::Word(word) if word == "all-linear" => {
                 TARGET_MODULES.map(str::to_owned).to_vec()
@@ -210,16 +231,18 @@ impl PeftConfig {
             Targets::Word(value) => {
                 return Err(PeftError::Unsupported { field: "target_modules", value });
             }
-            Targets::List(mut list) => {
-                let place = |name: &String| TARGET_MODULES.iter().position(|known| known == name);
-                if let Some(value) = list.iter().find(|name| place(name).is_none()) {
-                    let value = value.clone();
-                    return Err(PeftError::Unsupported { field: "target_modules", value });
-                }
+            Targets::List(list) => {
                 // PEFT keeps a set, so its files have any order.
-                list.sort_by_key(place);
-                list.dedup();
-                list
+                let mut targets = BTreeSet::new();
+                for value in list {
+                    let modules = target_modules_of(&value);
+                    if modules.is_empty() {
+                        return Err(PeftError::Unsupported { field: "target_modules", value });
+                    }
+                    fused_projections |= modules.len() > 1;
+                    targets.extend(modules);
+                }
+                targets.into_iter().map(|target| TARGET_MODULES[target].to_owned()).collect()
             }
         };
         Ok(Self {
@@ -232,6 +255,7 @@ impl PeftConfig {
                 target_modules,
                 use_rslora: read.use_rslora,
             },
+            fused_projections,
         })
     }
 }
@@ -357,6 +381,7 @@ mod tests {
                 use_rslora: true,
                 ..AdapterConfig::default()
             },
+            fused_projections: false,
         }
     }
 
@@ -364,6 +389,21 @@ mod tests {
     fn a_config_comes_back_as_it_was_written() {
         let text = config().to_json().expect("json");
         assert_eq!(PeftConfig::parse(text.as_bytes()).expect("parse"), config());
+    }
+
+    #[test]
+    fn a_model_of_fused_projections_is_adapted_in_the_modules_that_it_has() {
+        let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"];
+        let adapter = AdapterConfig {
+            target_modules: targets.map(str::to_owned).to_vec(),
+            ..config().adapter
+        };
+        let fused = PeftConfig { adapter, fused_projections: true, ..config() };
+        let text = fused.to_json().expect("json");
+        let written: Value = serde_json::from_str(&text).expect("JSON");
+        let modules = serde_json::json!(["qkv_proj", "o_proj", "gate_up_proj"]);
+        assert_eq!(written["target_modules"], modules);
+        assert_eq!(PeftConfig::parse(text.as_bytes()).expect("parse"), fused);
     }
 
     #[test]
@@ -415,7 +455,11 @@ mod tests {
 
     #[test]
     fn full_fine_tuning_has_no_adapter_config() {
-        let full = PeftConfig { base_model: None, adapter: AdapterConfig::full() };
+        let full = PeftConfig {
+            base_model: None,
+            adapter: AdapterConfig::full(),
+            fused_projections: false,
+        };
         assert!(matches!(full.to_json(), Err(PeftError::Unsupported { .. })));
     }
 

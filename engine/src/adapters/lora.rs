@@ -1,5 +1,7 @@
 //! LoRA as PEFT has it: names, shapes, initialisation and scale.
 
+use std::ops::Range;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith_core::hyperparameters::{AdapterConfig, TARGET_MODULES};
@@ -68,9 +70,24 @@ impl Lora {
         })
     }
 
-    /// Whether the projection at position `module` of [`TARGET_MODULES`] is adapted.
-    pub(crate) fn adapts(&self, module: usize) -> bool {
-        self.targets[module]
+    /// Whether the module `name` of a model is adapted, which is the projections at the positions
+    /// `modules` of [`TARGET_MODULES`].
+    ///
+    /// # Errors
+    /// [`EngineError::Adapter`] when it is several of which only some are targets.
+    pub(crate) fn adapts_all(
+        &self,
+        modules: Range<usize>,
+        name: &str,
+    ) -> Result<bool, EngineError> {
+        let targets = &self.targets[modules.clone()];
+        if targets.iter().all(|&target| target == targets[0]) {
+            return Ok(targets[0]);
+        }
+        Err(EngineError::Adapter(format!(
+            "the model stores {} as one {name}: name all of them in target_modules, or none",
+            TARGET_MODULES[modules].join(", ")
+        )))
     }
 
     /// A new A `[r, inputs]`: Kaiming uniform with a = √5, which is U(−1/√in, 1/√in). B starts at
@@ -125,6 +142,16 @@ mod tests {
         let narrow = AdapterConfig { target_modules: vec!["v_proj".to_owned()], ..config() };
         let (all, narrow) = (Lora::new(&config(), 3).unwrap(), Lora::new(&narrow, 3).unwrap());
         assert_eq!(all.initial_a(0, 2, 8), narrow.initial_a(0, 2, 8));
+    }
+
+    #[test]
+    fn fused_projections_are_adapted_together_or_not_at_all() {
+        let targets = ["q_proj", "k_proj", "v_proj", "up_proj"].map(str::to_owned).to_vec();
+        let lora = Lora::new(&AdapterConfig { target_modules: targets, ..config() }, 0).unwrap();
+        assert!(lora.adapts_all(0..3, "qkv_proj").unwrap());
+        assert!(!lora.adapts_all(6..7, "down_proj").unwrap());
+        let message = lora.adapts_all(4..6, "gate_up_proj").unwrap_err().to_string();
+        assert!(message.contains("gate_proj, up_proj as one gate_up_proj"), "{message}");
     }
 
     #[test]

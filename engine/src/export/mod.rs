@@ -15,6 +15,7 @@ pub use merged::export_merged;
 
 use crate::error::EngineError;
 use crate::model_directory::{README, WEIGHTS, carry_over_all_but_weights, carry_over_tokenizer};
+use crate::models::config::ModelConfig;
 use crate::parameter::NamedTensor;
 use crate::train::checkpoint::BestStep;
 
@@ -41,7 +42,8 @@ pub struct JobFacts<'a> {
 /// Face model for full fine-tuning, each with the tokenizer's files and a README.
 ///
 /// # Errors
-/// [`EngineError::Io`] for a file that cannot be read or written.
+/// [`EngineError::Io`] for a file that cannot be read or written, [`EngineError::Model`] for a base
+/// model that is none.
 pub fn write_weights(
     base_dir: &Path,
     adapter: &AdapterConfig,
@@ -52,8 +54,12 @@ pub fn write_weights(
     match adapter.kind {
         AdapterType::Lora => {
             let path = dir.join(ADAPTER_CONFIG_NAME);
-            let config =
-                PeftConfig { base_model: Some(facts.spec.model.clone()), adapter: adapter.clone() };
+            let fused_projections = ModelConfig::read(base_dir)?.fused_projections;
+            let config = PeftConfig {
+                base_model: Some(facts.spec.model.clone()),
+                adapter: adapter.clone(),
+                fused_projections,
+            };
             let json = config.to_json().map_err(|error| EngineError::Adapter(error.to_string()))?;
             fs::write(&path, json).map_err(EngineError::io(&path))?;
             safetensors::write(&dir.join(ADAPTER_WEIGHTS_NAME), tensors)?;

@@ -1,18 +1,25 @@
 //! `config.json` of a Hugging Face model directory, checked: what this engine cannot compute
 //! exactly is refused by name, never approximated.
+//!
+//! Both spellings of the rotary embedding are read, that of transformers 4 (`rope_theta` and
+//! `rope_scaling`) and that of transformers 5 (`rope_parameters`).
 
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::rope::RopeScaling;
+use super::families::{Bias, Gemma};
+use super::fields::{Fields, refuse};
+use super::rope::Rope;
 use crate::error::EngineError;
 
-/// Architecture of a Llama-family decoder. Field names are Hugging Face's.
+#[cfg(test)]
+mod tests;
+
+/// Architecture of a decoder. Field names are Hugging Face's where it has one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// The family; `llama` is the one there is.
+    /// The family.
     pub model_type: String,
     /// Number of token ids.
     pub vocab_size: usize,
@@ -30,61 +37,52 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// ε of the RMS norms.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// How the rotary frequencies are stretched for long contexts.
-    pub rope_scaling: RopeScaling,
-    /// Longest sequence the model was made for.
+    /// Whether the factor of a norm is 1 + w for its weight w.
+    pub unit_offset_norm: bool,
+    /// Whether the outputs of attention and of the feed-forward block are normalised too.
+    pub post_norms: bool,
+    /// Factor on the embeddings.
+    pub embedding_scale: f64,
+    /// The rotary embedding.
+    pub rope: Rope,
+    /// That of the layers with a window, where it is another.
+    pub sliding_rope: Option<Rope>,
+    /// For each layer how many tokens a query sees, its own included; None for all before it.
+    pub sliding_windows: Vec<Option<usize>>,
+    /// Longest sequence the model was made for, or whose rotation is computed.
     pub max_position_embeddings: usize,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
     /// The padding token, whose embedding takes no gradient from being an input, as in Hugging
     /// Face's models. Nothing is padded here, but it may also be a real token.
     pub pad_token_id: Option<u32>,
+    /// Whether the projections to queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// Whether the projection out of attention has a bias.
+    pub output_bias: bool,
+    /// Whether the projections of the feed-forward block have a bias.
+    pub feed_forward_bias: bool,
+    /// Whether queries and keys are normalised head by head before they are rotated.
+    pub head_norm: bool,
+    /// The gate of the feed-forward block.
+    pub activation: Activation,
+    /// Factor on the products of queries and keys.
+    pub attention_scale: f64,
+    /// c of c·tanh(s / c) over the scores of attention.
+    pub attn_logit_softcapping: Option<f64>,
+    /// The same over the logits.
+    pub final_logit_softcapping: Option<f64>,
+    /// Whether q, k and v are stored as one `qkv_proj`, gate and up as one `gate_up_proj`.
+    pub fused_projections: bool,
 }
 
-/// The file as it is written; absent fields have the defaults of `LlamaConfig`.
-#[derive(Deserialize)]
-struct ConfigFile {
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    #[serde(default = "default_rms_norm_eps")]
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Map<String, Value>>,
-    /// transformers 5 puts θ and the scaling here.
-    rope_parameters: Option<Map<String, Value>>,
-    #[serde(default = "default_max_position_embeddings")]
-    max_position_embeddings: usize,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    /// Negative for none in some old files.
-    pad_token_id: Option<i64>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default = "default_hidden_act")]
-    hidden_act: String,
-    quantization_config: Option<Value>,
-}
-
-fn default_rms_norm_eps() -> f64 {
-    1e-6
-}
-
-fn default_max_position_embeddings() -> usize {
-    2048
-}
-
-fn default_hidden_act() -> String {
-    "silu".to_owned()
+/// The activation of a gate, by Hugging Face's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu`: x·σ(x).
+    Silu,
+    /// `gelu_pytorch_tanh`: the tanh form of GELU (Hendrycks and Gimpel 2016).
+    GeluTanh,
 }
 
 impl ModelConfig {
@@ -103,152 +101,88 @@ impl ModelConfig {
     /// # Errors
     /// [`EngineError::Model`] naming what is missing, malformed or not supported.
     pub fn parse(text: &str) -> Result<Self, EngineError> {
-        let refuse = |what: String| Err(EngineError::Model(format!("config.json: {what}")));
+        let fields: Map<String, Value> =
+            serde_json::from_str(text).or_else(|error| refuse(error.to_string()))?;
+        let fields = Fields(&fields);
+        let family = fields.family()?;
+        fields.refuse_unsupported(&family)?;
 
-        // The family is looked at first: another family's file may lack fields that this one has,
-        // and "no such family" is the message that helps.
-        let json: Value = serde_json::from_str(text)
-            .map_err(|error| EngineError::Model(format!("config.json: {error}")))?;
-        match json.get("model_type").and_then(Value::as_str) {
-            Some("llama") => {}
-            Some(other) => {
-                return refuse(format!("model_type {other:?} is not supported: use llama"));
-            }
-            None => return refuse("there is no model_type".to_owned()),
-        }
-        let file: ConfigFile = serde_json::from_value(json)
-            .map_err(|error| EngineError::Model(format!("config.json: {error}")))?;
-
-        if file.attention_bias || file.mlp_bias {
-            return refuse("attention_bias and mlp_bias are not supported".to_owned());
-        }
-        if file.hidden_act != "silu" {
-            return refuse(format!("hidden_act {:?} is not supported: use silu", file.hidden_act));
-        }
-        if file.quantization_config.is_some() {
-            return refuse(
-                "quantized weights (quantization_config) are not supported: \
-                 use the f32, bf16 or f16 model"
-                    .to_owned(),
-            );
-        }
-        let heads = file.num_attention_heads;
-        let key_value_heads = file.num_key_value_heads.unwrap_or(heads);
-        let sizes = [
-            ("vocab_size", file.vocab_size),
-            ("hidden_size", file.hidden_size),
-            ("intermediate_size", file.intermediate_size),
-            ("num_hidden_layers", file.num_hidden_layers),
-            ("num_attention_heads", heads),
-            ("num_key_value_heads", key_value_heads),
-        ];
-        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return refuse(format!("{name} is 0"));
-        }
-        if !heads.is_multiple_of(key_value_heads) {
+        let hidden_size = fields.size("hidden_size")?;
+        let heads = fields.size("num_attention_heads")?;
+        let num_key_value_heads = match fields.0.get("num_key_value_heads") {
+            None => family.num_key_value_heads.unwrap_or(heads),
+            Some(Value::Null) => heads,
+            Some(_) => fields.size("num_key_value_heads")?,
+        };
+        if !heads.is_multiple_of(num_key_value_heads) {
             return refuse(format!(
                 "num_attention_heads {heads} is not a multiple of \
-                 num_key_value_heads {key_value_heads}"
+                 num_key_value_heads {num_key_value_heads}"
             ));
         }
-        let head_dim = match file.head_dim {
-            Some(head_dim) => head_dim,
-            None if file.hidden_size.is_multiple_of(heads) => file.hidden_size / heads,
-            None => {
-                return refuse(format!(
-                    "without head_dim, hidden_size {} must be a multiple of \
-                     num_attention_heads {heads}",
-                    file.hidden_size
-                ));
+        let head_dim = fields.head_dim(&family, hidden_size, heads)?;
+        let num_hidden_layers = fields.size("num_hidden_layers")?;
+        let max_position_embeddings = fields
+            .optional_size("max_position_embeddings")?
+            .unwrap_or(family.max_position_embeddings);
+        let bias = |bias: Bias| -> Result<bool, EngineError> {
+            match bias {
+                Bias::Never => Ok(false),
+                Bias::Always => Ok(true),
+                Bias::Field(name) => fields.flag(name, false),
             }
         };
-        if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            return refuse(format!("head_dim {head_dim} is not even, as rotary embedding needs"));
-        }
-        let rope = file.rope_parameters.as_ref().or(file.rope_scaling.as_ref());
-        let rope_theta = file
-            .rope_parameters
-            .as_ref()
-            .and_then(|rope| rope.get("rope_theta"))
-            .and_then(Value::as_f64)
-            .or(file.rope_theta)
-            .unwrap_or(10_000.0);
+        let attention_scale = match family.gemma {
+            None => 1.0 / (head_dim as f64).sqrt(),
+            Some(Gemma { query_pre_attn_scalar, .. }) => {
+                let scalar = fields.number("query_pre_attn_scalar")?;
+                1.0 / scalar.unwrap_or(query_pre_attn_scalar).sqrt()
+            }
+        };
+        let softcap = |name: &str, default: fn(Gemma) -> Option<f64>| match family.gemma {
+            None => Ok(None),
+            Some(gemma) if !fields.0.contains_key(name) => Ok(default(gemma)),
+            Some(_) => fields.number(name),
+        };
+        let (rope, sliding_rope) = fields.ropes(&family, head_dim, max_position_embeddings)?;
+        let longest = rope.longest_sequence().unwrap_or(max_position_embeddings);
+        let longest = longest.min(max_position_embeddings);
         Ok(Self {
-            model_type: file.model_type,
-            vocab_size: file.vocab_size,
-            hidden_size: file.hidden_size,
-            intermediate_size: file.intermediate_size,
-            num_hidden_layers: file.num_hidden_layers,
+            model_type: family.model_type.to_owned(),
+            vocab_size: fields.size("vocab_size")?,
+            hidden_size,
+            intermediate_size: fields.size("intermediate_size")?,
+            num_hidden_layers,
             num_attention_heads: heads,
-            num_key_value_heads: key_value_heads,
+            num_key_value_heads,
             head_dim,
-            rms_norm_eps: file.rms_norm_eps,
-            rope_theta,
-            rope_scaling: rope.map_or(Ok(RopeScaling::None), RopeScaling::parse)?,
-            max_position_embeddings: file.max_position_embeddings,
-            tie_word_embeddings: file.tie_word_embeddings,
-            pad_token_id: file.pad_token_id.and_then(|id| u32::try_from(id).ok()),
+            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
+            unit_offset_norm: family.gemma.is_some(),
+            post_norms: family.gemma.is_some(),
+            embedding_scale: family.gemma.map_or(1.0, |_| (hidden_size as f64).sqrt()),
+            rope,
+            sliding_rope,
+            sliding_windows: fields.sliding_windows(&family, num_hidden_layers)?,
+            max_position_embeddings: longest,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", family.tie_word_embeddings)?,
+            pad_token_id: match fields.0.get("pad_token_id") {
+                None => family.pad_token_id,
+                // Negative for none in some old files.
+                Some(id) => id.as_u64().and_then(|id| u32::try_from(id).ok()),
+            },
+            qkv_bias: bias(family.qkv_bias)?,
+            output_bias: bias(family.output_bias)?,
+            feed_forward_bias: bias(family.feed_forward_bias)?,
+            head_norm: family.head_norm,
+            activation: fields.activation(&family)?,
+            attention_scale,
+            attn_logit_softcapping: softcap("attn_logit_softcapping", |gemma| {
+                gemma.attn_logit_softcapping
+            })?,
+            final_logit_softcapping: softcap("final_logit_softcapping", |gemma| {
+                gemma.final_logit_softcapping
+            })?,
+            fused_projections: family.fused_projections,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SMOLLM2: &str = r#"{"model_type":"llama","vocab_size":49152,"hidden_size":576,
-        "intermediate_size":1536,"num_hidden_layers":30,"num_attention_heads":9,
-        "num_key_value_heads":3,"rms_norm_eps":1e-05,"rope_theta":100000.0,"rope_scaling":null,
-        "max_position_embeddings":8192,"tie_word_embeddings":true,"hidden_act":"silu"}"#;
-
-    /// The text above with one field replaced or added.
-    fn with(field: &str, value: Value) -> Result<ModelConfig, EngineError> {
-        let mut json: Map<String, Value> = serde_json::from_str(SMOLLM2).unwrap();
-        json.insert(field.to_owned(), value);
-        ModelConfig::parse(&Value::Object(json).to_string())
-    }
-
-    #[test]
-    fn smollm2_is_read_with_its_head_dim_derived() {
-        let config = ModelConfig::parse(SMOLLM2).unwrap();
-        assert_eq!(config.head_dim, 64);
-        assert_eq!(config.num_key_value_heads, 3);
-        assert_eq!(config.rope_scaling, RopeScaling::None);
-        assert!(config.tie_word_embeddings);
-    }
-
-    #[test]
-    fn head_dim_times_heads_may_differ_from_hidden_size() {
-        assert_eq!(with("head_dim", 128.into()).unwrap().head_dim, 128);
-    }
-
-    #[test]
-    fn negative_padding_token_is_none() {
-        assert_eq!(with("pad_token_id", 2.into()).unwrap().pad_token_id, Some(2));
-        assert_eq!(with("pad_token_id", (-1).into()).unwrap().pad_token_id, None);
-    }
-
-    #[test]
-    fn theta_of_transformers_5_is_read_from_rope_parameters() {
-        let rope = serde_json::json!({"rope_type": "default", "rope_theta": 500_000.0});
-        assert_eq!(with("rope_parameters", rope).unwrap().rope_theta, 500_000.0);
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_by_name() {
-        let cases = [
-            ("model_type", Value::from("mamba"), "mamba"),
-            ("hidden_act", Value::from("gelu"), "gelu"),
-            ("attention_bias", Value::from(true), "attention_bias"),
-            ("num_key_value_heads", Value::from(2), "num_key_value_heads"),
-            ("num_key_value_heads", Value::from(0), "num_key_value_heads"),
-            ("head_dim", Value::from(63), "head_dim"),
-            ("quantization_config", serde_json::json!({"bits": 4}), "quantization_config"),
-            ("rope_scaling", serde_json::json!({"rope_type": "yarn", "factor": 4.0}), "yarn"),
-        ];
-        for (field, value, word) in cases {
-            let message = with(field, value).unwrap_err().to_string();
-            assert!(message.contains(word), "{field}: {message}");
-        }
     }
 }

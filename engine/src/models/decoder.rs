@@ -1,4 +1,5 @@
-//! The Llama decoder: pre-norm layers of rotary grouped attention and SwiGLU (Touvron et al. 2023).
+//! The decoder of all families: pre-norm layers of rotary grouped attention and a gated feed-forward
+//! block (Touvron et al. 2023), with what a family adds to these.
 
 use std::ops::Range;
 
@@ -9,13 +10,15 @@ use super::rope::RotaryTable;
 use crate::adapters::lora::Lora;
 use crate::batch::{Batch, Target};
 use crate::error::EngineError;
-use crate::ops::attention::{self, Heads, KeyValues};
+use crate::ops::attention::{self, Heads, KeyValues, Scores};
+use crate::ops::bias::add_bias;
 use crate::ops::dropout::{Dropout, DropoutKey};
 use crate::ops::embedding::embedding;
-use crate::ops::head::{HeadLoss, head_with_loss};
+use crate::ops::gated_activation::gated_activation;
+use crate::ops::head::{HeadLoss, head_with_loss, soft_capped};
+use crate::ops::head_norm::head_norm;
 use crate::ops::linear::{LowRank, LowRankPart, linear};
-use crate::ops::rms_norm::rms_norm;
-use crate::ops::swiglu::swiglu;
+use crate::ops::rms_norm::{Norm, rms_norm};
 use crate::parameter::{ParameterId, Parameters};
 
 /// The structure of a decoder; its tensors are in [`Parameters`].
@@ -30,23 +33,35 @@ pub(crate) struct Decoder {
     lora: Option<Lora>,
 }
 
-/// x ← x + output(attention(qkv(norm(x)))), then x ← x + down(swiglu(gate_up(norm(x)))).
+/// x ← x + output(attention(qkv(norm(x)))), then x ← x + down(gated(gate_up(norm(x)))); with post
+/// norms, what is added is normalised first.
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) attention_norm: ParameterId,
     /// q, k and v, one below the other.
     pub(crate) qkv: Projection,
+    pub(crate) head_norms: Option<HeadNorms>,
     pub(crate) output: Projection,
+    pub(crate) post_attention_norm: Option<ParameterId>,
     pub(crate) feed_forward_norm: ParameterId,
     /// Gate and up, one below the other.
     pub(crate) gate_up: Projection,
     pub(crate) down: Projection,
+    pub(crate) post_feed_forward_norm: Option<ParameterId>,
+}
+
+/// Weights that all heads share.
+#[derive(Debug)]
+pub(crate) struct HeadNorms {
+    pub(crate) query: ParameterId,
+    pub(crate) key: ParameterId,
 }
 
 /// Projections of one input, stored as one matrix.
 #[derive(Debug)]
 pub(crate) struct Projection {
     pub(crate) weight: ParameterId,
+    pub(crate) bias: Option<ParameterId>,
     pub(crate) adapter: Option<Adapter>,
 }
 
@@ -76,6 +91,13 @@ pub(crate) struct KeyValueCache {
     tokens: usize,
 }
 
+impl KeyValueCache {
+    /// Tokens so far.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+}
+
 impl Decoder {
     pub(crate) fn new(
         config: ModelConfig,
@@ -101,7 +123,8 @@ impl Decoder {
     ) -> Result<HeadLoss, EngineError> {
         let targets: Vec<Target> = batch.targets().collect();
         let hidden = self.hidden(parameters, batch, dropout, |_| {});
-        head_with_loss(hidden, parameters[self.head].clone(), &targets)
+        let head = parameters[self.head].clone();
+        head_with_loss(hidden, head, self.final_softcap(), &targets)
     }
 
     /// Hidden states `[tokens, hidden_size]` after the final norm. `observe` sees the embeddings,
@@ -113,14 +136,15 @@ impl Decoder {
         dropout: Option<DropoutKey>,
         mut observe: impl FnMut(&Tensor<2>),
     ) -> Tensor<2> {
-        let rotary = RotaryTable::new(&self.config, 0, batch.longest_context());
+        let rotary = self.rotary(0, batch.longest_context());
         let heads = self.heads();
         let mut x = self.embed(parameters, &batch.ids);
         observe(&x);
         for (index, layer) in self.layers.iter().enumerate() {
             let dropout = dropout.map(|key| (key, index));
             x = self.layer(parameters, layer, x, dropout, |qkv| {
-                attention::attention(qkv, heads, &batch.segments, &rotary)
+                let scores = self.scores(index);
+                attention::attention(qkv, heads, scores, &batch.segments, &rotary[index])
             });
             observe(&x);
         }
@@ -134,14 +158,14 @@ impl Decoder {
         ids: &[u32],
         cache: &mut KeyValueCache,
     ) -> Tensor<2> {
-        let rotary = RotaryTable::new(&self.config, cache.tokens, ids.len());
+        let rotary = self.rotary(cache.tokens, ids.len());
         let heads = self.heads();
         cache.layers.resize(self.layers.len(), None);
         cache.tokens += ids.len();
         let mut x = self.embed(parameters, ids);
-        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+        for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             x = self.layer(parameters, layer, x, None, |qkv| {
-                attention::extend(qkv, heads, &rotary, cache)
+                attention::extend(qkv, heads, self.scores(index), &rotary[index], cache)
             });
         }
         self.final_norm(parameters, x)
@@ -157,11 +181,13 @@ impl Decoder {
         let rows: Vec<i32> = positions.iter().map(|&position| position as i32).collect();
         let rows = TensorData::new(rows, [positions.len()]);
         let rows = Tensor::<1, Int>::from_data(rows, &hidden.device());
-        linear(hidden.select(0, rows), parameters[self.head].clone(), None, None)
+        let logits = linear(hidden.select(0, rows), parameters[self.head].clone(), None, None);
+        soft_capped(logits, self.final_softcap())
     }
 
     fn embed(&self, parameters: &Parameters, ids: &[u32]) -> Tensor<2> {
-        embedding(parameters[self.embedding].clone(), ids, self.config.pad_token_id)
+        let scale = self.config.embedding_scale as f32;
+        embedding(parameters[self.embedding].clone(), ids, self.config.pad_token_id, scale)
     }
 
     fn layer(
@@ -172,17 +198,31 @@ impl Decoder {
         dropout: Option<(DropoutKey, usize)>,
         attend: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let epsilon = self.config.rms_norm_eps;
+        let norm = |x: Tensor<2>, weight: ParameterId| {
+            rms_norm(x, parameters[weight].clone(), self.norm_constants())
+        };
         let project = |projection: &Projection, x, residual| {
             let low_rank = self.low_rank(parameters, projection, dropout);
-            linear(x, parameters[projection.weight].clone(), residual, low_rank)
+            let y = linear(x, parameters[projection.weight].clone(), residual, low_rank);
+            match projection.bias {
+                Some(bias) => add_bias(y, parameters[bias].clone()),
+                None => y,
+            }
         };
-        let normed = rms_norm(x.clone(), parameters[layer.attention_norm].clone(), epsilon);
-        let attended = attend(project(&layer.qkv, normed, None));
-        let x = project(&layer.output, attended, Some(x));
-        let normed = rms_norm(x.clone(), parameters[layer.feed_forward_norm].clone(), epsilon);
-        let activated = swiglu(project(&layer.gate_up, normed, None));
-        project(&layer.down, activated, Some(x))
+        // residual + projection(x), or residual + norm(projection(x)).
+        let add = |residual: Tensor<2>, projection: &Projection, x, post_norm| match post_norm {
+            None => project(projection, x, Some(residual)),
+            Some(post_norm) => residual + norm(project(projection, x, None), post_norm),
+        };
+        let mut qkv = project(&layer.qkv, norm(x.clone(), layer.attention_norm), None);
+        if let Some(HeadNorms { query, key }) = &layer.head_norms {
+            let (query, key) = (parameters[*query].clone(), parameters[*key].clone());
+            qkv = head_norm(qkv, query, key, self.heads(), self.norm_constants());
+        }
+        let x = add(x, &layer.output, attend(qkv), layer.post_attention_norm);
+        let gate_up = project(&layer.gate_up, norm(x.clone(), layer.feed_forward_norm), None);
+        let activated = gated_activation(gate_up, self.config.activation);
+        add(x, &layer.down, activated, layer.post_feed_forward_norm)
     }
 
     /// A projection's adapter, ready for the operation.
@@ -208,7 +248,7 @@ impl Decoder {
     }
 
     fn final_norm(&self, parameters: &Parameters, x: Tensor<2>) -> Tensor<2> {
-        rms_norm(x, parameters[self.norm].clone(), self.config.rms_norm_eps)
+        rms_norm(x, parameters[self.norm].clone(), self.norm_constants())
     }
 
     fn heads(&self) -> Heads {
@@ -217,5 +257,30 @@ impl Decoder {
             key_value: self.config.num_key_value_heads,
             dim: self.config.head_dim,
         }
+    }
+
+    fn scores(&self, layer: usize) -> Scores {
+        Scores {
+            scale: self.config.attention_scale as f32,
+            softcap: self.config.attn_logit_softcapping.map(|cap| cap as f32),
+            window: self.config.sliding_windows[layer],
+        }
+    }
+
+    fn final_softcap(&self) -> Option<f32> {
+        self.config.final_logit_softcapping.map(|cap| cap as f32)
+    }
+
+    fn norm_constants(&self) -> Norm {
+        Norm { epsilon: self.config.rms_norm_eps, unit_offset: self.config.unit_offset_norm }
+    }
+
+    /// The rotary table of each layer.
+    fn rotary(&self, first_position: usize, positions: usize) -> Vec<RotaryTable> {
+        let table = |rope| RotaryTable::new(rope, first_position, positions);
+        let full = table(&self.config.rope);
+        let sliding = self.config.sliding_rope.as_ref().map_or_else(|| full.clone(), table);
+        let of_layer = |window: &Option<usize>| if window.is_some() { &sliding } else { &full };
+        self.config.sliding_windows.iter().map(|window| of_layer(window).clone()).collect()
     }
 }

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use burn::tensor::{Tensor, TensorData};
-use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, TARGET_MODULES};
+use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, target_modules_of};
 
 use super::config::ModelConfig;
-use super::decoder::{AdaptedModule, Adapter, Decoder, Layer, Projection};
+use super::decoder::{AdaptedModule, Adapter, Decoder, HeadNorms, Layer, Projection};
 use super::weights::WeightFiles;
 use crate::adapters::lora::{Lora, tensor_name};
 use crate::device::Device;
@@ -46,7 +46,7 @@ struct Loader<'a> {
 
 /// One projection inside a stored matrix.
 struct Module {
-    /// One of [`TARGET_MODULES`].
+    /// As [`target_modules_of`] knows it.
     name: &'static str,
     outputs: usize,
 }
@@ -74,33 +74,55 @@ impl Loader<'_> {
         let query_width = config.num_attention_heads * config.head_dim;
         let key_value_width = config.num_key_value_heads * config.head_dim;
         let module = |name, outputs| Module { name, outputs };
+        let qkv = match config.fused_projections {
+            true => vec![module("qkv_proj", query_width + 2 * key_value_width)],
+            false => vec![
+                module("q_proj", query_width),
+                module("k_proj", key_value_width),
+                module("v_proj", key_value_width),
+            ],
+        };
+        let gate_up = match config.fused_projections {
+            true => vec![module("gate_up_proj", 2 * inner)],
+            false => vec![module("gate_proj", inner), module("up_proj", inner)],
+        };
+        let (output, down) = ([module("o_proj", hidden)], [module("down_proj", hidden)]);
+        let norm_name = |norm: &str| format!("{prefix}.{norm}.weight");
+        // With post norms, Gemma's names for what Llama calls post_attention_layernorm.
+        let (post_attention_norm, feed_forward_norm, post_feed_forward_norm) =
+            match config.post_norms {
+                true => (
+                    Some("post_attention_layernorm"),
+                    "pre_feedforward_layernorm",
+                    Some("post_feedforward_layernorm"),
+                ),
+                false => (None, "post_attention_layernorm", None),
+            };
+        let post_norm = |loader: &mut Self, norm: Option<&str>| {
+            norm.map(|norm| loader.norm(&norm_name(norm), hidden)).transpose()
+        };
         Ok(Layer {
-            attention_norm: self.norm(&format!("{prefix}.input_layernorm.weight"), hidden)?,
-            qkv: self.projection(
-                layer,
-                "self_attn",
-                hidden,
-                &[
-                    module("q_proj", query_width),
-                    module("k_proj", key_value_width),
-                    module("v_proj", key_value_width),
-                ],
-            )?,
+            attention_norm: self.norm(&norm_name("input_layernorm"), hidden)?,
+            qkv: self.projection(layer, "self_attn", hidden, &qkv, config.qkv_bias)?,
+            head_norms: match config.head_norm {
+                true => Some(HeadNorms {
+                    query: self.norm(&norm_name("self_attn.q_norm"), config.head_dim)?,
+                    key: self.norm(&norm_name("self_attn.k_norm"), config.head_dim)?,
+                }),
+                false => None,
+            },
             output: self.projection(
                 layer,
                 "self_attn",
                 query_width,
-                &[module("o_proj", hidden)],
+                &output,
+                config.output_bias,
             )?,
-            feed_forward_norm: self
-                .norm(&format!("{prefix}.post_attention_layernorm.weight"), hidden)?,
-            gate_up: self.projection(
-                layer,
-                "mlp",
-                hidden,
-                &[module("gate_proj", inner), module("up_proj", inner)],
-            )?,
-            down: self.projection(layer, "mlp", inner, &[module("down_proj", hidden)])?,
+            post_attention_norm: post_norm(self, post_attention_norm)?,
+            feed_forward_norm: self.norm(&norm_name(feed_forward_norm), hidden)?,
+            gate_up: self.projection(layer, "mlp", hidden, &gate_up, config.feed_forward_bias)?,
+            down: self.projection(layer, "mlp", inner, &down, config.feed_forward_bias)?,
+            post_feed_forward_norm: post_norm(self, post_feed_forward_norm)?,
         })
     }
 
@@ -111,6 +133,7 @@ impl Loader<'_> {
         block: &str,
         inputs: usize,
         modules: &[Module],
+        has_bias: bool,
     ) -> Result<Projection, EngineError> {
         let path = |module: &Module| format!("model.layers.{layer}.{block}.{}", module.name);
         let mut values = Vec::new();
@@ -130,18 +153,23 @@ impl Loader<'_> {
             names.push(NamedRows { name, rows, shape: shape.to_vec() });
         }
         let weight = self.push(values, [end, inputs], self.lora.is_none(), names.clone());
+        let bias = if has_bias {
+            let paths = modules.iter().map(|module| (path(module), module.outputs));
+            Some(self.bias(paths.collect())?)
+        } else {
+            None
+        };
 
         let Some(lora) = self.lora.clone() else {
-            return Ok(Projection { weight, adapter: None });
+            return Ok(Projection { weight, bias, adapter: None });
         };
         let (mut a, mut a_names, mut b_names, mut parts) = (vec![], vec![], vec![], vec![]);
         let mut b_end = 0;
         for (module, stored) in modules.iter().zip(names) {
-            let index = TARGET_MODULES
-                .iter()
-                .position(|name| *name == module.name)
-                .expect("every projection of a layer is a target module");
-            if !lora.adapts(index) {
+            let targets = target_modules_of(module.name);
+            // The first stands for all in what is drawn by module.
+            let index = targets.start;
+            if !lora.adapts_all(targets, module.name)? {
                 continue;
             }
             a.extend(lora.initial_a(layer, index, inputs));
@@ -159,11 +187,24 @@ impl Loader<'_> {
             parts.push(AdaptedModule { module: index, outputs: stored.rows });
         }
         if parts.is_empty() {
-            return Ok(Projection { weight, adapter: None });
+            return Ok(Projection { weight, bias, adapter: None });
         }
         let a = self.push(a, [parts.len() * lora.rank, inputs], true, a_names);
         let b = self.push(vec![0.0; b_end * lora.rank], [b_end, lora.rank], true, b_names);
-        Ok(Projection { weight, adapter: Some(Adapter { a, b, parts }) })
+        Ok(Projection { weight, bias, adapter: Some(Adapter { a, b, parts }) })
+    }
+
+    /// The biases of modules, given by path and width, one below the other as one column.
+    fn bias(&mut self, modules: Vec<(String, usize)>) -> Result<ParameterId, EngineError> {
+        let (mut values, mut names) = (Vec::new(), Vec::new());
+        for (path, width) in modules {
+            let name = format!("{path}.bias");
+            let rows = values.len()..values.len() + width;
+            values.extend(self.weights.take(&name, &[width])?);
+            names.push(NamedRows { name, rows, shape: vec![width] });
+        }
+        let shape = [values.len(), 1];
+        Ok(self.push(values, shape, self.lora.is_none(), names))
     }
 
     /// A matrix of the base model under its own name.

@@ -2,6 +2,8 @@
 
 pub mod config;
 pub(crate) mod decoder;
+mod families;
+mod fields;
 pub(crate) mod load;
 pub mod rope;
 pub(crate) mod weights;

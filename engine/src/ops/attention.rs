@@ -2,19 +2,22 @@
 //!
 //! A row of the input holds the queries of H heads, then keys and values of K heads, each of width
 //! D; query head h reads key head `h·K/H`. Within each segment, with R(t) the rotation of position
-//! t (counted from the segment's start) that turns the pair (x[i], x[i + D/2]), as Hugging Face's
-//! weights expect:
+//! t (counted from the segment's start) that turns the pair (x[i], x[i + N/2]) of a head's first N
+//! elements (all D in most models), as Hugging Face's weights expect, with λ the scale (1 / √D in
+//! most models) and c the softcap:
 //!
 //! ```text
 //! q̂ = R·q,  k̂ = R·k
-//! S = q̂·k̂ᵀ / √D, for keys not after the query,  P = softmax(S),  o = P·v
-//! dv = Pᵀ·do,  dP = do·vᵀ,  dS = P ∘ (dP − ⟨do, o⟩) / √D
-//! dq̂ = dS·k̂,  dk̂ = dSᵀ·q̂,  dq = Rᵀ·dq̂,  dk = Rᵀ·dk̂
+//! S = λ·q̂·k̂ᵀ,  Ŝ = c·tanh(S / c), or S where there is no cap
+//! P = softmax(Ŝ) over the keys that are not after the query and within its window,  o = P·v
+//! dv = Pᵀ·do,  dP = do·vᵀ,  dŜ = P ∘ (dP − ⟨do, o⟩),  dS = dŜ ∘ (1 − (Ŝ / c)²)
+//! dq̂ = λ·dS·k̂,  dk̂ = λ·dSᵀ·q̂,  dq = Rᵀ·dq̂,  dk = Rᵀ·dk̂
 //! ```
 //!
-//! Segments never meet, so nothing is masked but the future, and no matrix spans two segments. But
-//! a segment may continue an earlier one, its prefix: it then sees the prefix's k̂ and v before its
-//! own, counts its positions on from there, and adds its share to the prefix's dk̂ and dv.
+//! Segments never meet, so nothing is masked but the future and what lies before the window, and
+//! no matrix spans two segments; a block of queries is multiplied by the keys of its windows only.
+//! But a segment may continue an earlier one, its prefix: it then sees the prefix's k̂ and v before
+//! its own, counts its positions on from there, and adds its share to the prefix's dk̂ and dv.
 //! P is computed again in the backward pass from each row's log Σ exp (Dao 2023).
 
 use std::ops::Range;
@@ -58,24 +61,44 @@ impl Heads {
     }
 }
 
+/// How scores are made of q̂·k̂ᵀ, and which keys a query sees.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Scores {
+    /// λ.
+    pub(crate) scale: f32,
+    /// c; None for scores without a cap.
+    pub(crate) softcap: Option<f32>,
+    /// A query sees itself and the `window − 1` tokens before it; None for all of them.
+    pub(crate) window: Option<usize>,
+}
+
+impl Scores {
+    /// The first key that the query at position `query` sees.
+    pub(super) fn first_key(self, query: usize) -> usize {
+        self.window.map_or(0, |window| (query + 1).saturating_sub(window))
+    }
+}
+
 /// `qkv` `[tokens, (H + 2K)·D]` to `[tokens, H·D]`. The segments cover the tokens in order; row t
 /// of `rotary` is the rotation of position t.
 pub(crate) fn attention(
     qkv: Tensor<2>,
     heads: Heads,
+    scores: Scores,
     segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
     if on_cpu(&qkv) {
-        cpu::attention::attention(qkv, heads, segments, rotary)
+        cpu::attention::attention(qkv, heads, scores, segments, rotary)
     } else {
-        portable(qkv, heads, segments, rotary)
+        portable(qkv, heads, scores, segments, rotary)
     }
 }
 
 pub(super) fn portable(
     qkv: Tensor<2>,
     heads: Heads,
+    scores: Scores,
     segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
@@ -90,7 +113,7 @@ pub(super) fn portable(
             let (q, k, v) = rotated(all, heads, rotary);
             let context = prefix.len() + tokens.len();
             let q = q.slice([0..heads.query, prefix.len()..context, 0..heads.dim]);
-            attend(q, k, v)
+            attend(q, k, v, scores)
         })
         .collect();
     Tensor::cat(outputs, 0)
@@ -104,10 +127,12 @@ pub(crate) struct KeyValues {
 }
 
 /// Attention of new tokens to themselves and to those of `cache`, which grows by them. The rows of
-/// `rotary` are the new tokens'. For generation: no gradients, one segment.
+/// `rotary` are the new tokens'. Tokens that no later window reaches are dropped from the cache.
+/// For generation: no gradients, one segment.
 pub(crate) fn extend(
     qkv: Tensor<2>,
     heads: Heads,
+    scores: Scores,
     rotary: &RotaryTable,
     cache: &mut Option<KeyValues>,
 ) -> Tensor<2> {
@@ -116,8 +141,12 @@ pub(crate) fn extend(
         keys = Tensor::cat(vec![earlier.keys, keys], 1);
         values = Tensor::cat(vec![earlier.values, values], 1);
     }
-    *cache = Some(KeyValues { keys: keys.clone(), values: values.clone() });
-    attend(q, keys, values)
+    let tokens = keys.dims()[1];
+    // One is kept even where a window of 1 asks for none: a tensor has no empty dimension.
+    let kept = scores.window.map_or(tokens, |window| tokens.min(window.saturating_sub(1).max(1)));
+    let recent = |x: &Tensor<3>| x.clone().slice_dim(1, tokens - kept..tokens);
+    *cache = Some(KeyValues { keys: recent(&keys), values: recent(&values) });
+    attend(q, keys, values, scores)
 }
 
 /// Splits rows into heads: q̂ `[H, n, D]`, k̂ and v `[K, n, D]`.
@@ -134,7 +163,7 @@ fn rotated(
             .reshape([tokens, count, heads.dim])
             .swap_dims(0, 1)
     };
-    let half = heads.dim / 2;
+    let half = rotary.pairs();
     let table = |values: &[f32]| {
         let values = values[..tokens * half].to_vec();
         let half_table: Tensor<3> =
@@ -144,10 +173,14 @@ fn rotated(
     let (cos, sin) = rotary.values();
     let (cos, sin) = (table(cos), table(sin));
     let rotate = |x: Tensor<3>| {
-        let [count, ..] = x.dims();
-        let first = x.clone().slice([0..count, 0..tokens, 0..half]);
-        let second = x.clone().slice([0..count, 0..tokens, half..heads.dim]);
-        x * cos.clone() + Tensor::cat(vec![second.neg(), first], 2) * sin.clone()
+        let first = x.clone().slice_dim(2, 0..half);
+        let second = x.clone().slice_dim(2, half..2 * half);
+        let turned = x.clone().slice_dim(2, 0..2 * half) * cos.clone()
+            + Tensor::cat(vec![second.neg(), first], 2) * sin.clone();
+        if 2 * half == heads.dim {
+            return turned;
+        }
+        Tensor::cat(vec![turned, x.slice_dim(2, 2 * half..heads.dim)], 2)
     };
     let q = by_head(0, heads.query);
     let k = by_head(heads.query_width(), heads.key_value);
@@ -155,21 +188,52 @@ fn rotated(
     (rotate(q), rotate(k), v)
 }
 
+/// Queries of one product with a window; a shorter block would be all overhead.
+const WINDOW_BLOCK: usize = 128;
+
 /// Causal attention where the queries are the last of the keys: `[n, H·D]`.
-fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>) -> Tensor<2> {
+fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, scores: Scores) -> Tensor<2> {
+    let (queries, keys) = (q.dims()[1], k.dims()[1]);
+    let Some(window) = scores.window.filter(|&window| window < keys) else {
+        return attend_block(q, k, v, Scores { window: None, ..scores });
+    };
+    // Blocks about as long as the window: no more than half of a product is masked.
+    let block = window.max(WINDOW_BLOCK);
+    let earlier = keys - queries;
+    let outputs = (0..queries)
+        .step_by(block)
+        .map(|start| {
+            let end = queries.min(start + block);
+            let seen = scores.first_key(earlier + start)..earlier + end;
+            let (k, v) = (k.clone().slice_dim(1, seen.clone()), v.clone().slice_dim(1, seen));
+            attend_block(q.clone().slice_dim(1, start..end), k, v, scores)
+        })
+        .collect();
+    Tensor::cat(outputs, 0)
+}
+
+/// [`attend`] as one product.
+fn attend_block(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, scores: Scores) -> Tensor<2> {
     let [query_heads, queries, dim] = q.dims();
     let [key_heads, keys, _] = k.dims();
     let group = query_heads / key_heads;
     let shared = |x: Tensor<3>| {
         x.reshape([key_heads, 1, keys, dim]).repeat_dim(1, group).reshape([query_heads, keys, dim])
     };
-    let future =
-        Tensor::<2, Bool>::tril_mask([queries, keys], (keys - queries) as i64, &q.device());
-    let scores = q
-        .matmul(shared(k).transpose())
-        .mul_scalar(1.0 / (dim as f64).sqrt())
-        .mask_fill(future.reshape([1, queries, keys]), f32::NEG_INFINITY);
-    activation::softmax(scores, 2)
+    let diagonal = (keys - queries) as i64;
+    let device = q.device();
+    let mut hidden = Tensor::<2, Bool>::tril_mask([queries, keys], diagonal, &device);
+    if let Some(window) = scores.window {
+        let first_seen = diagonal + 1 - window as i64;
+        hidden = hidden.bool_or(Tensor::<2, Bool>::triu_mask([queries, keys], first_seen, &device));
+    }
+    let products = q.matmul(shared(k).transpose());
+    let capped = match scores.softcap {
+        Some(cap) => products.mul_scalar(scores.scale / cap).tanh().mul_scalar(cap),
+        None => products.mul_scalar(scores.scale),
+    };
+    let capped = capped.mask_fill(hidden.reshape([1, queries, keys]), f32::NEG_INFINITY);
+    activation::softmax(capped, 2)
         .matmul(shared(v))
         .swap_dims(0, 1)
         .reshape([queries, query_heads * dim])
@@ -181,17 +245,30 @@ mod tests {
     use crate::ops::testing::{assert_close, assert_gradients_equal, random};
     use crate::parameter::read;
 
+    fn plain(heads: Heads) -> Scores {
+        Scores { scale: 1.0 / (heads.dim as f32).sqrt(), softcap: None, window: None }
+    }
+
     fn assert_forms_equal(heads: Heads, lengths: &[usize]) {
         assert_segments_equal(heads, &segments(lengths));
     }
 
     fn assert_segments_equal(heads: Heads, segments: &[Segment]) {
+        assert_scores_equal(heads, plain(heads), segments, &frequencies(heads));
+    }
+
+    fn assert_scores_equal(
+        heads: Heads,
+        scores: Scores,
+        segments: &[Segment],
+        frequencies: &[f64],
+    ) {
         let tokens = segments.last().unwrap().tokens.end;
-        let rotary = RotaryTable::from_frequencies(&frequencies(heads), 0, tokens);
+        let rotary = RotaryTable::from_frequencies(frequencies, 1.0, 0, tokens);
         assert_gradients_equal(
             &[random([tokens, heads.qkv_width()], 5).mul_scalar(2.0)],
-            |inputs| cpu::attention::attention(inputs[0].clone(), heads, segments, &rotary),
-            |inputs| portable(inputs[0].clone(), heads, segments, &rotary),
+            |inputs| cpu::attention::attention(inputs[0].clone(), heads, scores, segments, &rotary),
+            |inputs| portable(inputs[0].clone(), heads, scores, segments, &rotary),
         );
     }
 
@@ -229,12 +306,17 @@ mod tests {
     fn a_segment_after_its_prefix_sees_what_the_whole_row_shows() {
         let heads = Heads { query: 4, key_value: 2, dim: 4 };
         let qkv = random([7, heads.qkv_width()], 9);
-        let rotary = RotaryTable::from_frequencies(&frequencies(heads), 0, 7);
-        let whole = cpu::attention::attention(qkv.clone(), heads, &segments(&[7]), &rotary);
-        let mut parts = segments(&[3, 4]);
-        parts[1].prefix = 0..3;
-        let parts = cpu::attention::attention(qkv, heads, &parts, &rotary);
-        assert_close("o", &read(parts).unwrap(), &read(whole).unwrap());
+        let rotary = RotaryTable::from_frequencies(&frequencies(heads), 1.0, 0, 7);
+        for window in [None, Some(3), Some(6)] {
+            let scores = Scores { window, ..plain(heads) };
+            let attend = |segments: &[Segment]| {
+                let qkv = qkv.clone();
+                read(cpu::attention::attention(qkv, heads, scores, segments, &rotary)).unwrap()
+            };
+            let mut parts = segments(&[3, 4]);
+            parts[1].prefix = 0..3;
+            assert_close("o", &attend(&parts), &attend(&segments(&[7])));
+        }
     }
 
     #[test]
@@ -249,19 +331,73 @@ mod tests {
     }
 
     #[test]
+    fn window_over_several_query_blocks_down_to_the_query_alone() {
+        let heads = Heads { query: 2, key_value: 1, dim: 4 };
+        for window in [1, 2, 5, 128, 130, 1000] {
+            let scores = Scores { window: Some(window), ..plain(heads) };
+            let mut segments = segments(&[7, 300, 1, 9]);
+            segments[3].prefix = 7..307;
+            assert_scores_equal(heads, scores, &segments, &frequencies(heads));
+        }
+    }
+
+    #[test]
+    fn window_hides_exactly_what_lies_before_it() {
+        // Equal keys and a scale of 0: each query takes the mean of the values that it sees.
+        let heads = Heads { query: 1, key_value: 1, dim: 2 };
+        let scores = Scores { scale: 0.0, softcap: None, window: Some(3) };
+        let values = (0..6).flat_map(|t| [0.0, 0.0, 0.0, 0.0, t as f32, 1.0]).collect();
+        let qkv = Tensor::from_data(
+            TensorData::new(values, [6, heads.qkv_width()]),
+            &burn::tensor::Device::flex(),
+        );
+        let rotary = RotaryTable::from_frequencies(&[1.0], 1.0, 0, 6);
+        let means = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0];
+        let expected: Vec<f32> = means.into_iter().flat_map(|mean| [mean, 1.0]).collect();
+        let output =
+            cpu::attention::attention(qkv.clone(), heads, scores, &segments(&[6]), &rotary);
+        assert_close("CPU form", &read(output).unwrap(), &expected);
+        let output = portable(qkv, heads, scores, &segments(&[6]), &rotary);
+        assert_close("portable form", &read(output).unwrap(), &expected);
+    }
+
+    #[test]
+    fn softcap_scale_and_window_together() {
+        let heads = Heads { query: 4, key_value: 2, dim: 6 };
+        for window in [None, Some(4)] {
+            // Scores of up to about 30 against a cap of 2: far into the flat of tanh, and near 0.
+            let scores = Scores { scale: 2.5, softcap: Some(2.0), window };
+            let mut segments = segments(&[9, 1, 140]);
+            segments[2].prefix = 0..9;
+            assert_scores_equal(heads, scores, &segments, &frequencies(heads));
+        }
+    }
+
+    #[test]
+    fn only_the_first_dimensions_turn_where_fewer_frequencies_are_given() {
+        let heads = Heads { query: 2, key_value: 1, dim: 8 };
+        assert_scores_equal(heads, plain(heads), &segments(&[6, 3]), &[0.7, 0.2, 0.05]);
+    }
+
+    #[test]
     fn tokens_added_one_by_one_see_what_a_whole_sequence_sees() {
         let heads = Heads { query: 4, key_value: 2, dim: 4 };
         let qkv = random([6, heads.qkv_width()], 8);
         let frequencies = frequencies(heads);
-        let whole = RotaryTable::from_frequencies(&frequencies, 0, 6);
-        let expected = portable(qkv.clone(), heads, &segments(&[6]), &whole);
-        let mut cache = None;
-        let mut outputs = Vec::new();
-        for rows in [0..3, 3..4, 4..6] {
-            let rotary = RotaryTable::from_frequencies(&frequencies, rows.start, rows.len());
-            outputs.push(extend(qkv.clone().slice([rows]), heads, &rotary, &mut cache));
+        let whole = RotaryTable::from_frequencies(&frequencies, 1.0, 0, 6);
+        for window in [None, Some(1), Some(2), Some(3)] {
+            let scores = Scores { softcap: Some(3.0), window, ..plain(heads) };
+            let expected = portable(qkv.clone(), heads, scores, &segments(&[6]), &whole);
+            let mut cache = None;
+            let mut outputs = Vec::new();
+            for rows in [0..3, 3..4, 4..6] {
+                let rotary =
+                    RotaryTable::from_frequencies(&frequencies, 1.0, rows.start, rows.len());
+                let qkv = qkv.clone().slice([rows]);
+                outputs.push(extend(qkv, heads, scores, &rotary, &mut cache));
+            }
+            let output = read(Tensor::cat(outputs, 0)).unwrap();
+            assert_close(&format!("{window:?}"), &output, &read(expected).unwrap());
         }
-        let output = read(Tensor::cat(outputs, 0)).unwrap();
-        assert_close("output", &output, &read(expected).unwrap());
     }
 }

@@ -1,11 +1,11 @@
 //! Token embedding: row lookup.
 //!
 //! ```text
-//! y[t]  = W[ids[t]]
-//! dW[v] = Σ over t with ids[t] = v of dy[t], but 0 for v = padding
+//! y[t]  = s·W[ids[t]]
+//! dW[v] = s·Σ over t with ids[t] = v of dy[t], but 0 for v = padding
 //! ```
 //!
-//! The exception is `padding_idx` of `torch.nn.Embedding`, which Hugging Face's models set to the
+//! The scale s is 1, or the root of the width in Gemma's models. The exception is `padding_idx` of `torch.nn.Embedding`, which Hugging Face's models set to the
 //! config's `pad_token_id`. It matters where padding is also a real token, such as the end of a
 //! turn: full fine-tuning would part from Hugging Face's in the first step.
 
@@ -13,21 +13,31 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use super::{cpu, on_cpu};
 
-/// Rows `ids` of `weight` `[vocabulary, width]`, as `[tokens, width]`; the row `padding` takes no
-/// gradient from being looked up.
-pub(crate) fn embedding(weight: Tensor<2>, ids: &[u32], padding: Option<u32>) -> Tensor<2> {
+/// Rows `ids` of `weight` `[vocabulary, width]` times `scale`, as `[tokens, width]`; the row
+/// `padding` takes no gradient from being looked up.
+pub(crate) fn embedding(
+    weight: Tensor<2>,
+    ids: &[u32],
+    padding: Option<u32>,
+    scale: f32,
+) -> Tensor<2> {
     if on_cpu(&weight) {
-        cpu::embedding::embedding(weight, ids, padding)
+        cpu::embedding::embedding(weight, ids, padding, scale)
     } else {
-        portable(weight, ids, padding)
+        portable(weight, ids, padding, scale)
     }
 }
 
-pub(super) fn portable(weight: Tensor<2>, ids: &[u32], padding: Option<u32>) -> Tensor<2> {
+pub(super) fn portable(
+    weight: Tensor<2>,
+    ids: &[u32],
+    padding: Option<u32>,
+    scale: f32,
+) -> Tensor<2> {
     let device = weight.device();
     let rows: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
     let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [ids.len()]), &device);
-    let y = weight.select(0, rows);
+    let y = weight.select(0, rows).mul_scalar(scale);
     let Some(padding) = padding.filter(|padding| ids.contains(padding)) else { return y };
     let learns: Vec<f32> = ids.iter().map(|&id| f32::from(id != padding)).collect();
     let learns: Tensor<2> = Tensor::from_data(TensorData::new(learns, [ids.len(), 1]), &device);
@@ -43,11 +53,13 @@ mod tests {
 
     fn assert_forms_equal(padding: Option<u32>) {
         let ids = [4, 0, 4, 4, 6];
-        assert_gradients_equal(
-            &[random([7, 5], 1)],
-            |inputs| cpu::embedding::embedding(inputs[0].clone(), &ids, padding),
-            |inputs| portable(inputs[0].clone(), &ids, padding),
-        );
+        for scale in [1.0, 4.9] {
+            assert_gradients_equal(
+                &[random([7, 5], 1)],
+                |inputs| cpu::embedding::embedding(inputs[0].clone(), &ids, padding, scale),
+                |inputs| portable(inputs[0].clone(), &ids, padding, scale),
+            );
+        }
     }
 
     #[test]
@@ -60,7 +72,7 @@ mod tests {
     fn padding_that_is_looked_up_takes_no_gradient() {
         assert_forms_equal(Some(4));
         let weight = random([7, 5], 1).autodiff().require_grad();
-        let y = cpu::embedding::embedding(weight.clone(), &[4, 0], Some(4));
+        let y = cpu::embedding::embedding(weight.clone(), &[4, 0], Some(4), 1.0);
         let gradient = read(weight.grad(&y.sum().backward()).unwrap()).unwrap();
         let expected: Vec<f32> = (0..7 * 5).map(|i| f32::from(i < 5)).collect();
         assert_eq!(gradient, expected);

@@ -3,9 +3,9 @@
 //! For the hidden state h of each target row, its weight w and its target id y:
 //!
 //! ```text
-//! z    = W·h,  nll = log Σᵥ exp zᵥ − z_y
-//! loss = Σ w·nll
-//! dz   = w·(softmax(z) − e_y),  dh = Wᵀ·dz,  dW = Σ dz·hᵀ
+//! z    = W·h,  ẑ = c·tanh(z / c), or z where there is no softcap c
+//! nll  = log Σᵥ exp ẑᵥ − ẑ_y,  loss = Σ w·nll
+//! dẑ   = w·(softmax(ẑ) − e_y),  dz = dẑ ∘ (1 − (ẑ / c)²),  dh = Wᵀ·dz,  dW = Σ dz·hᵀ
 //! ```
 //!
 //! all times the upstream gradient. Only rows with a target of nonzero weight are computed. The
@@ -30,25 +30,36 @@ pub(crate) struct HeadLoss {
     pub(crate) weighted_correct: f64,
 }
 
-/// The loss of `hidden` `[tokens, width]` under the head `weight` `[vocabulary, width]`.
+/// The loss of `hidden` `[tokens, width]` under the head `weight` `[vocabulary, width]`, whose
+/// logits are capped by `softcap`.
 ///
 /// # Errors
 /// [`EngineError::Device`] when reading the sums fails.
 pub(crate) fn head_with_loss(
     hidden: Tensor<2>,
     weight: Tensor<2>,
+    softcap: Option<f32>,
     targets: &[Target],
 ) -> Result<HeadLoss, EngineError> {
     if on_cpu(&hidden) {
-        Ok(cpu::head::head_with_loss(hidden, weight, targets))
+        Ok(cpu::head::head_with_loss(hidden, weight, softcap, targets))
     } else {
-        portable(hidden, weight, targets)
+        portable(hidden, weight, softcap, targets)
+    }
+}
+
+/// c·tanh(z / c).
+pub(crate) fn soft_capped(logits: Tensor<2>, softcap: Option<f32>) -> Tensor<2> {
+    match softcap {
+        Some(cap) => logits.mul_scalar(1.0 / cap).tanh().mul_scalar(cap),
+        None => logits,
     }
 }
 
 pub(super) fn portable(
     hidden: Tensor<2>,
     weight: Tensor<2>,
+    softcap: Option<f32>,
     targets: &[Target],
 ) -> Result<HeadLoss, EngineError> {
     let device = hidden.device();
@@ -60,7 +71,7 @@ pub(super) fn portable(
     let ids = integers(targets.iter().map(|target| target.id as i32).collect());
     let weights: Vec<f32> = targets.iter().map(|target| target.weight).collect();
 
-    let logits = hidden.select(0, rows).matmul(weight.transpose());
+    let logits = soft_capped(hidden.select(0, rows).matmul(weight.transpose()), softcap);
     let ids = ids.reshape([count, 1]);
     let nll = activation::log_softmax(logits.clone(), 1).gather(1, ids.clone()).neg();
     let margin = (logits.clone().gather(1, ids) - logits.max_dim(1)).inner();
@@ -87,21 +98,27 @@ mod tests {
         Target { position: 3, id: 11, weight: 1.0 },
     ];
 
-    type Form = fn(Tensor<2>, Tensor<2>, &[Target]) -> Result<HeadLoss, EngineError>;
+    type Form = fn(Tensor<2>, Tensor<2>, Option<f32>, &[Target]) -> Result<HeadLoss, EngineError>;
 
     fn cpu_form(
         hidden: Tensor<2>,
         weight: Tensor<2>,
+        softcap: Option<f32>,
         targets: &[Target],
     ) -> Result<HeadLoss, EngineError> {
-        Ok(cpu::head::head_with_loss(hidden, weight, targets))
+        Ok(cpu::head::head_with_loss(hidden, weight, softcap, targets))
     }
 
     /// Loss sums and the gradients of −2.5·loss.
-    fn run(form: Form, targets: &[Target], tokens: usize) -> (f64, f64, Vec<f32>, Vec<f32>) {
+    fn run(
+        form: Form,
+        softcap: Option<f32>,
+        targets: &[Target],
+        tokens: usize,
+    ) -> (f64, f64, Vec<f32>, Vec<f32>) {
         let hidden = random([tokens, 9], 1).mul_scalar(2.0).autodiff().require_grad();
         let weight = random([37, 9], 2).mul_scalar(2.0).autodiff().require_grad();
-        let head = form(hidden.clone(), weight.clone(), targets).unwrap();
+        let head = form(hidden.clone(), weight.clone(), softcap, targets).unwrap();
         let value = read(head.loss.clone()).unwrap()[0];
         assert!((f64::from(value) - head.weighted_nll).abs() < 1e-4 * head.weighted_nll.abs());
         let gradients = head.loss.mul_scalar(-2.5).backward();
@@ -114,13 +131,16 @@ mod tests {
     }
 
     fn assert_forms_equal(targets: &[Target], tokens: usize) {
-        let (nll, correct, dh, dw) = run(cpu_form, targets, tokens);
-        let (expected_nll, expected_correct, expected_dh, expected_dw) =
-            run(portable, targets, tokens);
-        assert!((nll - expected_nll).abs() < 1e-5 * expected_nll, "{nll} {expected_nll}");
-        assert_eq!(correct, expected_correct);
-        assert_close("dh", &dh, &expected_dh);
-        assert_close("dw", &dw, &expected_dw);
+        // Logits of up to about 10: a cap of 3 is far into the flat of tanh.
+        for softcap in [None, Some(3.0)] {
+            let (nll, correct, dh, dw) = run(cpu_form, softcap, targets, tokens);
+            let (expected_nll, expected_correct, expected_dh, expected_dw) =
+                run(portable, softcap, targets, tokens);
+            assert!((nll - expected_nll).abs() < 1e-5 * expected_nll, "{nll} {expected_nll}");
+            assert_eq!(correct, expected_correct);
+            assert_close("dh", &dh, &expected_dh);
+            assert_close("dw", &dw, &expected_dw);
+        }
     }
 
     #[test]
@@ -150,15 +170,16 @@ mod tests {
 
     #[test]
     fn one_form_alone_requires_its_gradient() {
-        let (_, _, dh, dw) = run(cpu_form, &TARGETS, 5);
+        let (_, _, dh, dw) = run(cpu_form, None, &TARGETS, 5);
         let hidden = random([5, 9], 1).mul_scalar(2.0).autodiff();
         let weight = random([37, 9], 2).mul_scalar(2.0).autodiff();
         let only_hidden = hidden.clone().require_grad();
-        let loss = cpu::head::head_with_loss(only_hidden.clone(), weight.clone(), &TARGETS).loss;
+        let loss =
+            cpu::head::head_with_loss(only_hidden.clone(), weight.clone(), None, &TARGETS).loss;
         let gradients = loss.mul_scalar(-2.5).backward();
         assert_eq!(read(only_hidden.grad(&gradients).unwrap()).unwrap(), dh);
         let only_weight = weight.require_grad();
-        let loss = cpu::head::head_with_loss(hidden, only_weight.clone(), &TARGETS).loss;
+        let loss = cpu::head::head_with_loss(hidden, only_weight.clone(), None, &TARGETS).loss;
         let gradients = loss.mul_scalar(-2.5).backward();
         assert_eq!(read(only_weight.grad(&gradients).unwrap()).unwrap(), dw);
     }
@@ -168,7 +189,7 @@ mod tests {
         let (tokens, width, vocabulary) = (5, 9, 37);
         let hidden = read(random([tokens, width], 1).mul_scalar(2.0)).unwrap();
         let weight = read(random([vocabulary, width], 2).mul_scalar(2.0)).unwrap();
-        let (_, _, dh, dw) = run(cpu_form, &TARGETS, tokens);
+        let (_, _, dh, dw) = run(cpu_form, None, &TARGETS, tokens);
         // The loss by its definition, in f64.
         let loss = |hidden: &[f64], weight: &[f64]| -> f64 {
             let logit = |row: usize, id: usize| -> f64 {
@@ -207,7 +228,7 @@ mod tests {
     #[test]
     fn hidden_state_that_is_nan_gives_a_loss_that_is_nan() {
         let hidden = random([5, 9], 1).mul_scalar(f32::NAN);
-        let head = cpu::head::head_with_loss(hidden, random([37, 9], 2), &TARGETS);
+        let head = cpu::head::head_with_loss(hidden, random([37, 9], 2), None, &TARGETS);
         assert!(head.weighted_nll.is_nan());
     }
 }

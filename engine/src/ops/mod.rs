@@ -8,13 +8,15 @@ mod cpu;
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
+pub(crate) mod bias;
 pub(crate) mod dropout;
 pub(crate) mod embedding;
+pub(crate) mod gated_activation;
 pub(crate) mod head;
+pub(crate) mod head_norm;
 pub(crate) mod linear;
 pub(crate) mod rms_norm;
 pub(crate) mod squares;
-pub(crate) mod swiglu;
 
 #[cfg(test)]
 mod testing;

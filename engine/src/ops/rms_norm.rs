@@ -1,10 +1,10 @@
 //! Root-mean-square normalisation (Zhang and Sennrich 2019).
 //!
-//! With ρ = 1 / √(mean(x²) + ε) for each row of width H:
+//! With ρ = 1 / √(mean(x²) + ε) for each row of width H, and ŵ = w, or 1 + w in Gemma's models:
 //!
 //! ```text
-//! y  = w ∘ x·ρ
-//! dx = ρ·(w∘dy − x·ρ²·⟨w∘dy, x⟩ / H)
+//! y  = ŵ ∘ x·ρ
+//! dx = ρ·(ŵ∘dy − x·ρ²·⟨ŵ∘dy, x⟩ / H)
 //! dw = Σ over rows of dy ∘ x·ρ
 //! ```
 
@@ -12,18 +12,24 @@ use burn::tensor::Tensor;
 
 use super::{cpu, on_cpu};
 
-/// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`.
-pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, epsilon: f64) -> Tensor<2> {
-    if on_cpu(&x) {
-        cpu::rms_norm::rms_norm(x, weight, epsilon as f32)
-    } else {
-        portable(x, weight, epsilon)
-    }
+/// What norms of a model have in common.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Norm {
+    /// ε.
+    pub(crate) epsilon: f64,
+    /// Whether the factor is 1 + w.
+    pub(crate) unit_offset: bool,
 }
 
-pub(super) fn portable(x: Tensor<2>, weight: Tensor<2>, epsilon: f64) -> Tensor<2> {
-    let root = x.clone().square().mean_dim(1).add_scalar(epsilon).sqrt();
-    x / root * weight
+/// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`.
+pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
+    if on_cpu(&x) { cpu::rms_norm::rms_norm(x, weight, norm) } else { portable(x, weight, norm) }
+}
+
+pub(super) fn portable(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
+    let factor = if norm.unit_offset { weight.add_scalar(1.0) } else { weight };
+    let root = x.clone().square().mean_dim(1).add_scalar(norm.epsilon).sqrt();
+    x / root * factor
 }
 
 #[cfg(test)]
@@ -35,11 +41,14 @@ mod tests {
     fn cpu_form_equals_the_portable_form() {
         // 300 rows: more than one block of rows that threads share.
         for (tokens, width) in [(1, 8), (5, 33), (300, 20)] {
-            assert_gradients_equal(
-                &[random([tokens, width], 1), random([1, width], 2)],
-                |inputs| cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), 1e-5),
-                |inputs| portable(inputs[0].clone(), inputs[1].clone(), 1e-5),
-            );
+            for unit_offset in [false, true] {
+                let norm = Norm { epsilon: 1e-5, unit_offset };
+                assert_gradients_equal(
+                    &[random([tokens, width], 1), random([1, width], 2)],
+                    |inputs| cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), norm),
+                    |inputs| portable(inputs[0].clone(), inputs[1].clone(), norm),
+                );
+            }
         }
     }
 }

@@ -26,7 +26,7 @@ use super::isa::Isa;
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 use crate::batch::Segment;
 use crate::models::rope::RotaryTable;
-use crate::ops::attention::Heads;
+use crate::ops::attention::{Heads, Scores};
 
 /// Queries whose scores are held at a time; a block skips the keys after its last query.
 const QUERY_BLOCK: usize = 128;
@@ -34,13 +34,14 @@ const QUERY_BLOCK: usize = 128;
 pub(in crate::ops) fn attention(
     qkv: Tensor<2>,
     heads: Heads,
+    scores: Scores,
     segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
     let qkv = node(qkv);
     let step = Attention.prepare::<NoCheckpointing>([qkv.node()]).compute_bound();
     let qkv = contiguous(qkv.into_primitive());
-    let layout = Layout::new(heads, segments, rotary);
+    let layout = Layout::new(heads, scores, segments, rotary);
     let mut inputs = layout.split(&qkv);
     let output = layout.forward(&mut inputs);
     let output = from_values(output, [dims(&qkv)[0], heads.query_width()]);
@@ -87,6 +88,7 @@ impl Backward<Flex, 1> for Attention {
 struct Layout {
     isa: Isa,
     heads: Heads,
+    scores: Scores,
     segments: Arc<[Placed]>,
     rotary: RotaryTable,
 }
@@ -126,7 +128,7 @@ struct Inputs {
 }
 
 impl Layout {
-    fn new(heads: Heads, segments: &[Segment], rotary: &RotaryTable) -> Self {
+    fn new(heads: Heads, scores: Scores, segments: &[Segment], rotary: &RotaryTable) -> Self {
         let mut first_key = 0;
         let placed = segments.iter().map(|Segment { tokens, prefix }| {
             let placed = Placed {
@@ -141,7 +143,7 @@ impl Layout {
             placed
         });
         let segments = placed.collect();
-        Self { isa: Isa::detect(), heads, segments, rotary: rotary.clone() }
+        Self { isa: Isa::detect(), heads, scores, segments, rotary: rotary.clone() }
     }
 
     fn tokens(&self) -> usize {
@@ -153,8 +155,28 @@ impl Layout {
         self.segments.last().map_or(0, |segment| segment.first_key + segment.keys())
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.heads.dim as f32).sqrt()
+    /// The block of the queries `queries` of a segment, and the keys that one of them sees.
+    fn block(&self, segment: &Placed, queries: Range<usize>) -> (Block, Range<usize>) {
+        let first = segment.prefix_len + queries.start;
+        let seen = self.scores.first_key(first)..segment.prefix_len + queries.end;
+        let block = Block {
+            keys: seen.len(),
+            first_position: first - seen.start,
+            scale: self.scores.scale,
+            softcap: self.scores.softcap,
+            window: self.scores.window.unwrap_or(usize::MAX),
+        };
+        (block, seen)
+    }
+
+    /// Scores of the greatest block of a segment.
+    fn block_scores(&self, segment: &Placed) -> usize {
+        let queries = QUERY_BLOCK.min(segment.queries());
+        let keys = match self.scores.window {
+            Some(window) => segment.keys().min(window.saturating_add(queries - 1)),
+            None => segment.keys(),
+        };
+        queries * keys
     }
 
     /// All units of `count` heads: segment by segment, and in each head by head.
@@ -287,20 +309,19 @@ impl Layout {
             .collect();
         units.into_par_iter().for_each_init(Vec::new, |scores, (((segment, head), o), log_sum)| {
             let (q, k, v) = self.unit_inputs(inputs, segment, head);
-            scores.resize(QUERY_BLOCK.min(segment.queries()) * segment.keys(), 0.0);
+            scores.resize(self.block_scores(segment), 0.0);
             let blocks = o.chunks_mut(QUERY_BLOCK * dim).zip(log_sum.chunks_mut(QUERY_BLOCK));
             for (block, (o, log_sum)) in blocks.enumerate() {
                 let (first, queries) = (block * QUERY_BLOCK, log_sum.len());
-                let first_position = segment.prefix_len + first;
-                let keys = first_position + queries;
+                let (block, seen) = self.block(segment, first..first + queries);
+                let keys = block.keys;
                 let scores = &mut scores[..queries * keys];
                 let target = MatMut::new(scores, queries, keys);
                 let q = q.rows(first..first + queries);
-                gemm(target, 1.0, q, k.rows(0..keys).t(), Threads::One);
-                let block = Block { keys, first_position, scale: self.scale() };
+                gemm(target, 1.0, q, k.rows(seen.clone()).t(), Threads::One);
                 causal_softmax(self.isa, block, scores, log_sum);
                 let p = MatRef::new(scores, queries, keys);
-                gemm(MatMut::new(o, queries, dim), 1.0, p, v.rows(0..keys), Threads::One);
+                gemm(MatMut::new(o, queries, dim), 1.0, p, v.rows(seen), Threads::One);
             }
         });
         inputs.log_sum = log_sum;
@@ -393,7 +414,7 @@ impl UnitBackward<'_> {
     /// Writes dq̂; returns this head's shares of dk̂ and dv.
     fn run(&self, scratch: &mut Scratch, dq: &mut [f32]) -> (Vec<f32>, Vec<f32>) {
         let Layout { isa, heads, .. } = *self.layout;
-        let (dim, scale) = (heads.dim, self.layout.scale());
+        let dim = heads.dim;
         let (q, k, v) = self.layout.unit_inputs(self.inputs, self.segment, self.head);
         let log_sum = &self.inputs.log_sum[self.layout.query_unit(self.segment, self.head, 1)];
         let columns = self.head * dim..(self.head + 1) * dim;
@@ -414,7 +435,7 @@ impl UnitBackward<'_> {
                 o_rows.part(token, columns.start, dim),
             )
         }));
-        let block_size = QUERY_BLOCK.min(self.segment.queries()) * self.segment.keys();
+        let block_size = self.layout.block_scores(self.segment);
         scratch.scores.resize(block_size, 0.0);
         scratch.d_scores.resize(block_size, 0.0);
 
@@ -423,23 +444,22 @@ impl UnitBackward<'_> {
         for (block, dq) in dq.chunks_mut(QUERY_BLOCK * dim).enumerate() {
             let (first, queries) = (block * QUERY_BLOCK, dq.len() / dim);
             let rows = first..first + queries;
-            let first_position = self.segment.prefix_len + first;
-            let keys = first_position + queries;
+            let (block, seen) = self.layout.block(self.segment, rows.clone());
+            let keys = block.keys;
             let scores = &mut scratch.scores[..queries * keys];
             let d_scores = &mut scratch.d_scores[..queries * keys];
             let (q, d_output) = (q.rows(rows.clone()), d_output.rows(rows.clone()));
-            let (k, v) = (k.rows(0..keys), v.rows(0..keys));
+            let (k, v) = (k.rows(seen.clone()), v.rows(seen.clone()));
             gemm(MatMut::new(scores, queries, keys), 1.0, q, k.t(), Threads::One);
             gemm(MatMut::new(d_scores, queries, keys), 1.0, d_output, v.t(), Threads::One);
             let (log_sum, inner) = (&log_sum[rows.clone()], &scratch.inner[rows]);
-            let block = Block { keys, first_position, scale };
             causal_softmax_backward(isa, block, scores, d_scores, log_sum, inner);
             let p = MatRef::new(scores, queries, keys);
             let ds = MatRef::new(d_scores, queries, keys);
             gemm(MatMut::new(dq, queries, dim), 1.0, ds, k, Threads::One);
-            let dk = MatMut::new(&mut dk[..keys * dim], keys, dim);
+            let dk = MatMut::new(&mut dk[seen.start * dim..seen.end * dim], keys, dim);
             gemm_add(dk, 1.0, ds.t(), q, Threads::One);
-            let dv = MatMut::new(&mut dv[..keys * dim], keys, dim);
+            let dv = MatMut::new(&mut dv[seen.start * dim..seen.end * dim], keys, dim);
             gemm_add(dv, 1.0, p.t(), d_output, Threads::One);
         }
         (dk, dv)

@@ -10,7 +10,12 @@ use std::sync::Arc;
 
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 
-pub(in crate::ops) fn embedding(weight: Tensor<2>, ids: &[u32], padding: Option<u32>) -> Tensor<2> {
+pub(in crate::ops) fn embedding(
+    weight: Tensor<2>,
+    ids: &[u32],
+    padding: Option<u32>,
+    scale: f32,
+) -> Tensor<2> {
     let weight = node(weight);
     let step = Embedding.prepare::<NoCheckpointing>([weight.node()]).compute_bound();
     let weight = contiguous(weight.into_primitive());
@@ -18,11 +23,13 @@ pub(in crate::ops) fn embedding(weight: Tensor<2>, ids: &[u32], padding: Option<
     let table = values(&weight);
     let mut y = Vec::with_capacity(ids.len() * width);
     for &id in ids {
-        y.extend_from_slice(&table[id as usize * width..][..width]);
+        y.extend(table[id as usize * width..][..width].iter().map(|value| scale * value));
     }
     let y = from_values(y, [ids.len(), width]);
     tensor(match step.stateful() {
-        OpsKind::Tracked(step) => step.finish(Saved { ids: ids.into(), padding, vocabulary }, y),
+        OpsKind::Tracked(step) => {
+            step.finish(Saved { ids: ids.into(), padding, scale, vocabulary }, y)
+        }
         OpsKind::UnTracked(step) => step.finish(y),
     })
 }
@@ -34,6 +41,7 @@ struct Embedding;
 struct Saved {
     ids: Arc<[u32]>,
     padding: Option<u32>,
+    scale: f32,
     vocabulary: usize,
 }
 
@@ -48,14 +56,14 @@ impl Backward<Flex, 1> for Embedding {
     ) {
         let dy = contiguous(gradients.consume::<Flex>(&ops.node));
         let [Some(parent)] = ops.parents else { return };
-        let Saved { ids, padding, vocabulary } = ops.state;
+        let Saved { ids, padding, scale, vocabulary } = ops.state;
         let [_, width] = dims(&dy);
         let mut dw = vec![0.0; vocabulary * width];
         // In the order of the tokens, on one thread: ids repeat, and the sums must not vary.
         let lookups = ids.iter().zip(values(&dy).chunks_exact(width));
         for (&id, dy) in lookups.filter(|&(&id, _)| Some(id) != padding) {
             let row = &mut dw[id as usize * width..][..width];
-            row.iter_mut().zip(dy).for_each(|(sum, value)| *sum += value);
+            row.iter_mut().zip(dy).for_each(|(sum, value)| *sum += scale * value);
         }
         gradients.register::<Flex>(parent.id, from_values(dw, [vocabulary, width]));
     }

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product};
 use super::isa::{Isa, simd_kernels};
-use super::math::{exp, max};
+use super::math::{exp, max, tanh};
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 use crate::batch::Target;
 use crate::ops::head::HeadLoss;
@@ -58,6 +58,24 @@ simd_kernels! {
         (nll, target_logit >= greatest)
     }
 
+    /// Caps a row of logits, and writes the slope of each: 1 − (ẑ / c)².
+    fn soft_cap_row(cap: f32, logits: &mut [f32], slopes: &mut [f32]) {
+        let slopes = &mut slopes[..logits.len()];
+        for i in 0..logits.len() {
+            let capped = tanh::<M>(logits[i] * (1.0 / cap));
+            logits[i] = cap * capped;
+            slopes[i] = 1.0 - capped * capped;
+        }
+    }
+
+    /// values ← factors ∘ values.
+    fn multiply(values: &mut [f32], factors: &[f32]) {
+        let factors = &factors[..values.len()];
+        for i in 0..values.len() {
+            values[i] *= factors[i];
+        }
+    }
+
     /// values ← factor·values.
     fn scale(values: &mut [f32], factor: f32) {
         for value in values.iter_mut() {
@@ -69,6 +87,7 @@ simd_kernels! {
 pub(in crate::ops) fn head_with_loss(
     hidden: Tensor<2>,
     weight: Tensor<2>,
+    softcap: Option<f32>,
     targets: &[Target],
 ) -> HeadLoss {
     let (hidden_tracked, weight_tracked) = (hidden.is_tracked(), weight.is_tracked());
@@ -76,7 +95,8 @@ pub(in crate::ops) fn head_with_loss(
     let step = Head.prepare::<NoCheckpointing>([hidden.node(), weight.node()]).compute_bound();
     let hidden = contiguous(hidden.into_primitive());
     let weight = contiguous(weight.into_primitive());
-    let (sums, saved) = compute(&hidden, &weight, targets, hidden_tracked, weight_tracked);
+    let tracked = (hidden_tracked, weight_tracked);
+    let (sums, saved) = compute(&hidden, &weight, softcap, targets, tracked);
     let loss = from_values(vec![sums.nll as f32], [1]);
     HeadLoss {
         loss: tensor(match step.stateful() {
@@ -105,9 +125,9 @@ struct Saved {
 fn compute(
     hidden: &FlexTensor,
     weight: &FlexTensor,
+    softcap: Option<f32>,
     targets: &[Target],
-    hidden_tracked: bool,
-    weight_tracked: bool,
+    (hidden_tracked, weight_tracked): (bool, bool),
 ) -> (Sums, Saved) {
     let isa = Isa::detect();
     let ([tokens, width], [vocabulary, _]) = (dims(hidden), dims(weight));
@@ -129,8 +149,16 @@ fn compute(
         let losses: Vec<(f64, bool)> = logits
             .par_chunks_exact_mut(vocabulary)
             .zip(chunk)
-            .map(|(logits, target)| {
-                cross_entropy_row(isa, logits, target.id as usize, target.weight)
+            .map_init(Vec::new, |slopes, (logits, target)| {
+                let id = target.id as usize;
+                let Some(cap) = softcap else {
+                    return cross_entropy_row(isa, logits, id, target.weight);
+                };
+                slopes.resize(vocabulary, 0.0);
+                soft_cap_row(isa, cap, logits, slopes);
+                let row = cross_entropy_row(isa, logits, id, target.weight);
+                multiply(isa, logits, slopes);
+                row
             })
             .collect();
         for (target, (nll, correct)) in chunk.iter().zip(losses) {
@@ -206,6 +234,22 @@ mod tests {
                 let expected = f64::from(weight) * (f64::from(z).exp() / total - one_hot);
                 assert!((f64::from(*dz) - expected).abs() < 1e-7, "{isa:?} dz[{i}]");
             }
+        }
+    }
+
+    #[test]
+    fn capped_logits_and_their_slopes_have_the_values_of_f64_on_every_path() {
+        let logits: Vec<f32> = (0..301).map(|i| (i as f32 * 0.37).sin() * 90.0).collect();
+        for isa in Isa::available() {
+            let (mut capped, mut slopes) = (logits.clone(), vec![0.0; logits.len()]);
+            soft_cap_row(isa, 30.0, &mut capped, &mut slopes);
+            for i in 0..logits.len() {
+                let exact = (f64::from(logits[i]) / 30.0).tanh();
+                assert!((f64::from(capped[i]) - 30.0 * exact).abs() < 1e-5, "{isa:?}");
+                assert!((f64::from(slopes[i]) - (1.0 - exact * exact)).abs() < 1e-6, "{isa:?}");
+            }
+            multiply(isa, &mut capped, &slopes);
+            assert!((capped[5] - 30.0 * (logits[5] / 30.0).tanh() * slopes[5]).abs() < 1e-4);
         }
     }
 

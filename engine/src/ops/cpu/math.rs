@@ -35,6 +35,21 @@ pub(super) fn exp<M: MulAdd>(x: f32) -> f32 {
     mantissa * power
 }
 
+/// tanh x within 2 units in the last place; NaN for NaN.
+///
+/// Cephes' `tanhf`: near 0, where 1 − 2/(e²ˣ + 1) would cancel, x + x³·P(x²).
+#[inline(always)]
+pub(super) fn tanh<M: MulAdd>(x: f32) -> f32 {
+    let square = x * x;
+    let mut p = -5.704_988_7e-3;
+    for coefficient in [2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1] {
+        p = M::mul_add(p, square, coefficient);
+    }
+    let near = M::mul_add(p * square, x, x);
+    let far = 1.0 - 2.0 / (exp::<M>(2.0 * x.abs()) + 1.0);
+    if x.abs() < 0.625 { near } else { far.copysign(x) }
+}
+
 /// Σ xᵢ·yᵢ.
 #[inline(always)]
 pub(super) fn dot<M: MulAdd>(x: &[f32], y: &[f32]) -> f32 {
@@ -129,6 +144,12 @@ mod tests {
             }
         }
 
+        fn tanh_all(x: &[f32], y: &mut [f32]) {
+            for (x, y) in x.iter().zip(y) {
+                *y = tanh::<M>(*x);
+            }
+        }
+
         fn dot_all(x: &[f32], y: &[f32]) -> f32 {
             dot::<M>(x, y)
         }
@@ -145,6 +166,23 @@ mod tests {
                 let error = (f64::from(*y) - exact).abs() / exact;
                 assert!(error < 2.4e-7, "{isa:?}: exp({x}) = {y}, error {error:e}");
             }
+        }
+    }
+
+    #[test]
+    fn tanh_is_within_two_units_in_the_last_place_on_every_path() {
+        let x: Vec<f32> = (-100_000..100_001).map(|i| i as f32 / 8000.0).collect();
+        for isa in Isa::available() {
+            let mut y = vec![0.0; x.len()];
+            tanh_all(isa, &x, &mut y);
+            for (x, y) in x.iter().zip(&y) {
+                let exact = f64::from(*x).tanh();
+                let error = (f64::from(*y) - exact).abs();
+                assert!(error <= 2.4e-7 * exact.abs(), "{isa:?}: tanh({x}) = {y}, error {error:e}");
+            }
+            let mut y = [0.0; 3];
+            tanh_all(isa, &[f32::NAN, f32::NEG_INFINITY, f32::INFINITY], &mut y);
+            assert!(y[0].is_nan() && y[1] == -1.0 && y[2] == 1.0, "{isa:?}: {y:?}");
         }
     }
 

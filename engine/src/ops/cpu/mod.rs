@@ -11,9 +11,11 @@ mod step;
 
 pub(super) mod adamw;
 pub(super) mod attention;
+pub(super) mod bias;
 pub(super) mod embedding;
+pub(super) mod gated_activation;
 pub(super) mod head;
+pub(super) mod head_norm;
 pub(super) mod linear;
 pub(super) mod rms_norm;
 pub(super) mod squares;
-pub(super) mod swiglu;

@@ -13,13 +13,14 @@ use std::sync::Arc;
 use super::isa::{Isa, simd_kernels};
 use super::math::dot;
 use super::step::{contiguous, dims, from_values, node, tensor, values};
+use crate::ops::rms_norm::Norm;
 
 /// Rows that one task handles; fixed, as dw is summed block by block.
 const BLOCK_ROWS: usize = 64;
 
 simd_kernels! {
     /// Writes y and ρ of some rows.
-    fn forward_rows(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], inverse_root: &mut [f32]) {
+    pub(super) fn forward_rows(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], inverse_root: &mut [f32]) {
         let width = weight.len();
         let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
         for ((x, y), inverse_root) in rows {
@@ -32,7 +33,7 @@ simd_kernels! {
     }
 
     /// Writes dx of some rows.
-    fn backward_rows(dy: &[f32], x: &[f32], weight: &[f32], inverse_root: &[f32], dx: &mut [f32]) {
+    pub(super) fn backward_rows(dy: &[f32], x: &[f32], weight: &[f32], inverse_root: &[f32], dx: &mut [f32]) {
         let width = weight.len();
         let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
         for (((dy, x), dx), &rho) in rows.zip(inverse_root) {
@@ -47,7 +48,7 @@ simd_kernels! {
     }
 
     /// Adds the dw of some rows to `dw`.
-    fn weight_gradient(dy: &[f32], x: &[f32], inverse_root: &[f32], dw: &mut [f32]) {
+    pub(super) fn weight_gradient(dy: &[f32], x: &[f32], inverse_root: &[f32], dw: &mut [f32]) {
         let width = dw.len();
         let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse_root);
         for ((dy, x), &rho) in rows {
@@ -58,11 +59,22 @@ simd_kernels! {
     }
 }
 
-pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, epsilon: f32) -> Tensor<2> {
+/// ŵ: what x·ρ is multiplied by.
+pub(super) fn factor(weight: FlexTensor, norm: Norm) -> FlexTensor {
+    let weight = contiguous(weight);
+    if !norm.unit_offset {
+        return weight;
+    }
+    let factor = values(&weight).iter().map(|w| 1.0 + w).collect();
+    from_values(factor, dims(&weight))
+}
+
+pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
     let isa = Isa::detect();
     let (x, weight) = (node(x), node(weight));
     let step = RmsNorm.prepare::<NoCheckpointing>([x.node(), weight.node()]).compute_bound();
-    let (x, weight) = (contiguous(x.into_primitive()), contiguous(weight.into_primitive()));
+    let (x, weight) = (contiguous(x.into_primitive()), factor(weight.into_primitive(), norm));
+    let epsilon = norm.epsilon as f32;
     let [rows, width] = dims(&x);
     let mut y = vec![0.0; rows * width];
     let mut inverse_root = vec![0.0; rows];
@@ -86,6 +98,7 @@ struct RmsNorm;
 #[derive(Debug, Clone)]
 struct Saved {
     x: FlexTensor,
+    /// ŵ.
     weight: FlexTensor,
     /// ρ of each row.
     inverse_root: Arc<[f32]>,

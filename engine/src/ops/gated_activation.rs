@@ -1,0 +1,68 @@
+//! The gated activation of the feed-forward block (Shazeer 2020).
+//!
+//! For a gate g and an up-projection u, with the activation a and its slope a′:
+//!
+//! ```text
+//! y  = a(g)·u,  du = dy·a(g),  dg = dy·u·a′(g)
+//! ```
+//!
+//! The activations are, with σ the logistic function and t = tanh(√(2/π)·(x + 0.044715·x³)):
+//!
+//! ```text
+//! silu (SwiGLU):               a = x·σ(x),          a′ = σ(x)·(1 + x·(1 − σ(x)))
+//! gelu_pytorch_tanh (GEGLU):   a = x/2·(1 + t),     a′ = (1 + t)/2
+//!                                                        + x/2·(1 − t²)·√(2/π)·(1 + 3·0.044715·x²)
+//! ```
+
+use burn::tensor::{Tensor, activation};
+
+use super::{cpu, on_cpu};
+use crate::models::config::Activation;
+
+/// √(2/π).
+pub(super) const GELU_SCALE: f32 = 0.797_884_6;
+/// The factor on x³.
+pub(super) const GELU_CUBIC: f32 = 0.044_715;
+
+/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`.
+pub(crate) fn gated_activation(gate_up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    if on_cpu(&gate_up) {
+        cpu::gated_activation::gated_activation(gate_up, activation)
+    } else {
+        portable(gate_up, activation)
+    }
+}
+
+pub(super) fn portable(gate_up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    let [tokens, doubled] = gate_up.dims();
+    let gate = gate_up.clone().slice([0..tokens, 0..doubled / 2]);
+    let up = gate_up.slice([0..tokens, doubled / 2..doubled]);
+    let activated = match activation {
+        Activation::Silu => activation::silu(gate),
+        Activation::GeluTanh => {
+            let cubic = gate.clone().powi_scalar(3).mul_scalar(GELU_CUBIC);
+            let tanh = (gate.clone() + cubic).mul_scalar(GELU_SCALE).tanh();
+            gate.mul_scalar(0.5) * tanh.add_scalar(1.0)
+        }
+    };
+    activated * up
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_gradients_equal, random};
+
+    #[test]
+    fn cpu_form_equals_the_portable_form() {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            for (tokens, width) in [(1, 1), (3, 17), (40, 32)] {
+                assert_gradients_equal(
+                    &[random([tokens, 2 * width], 3).mul_scalar(4.0)],
+                    |inputs| cpu::gated_activation::gated_activation(inputs[0].clone(), activation),
+                    |inputs| portable(inputs[0].clone(), activation),
+                );
+            }
+        }
+    }
+}
