@@ -20,16 +20,21 @@ pub(crate) const README: &str = "README.md";
 /// How to sample.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
+/// The tokenizer as it is read.
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+/// The tokenizer of old models, from which the other is made.
+pub(crate) const SENTENCEPIECE_MODEL: &str = "tokenizer.model";
+
 /// Every file that a tokenizer may consist of.
 pub(crate) const TOKENIZER_FILES: [&str; 8] = [
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    SENTENCEPIECE_MODEL,
 ];
 
 /// The terms of the base model, which go where its weights go.

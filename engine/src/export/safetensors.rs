@@ -39,6 +39,19 @@ pub(crate) fn write_streamed(
     tensors: &[TensorShape],
     mut values: impl FnMut(usize) -> Result<Vec<f32>, EngineError>,
 ) -> Result<(), EngineError> {
+    write_pieces(path, tensors, |index, write| write(&values(index)?))
+}
+
+/// Takes values of a tensor, the next ones in its order.
+pub(crate) type WritePiece<'a> = dyn FnMut(&[f32]) -> Result<(), EngineError> + 'a;
+
+/// As [`write_streamed`], for tensors that need not fit in memory either: `values(i, write)` calls
+/// `write` for piece after piece of tensor number `i`.
+pub(crate) fn write_pieces(
+    path: &Path,
+    tensors: &[TensorShape],
+    mut values: impl FnMut(usize, &mut WritePiece<'_>) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
     let file = File::create(path).map_err(EngineError::io(path))?;
     let mut writer = BufWriter::with_capacity(1 << 20, file);
     let header = header(tensors);
@@ -46,17 +59,19 @@ pub(crate) fn write_streamed(
     write(&(header.len() as u64).to_le_bytes())?;
     write(header.as_bytes())?;
     for (index, tensor) in tensors.iter().enumerate() {
-        let values = values(index)?;
-        if values.len() != tensor.elements() {
+        let mut written = 0;
+        values(index, &mut |piece| {
+            written += piece.len();
+            write(bytemuck::cast_slice(piece))
+        })?;
+        if written != tensor.elements() {
             return Err(EngineError::Model(format!(
-                "{}: tensor {} of shape {:?} has {} values",
+                "{}: tensor {} of shape {:?} has {written} values",
                 path.display(),
                 tensor.name,
                 tensor.shape,
-                values.len()
             )));
         }
-        write(bytemuck::cast_slice(&values))?;
     }
     let file = writer.into_inner().map_err(|error| EngineError::io(path)(error.into_error()))?;
     file.sync_all().map_err(EngineError::io(path))

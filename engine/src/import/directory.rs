@@ -9,14 +9,15 @@ use tunesmith_core::weights::FloatType;
 use crate::error::EngineError;
 use crate::export::safetensors::read_header;
 use crate::model_directory::{
-    README, WEIGHTS_INDEX, carry_over, carry_over_all_but_weights, carry_over_present, weight_files,
+    README, SENTENCEPIECE_MODEL, TOKENIZER, WEIGHTS_INDEX, carry_over, carry_over_all_but_weights,
+    carry_over_present, weight_files,
 };
 use crate::models::config::ModelConfig;
 
 /// Checks the model in `source` and links or copies its files to `out_dir`.
 pub(super) fn import(source: &Path, out_dir: &Path) -> Result<(), EngineError> {
     ModelConfig::read(source)?;
-    check_tokenizer(source)?;
+    read_tokenizer(source)?;
     let weights = weight_files(source)?;
     for name in &weights {
         check_weights(&source.join(name))?;
@@ -28,20 +29,19 @@ pub(super) fn import(source: &Path, out_dir: &Path) -> Result<(), EngineError> {
     carry_over_all_but_weights(source, out_dir)
 }
 
-/// Fails unless `dir` has a tokenizer with a chat template.
-pub(super) fn check_tokenizer(dir: &Path) -> Result<(), EngineError> {
-    let refuse = |problem: &dyn std::fmt::Display| {
-        EngineError::Model(format!("{}: {problem}", dir.display()))
-    };
-    let tokenizer = ChatTokenizer::from_dir(dir).map_err(|error| refuse(&error))?;
-    if tokenizer.has_chat_template() {
-        Ok(())
-    } else {
-        Err(refuse(
-            &"there is no chat template, without which conversations cannot be written as text: \
-              import an instruct model, or put a chat_template.jinja beside its tokenizer.json",
-        ))
+/// Reads the tokenizer in `dir`. One without a chat template is a base model's, which takes rows of
+/// plain text.
+pub(super) fn read_tokenizer(dir: &Path) -> Result<ChatTokenizer, EngineError> {
+    if !dir.join(TOKENIZER).is_file() && dir.join(SENTENCEPIECE_MODEL).is_file() {
+        return Err(EngineError::Model(format!(
+            "{}: the tokenizer is {SENTENCEPIECE_MODEL} alone, and {TOKENIZER} is what is read: \
+             write it with Hugging Face transformers \
+             (AutoTokenizer.from_pretrained(dir).save_pretrained(dir)), or import the model's GGUF",
+            dir.display()
+        )));
     }
+    ChatTokenizer::from_dir(dir)
+        .map_err(|error| EngineError::Model(format!("{}: {error}", dir.display())))
 }
 
 /// Fails unless the file is a whole safetensors file of floating-point tensors.

@@ -21,6 +21,9 @@ pub struct Imported {
     pub context_length: u64,
     /// `config.json`.
     pub config: Value,
+    /// Whether conversations can be written as text. A base model has no chat template, and takes
+    /// prompt/completion and text rows only.
+    pub has_chat_template: bool,
     /// Names of the directory's files, sorted.
     pub files: Vec<String>,
 }
@@ -64,7 +67,7 @@ pub fn import_source(source: &Path, out_dir: &Path) -> Result<Imported, EngineEr
 
 /// Checks what lies in `dir` once more, as training will see it.
 fn describe(source: &Path, dir: &Path) -> Result<Imported, EngineError> {
-    directory::check_tokenizer(dir)?;
+    let has_chat_template = directory::read_tokenizer(dir)?.has_chat_template();
     let config = read_json(&dir.join(CONFIG))?;
     let context_length = ModelConfig::read(dir)?.max_position_embeddings as u64;
     let mut files = Vec::new();
@@ -73,7 +76,8 @@ fn describe(source: &Path, dir: &Path) -> Result<Imported, EngineError> {
         files.push(entry.file_name().to_string_lossy().into_owned());
     }
     files.sort();
-    Ok(Imported { name: model_name(source), context_length, config, files })
+    let name = model_name(source);
+    Ok(Imported { name, context_length, config, has_chat_template, files })
 }
 
 /// The file's or directory's name, for a GGUF without extension and quantisation.

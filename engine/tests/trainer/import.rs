@@ -7,6 +7,9 @@ use candle_core::quantized::gguf_file::{Value, write};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device as CandleDevice, Tensor};
 use serde_json::Value as Json;
+use tunesmith_core::dataset::{
+    ChatTokenizer, Example, Message, Role, Row, TokenizeOptions, tokenize_row,
+};
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::import::import_source;
 use tunesmith_engine::{Device, NamedTensor, TrainableModel};
@@ -155,13 +158,13 @@ fn a_separate_head_unties_the_embedding() {
 fn what_a_gguf_lacks_or_has_too_much_is_named() {
     let text = |text: &str| Some(Value::String(text.to_owned()));
     let cases: [(&str, Option<Value>, &str); 8] = [
+        ("tokenizer.ggml.model", text("bert"), "byte-level"),
         ("general.architecture", text("mamba"), "\"mamba\""),
         ("general.architecture", None, "general.architecture"),
         ("llama.context_length", None, "llama.context_length"),
         ("llama.attention.head_count", text("four"), "llama.attention.head_count"),
-        ("tokenizer.ggml.model", text("llama"), "byte-level"),
-        ("tokenizer.ggml.pre", text("tekken"), "\"tekken\""),
-        ("tokenizer.chat_template", None, "chat template"),
+        ("tokenizer.ggml.model", text("llama"), "tokenizer.ggml.scores"),
+        ("tokenizer.ggml.pre", text("falcon"), "\"falcon\""),
         ("llama.feed_forward_length", Some(Value::U32(41)), "blk.0.ffn_gate.weight"),
     ];
     for (key, value, word) in cases {
@@ -187,6 +190,24 @@ fn what_a_gguf_lacks_or_has_too_much_is_named() {
     let torn = dir.path().join("torn.gguf");
     fs::write(&torn, b"GGUF\x03\0\0\0").expect("write");
     refused(dir.path(), &torn, "torn.gguf");
+}
+
+#[test]
+fn a_gguf_without_chat_template_is_a_base_model_for_plain_text() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let mut metadata = metadata();
+    metadata.retain(|(name, _)| *name != "tokenizer.chat_template");
+    let out = dir.path().join("out");
+    let imported =
+        import_source(&write_gguf(dir.path(), &metadata, &tensors()), &out).expect("imported");
+    assert!(!imported.has_chat_template);
+    let tokenizer = ChatTokenizer::from_dir(&out).expect("tokenizer");
+    assert!(!tokenizer.has_chat_template());
+    let example = Example::Text { text: "<s>".to_owned() };
+    let options = TokenizeOptions { max_seq_length: 32, prompt_loss_weight: 0.1 };
+    let row = tokenize_row(&tokenizer, &Row { line: 1, example }, &options, "training_file")
+        .expect("tokens");
+    assert!(row.ids.len() > 2 && !row.ids.contains(&1), "{:?}", row.ids);
 }
 
 fn refused(dir: &Path, source: &Path, word: &str) {
@@ -226,9 +247,19 @@ fn a_directory_is_carried_over_whole_and_without_strangers() {
 #[test]
 fn a_directory_that_is_no_model_is_refused_by_what_is_wrong() {
     type Spoil = fn(&Path);
-    let cases: [(&str, Spoil); 6] = [
+    let cases: [(&str, Spoil); 8] = [
         ("config.json", |dir| fs::remove_file(dir.join("config.json")).expect("file")),
         ("tokenizer", |dir| fs::remove_file(dir.join("tokenizer.json")).expect("file")),
+        ("save_pretrained", |dir| {
+            fs::rename(dir.join("tokenizer.json"), dir.join("tokenizer.model")).expect("file");
+        }),
+        ("model-00002-of-00002.safetensors", |dir| {
+            let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors",
+                "b": "model-00002-of-00002.safetensors"}}"#;
+            fs::rename(dir.join("model.safetensors"), dir.join("model-00001-of-00002.safetensors"))
+                .expect("file");
+            fs::write(dir.join("model.safetensors.index.json"), index).expect("file");
+        }),
         ("\"gemma\"", |dir| {
             let text = fs::read_to_string(dir.join("config.json")).expect("file");
             fs::write(dir.join("config.json"), text.replace("\"llama\"", "\"gemma\""))
@@ -253,4 +284,24 @@ fn a_directory_that_is_no_model_is_refused_by_what_is_wrong() {
         spoil(&source);
         refused(dir.path(), &source, word);
     }
+}
+
+#[test]
+fn a_template_file_and_a_list_of_end_tokens_are_carried_over_and_read() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let source = dir.path().join("source");
+    write_model(&source);
+    let config_path = source.join("tokenizer_config.json");
+    let mut config = json_file(&config_path);
+    config.as_object_mut().expect("object").remove("chat_template");
+    fs::write(&config_path, config.to_string()).expect("write");
+    fs::write(source.join("chat_template.jinja"), TEMPLATE).expect("write");
+    fs::write(source.join("generation_config.json"), r#"{"eos_token_id": [2, 1]}"#).expect("write");
+    let out = dir.path().join("out");
+    let imported = import_source(&source, &out).expect("imported");
+    assert!(imported.has_chat_template);
+    let tokenizer = ChatTokenizer::from_dir(&out).expect("tokenizer");
+    assert_eq!(tokenizer.eos_ids(), [2, 1]);
+    let messages = [Message::new(Role::User, "a")];
+    assert!(!tokenizer.encode_chat(&messages, None, true).expect("ids").is_empty());
 }

@@ -2,6 +2,7 @@
 
 mod child;
 mod export;
+mod gguf;
 mod import;
 mod resume;
 mod support;

@@ -84,6 +84,7 @@ async fn import(
         tokio::task::spawn_blocking(move || convert(&source, &dir)).await
     };
     let model = converted.context("the import was cut short")??;
+    let has_chat_template = model.has_chat_template;
     spinner.set_message("the model is being stored");
     let new = NewBaseModel {
         name: name.unwrap_or(model.name),
@@ -92,6 +93,13 @@ async fn import(
     };
     let stored = installation.store().import_base_model(&new, &dir).await;
     spinner.finish_and_clear();
+    if stored.is_ok() && !has_chat_template {
+        eprintln!(
+            "{} has no chat template: it takes prompt/completion and text rows; chat rows need a \
+             model that was made for chat",
+            new.name
+        );
+    }
     stored.map_err(|error| match error {
         StoreError::AlreadyExists { .. } => taken(&new.name),
         error => error.into(),

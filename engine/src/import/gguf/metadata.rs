@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::gguf_file::Value;
-
+use super::file::Value;
 use crate::error::EngineError;
 
 /// The key-value part of a GGUF file.
@@ -44,7 +43,10 @@ impl Metadata {
 
     /// A text, where there is one.
     pub(super) fn find_text(&self, key: &str) -> Result<Option<&str>, EngineError> {
-        self.read(key, "a text", |value| value.to_string().ok().map(String::as_str))
+        self.read(key, "a text", |value| match value {
+            Value::Text(text) => Some(text.as_str()),
+            _ => None,
+        })
     }
 
     /// A text that must be there.
@@ -54,10 +56,9 @@ impl Metadata {
 
     /// A whole number from 0, where there is one.
     pub(super) fn find_number(&self, key: &str) -> Result<Option<u64>, EngineError> {
-        self.read(key, "a whole number", |value| match *value {
-            Value::I32(number) => u64::try_from(number).ok(),
-            Value::I64(number) => u64::try_from(number).ok(),
-            ref other => other.to_u64().ok(),
+        self.read(key, "a whole number", |value| match value {
+            Value::Integer(number) => u64::try_from(*number).ok(),
+            _ => None,
         })
     }
 
@@ -76,29 +77,42 @@ impl Metadata {
         })
     }
 
+    /// A real number that must be there.
+    pub(super) fn real(&self, key: &str) -> Result<f64, EngineError> {
+        self.required(key, self.find_real(key)?)
+    }
+
     /// A truth value, where there is one.
     pub(super) fn find_flag(&self, key: &str) -> Result<Option<bool>, EngineError> {
-        self.read(key, "true or false", |value| value.to_bool().ok())
+        self.read(key, "true or false", |value| match value {
+            Value::Flag(flag) => Some(*flag),
+            _ => None,
+        })
     }
 
     /// A list of texts that must be there.
-    pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>, EngineError> {
-        let list = self.read(key, "a list of texts", |value| {
-            value
-                .to_vec()
-                .ok()?
-                .iter()
-                .map(|text| text.to_string().ok().map(String::as_str))
-                .collect::<Option<Vec<_>>>()
+    pub(super) fn texts(&self, key: &str) -> Result<&[String], EngineError> {
+        let list = self.read(key, "a list of texts", |value| match value {
+            Value::Texts(list) => Some(list.as_slice()),
+            _ => None,
         })?;
         self.required(key, list)
     }
 
-    /// A list of i32 that must be there.
-    pub(super) fn integers(&self, key: &str) -> Result<Vec<i32>, EngineError> {
-        let list = self.read(key, "a list of 32-bit integers", |value| {
-            let list = value.to_vec().ok()?;
-            list.iter().map(|number| number.to_i32().ok()).collect::<Option<Vec<_>>>()
+    /// A list of whole numbers that must be there.
+    pub(super) fn integers(&self, key: &str) -> Result<&[i64], EngineError> {
+        let list = self.read(key, "a list of whole numbers", |value| match value {
+            Value::Integers(list) => Some(list.as_slice()),
+            _ => None,
+        })?;
+        self.required(key, list)
+    }
+
+    /// A list of f32 that must be there.
+    pub(super) fn reals(&self, key: &str) -> Result<&[f32], EngineError> {
+        let list = self.read(key, "a list of 32-bit reals", |value| match value {
+            Value::Reals(list) => Some(list.as_slice()),
+            _ => None,
         })?;
         self.required(key, list)
     }

@@ -1,42 +1,70 @@
 //! GGUF, the file format of llama.cpp: one file with metadata, tokenizer and quantised tensors.
 
+mod file;
 mod metadata;
 mod model;
+mod quantisation;
+mod rope;
 mod tensors;
 mod tokenizer;
 
-use std::fs::File;
-use std::io::BufReader;
+#[cfg(test)]
+mod tests;
+
 use std::path::Path;
 
-use candle_core::quantized::gguf_file::Content;
+use serde_json::Value;
 
 use crate::error::EngineError;
-use crate::model_directory::{CONFIG, GENERATION_CONFIG, WEIGHTS, write_json};
+use crate::model_directory::{CONFIG, GENERATION_CONFIG, TOKENIZER, WEIGHTS, write_json};
+use crate::models::config::ModelConfig;
+use file::GgufFile;
 use metadata::Metadata;
+use model::Model;
+use tensors::Plan;
+use tokenizer::Tokenizer;
 
 /// Writes the model in the GGUF file `source` into `out_dir` as a Hugging Face directory.
 pub(super) fn import(source: &Path, out_dir: &Path) -> Result<(), EngineError> {
-    let file = File::open(source).map_err(EngineError::io(source))?;
-    let mut reader = BufReader::with_capacity(1 << 20, file);
-    let mut content = Content::read(&mut reader).map_err(|error| {
-        EngineError::Model(format!("{}: not a readable GGUF file: {error}", source.display()))
-    })?;
-    let metadata = Metadata::new(source, std::mem::take(&mut content.metadata));
-    let model = model::Llama::read(&metadata, &content)?;
     // Everything that may be refused is refused before the big file is written.
-    let plan = tensors::Plan::new(&metadata, &model, &content)?;
-    let rope_scaling = tensors::rope_scaling(&metadata, &model, &content, &mut reader)?;
-    let tokenizer = tokenizer::rebuild(&metadata, model.context_length, model.vocabulary)?;
+    let conversion = Conversion::read(source)?;
+    ModelConfig::parse(&conversion.config.to_string())
+        .map_err(|error| conversion.metadata.error(error))?;
+    conversion.write(out_dir)
+}
 
-    for (name, json) in [
-        (CONFIG, &model.config_json(&tokenizer.special, plan.tied_head(), &rope_scaling)),
-        (GENERATION_CONFIG, &tokenizer.special.generation_config()),
-        ("tokenizer.json", &tokenizer.tokenizer),
-        ("tokenizer_config.json", &tokenizer.tokenizer_config),
-        ("special_tokens_map.json", &tokenizer.special_tokens_map),
-    ] {
-        write_json(&out_dir.join(name), json)?;
+/// A GGUF as a Hugging Face directory that is not yet written.
+struct Conversion {
+    metadata: Metadata,
+    file: GgufFile,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    /// `config.json`.
+    config: Value,
+}
+
+impl Conversion {
+    fn read(source: &Path) -> Result<Self, EngineError> {
+        let (file, values) = GgufFile::open(source)?;
+        let metadata = Metadata::new(source, values);
+        let model = Model::read(&metadata, &file)?;
+        let plan = Plan::new(&metadata, &model, &file)?;
+        let tokenizer = tokenizer::rebuild(&metadata, &model)?;
+        let config = model.config_json(&tokenizer.special, plan.tied_head());
+        Ok(Self { metadata, file, plan, tokenizer, config })
     }
-    plan.write(&metadata, &content, &mut reader, &out_dir.join(WEIGHTS))
+
+    fn write(&self, out_dir: &Path) -> Result<(), EngineError> {
+        let tokenizer = &self.tokenizer;
+        for (name, json) in [
+            (CONFIG, &self.config),
+            (GENERATION_CONFIG, &tokenizer.special.generation_config()),
+            (TOKENIZER, &tokenizer.tokenizer),
+            ("tokenizer_config.json", &tokenizer.tokenizer_config),
+            ("special_tokens_map.json", &tokenizer.special_tokens_map),
+        ] {
+            write_json(&out_dir.join(name), json)?;
+        }
+        self.plan.write(&self.file, &out_dir.join(WEIGHTS))
+    }
 }
