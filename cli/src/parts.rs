@@ -49,7 +49,7 @@ pub(crate) fn worker_config(
 
 /// Fails now, in one line, rather than in the first job.
 pub(crate) fn check_device(name: &str) -> anyhow::Result<()> {
-    Device::parse(name)?;
+    Device::parse_list(name)?;
     Ok(())
 }
 

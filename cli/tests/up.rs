@@ -150,3 +150,23 @@ fn missing_postgresql_programs_are_one_line_that_says_what_to_install() {
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("TUNESMITH_PG_BIN"), "{lines:?}");
 }
+
+#[test]
+fn a_device_that_is_not_there_is_one_line_and_nothing_is_started() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let data_dir = dir.path().join("data");
+    let data_dir_arg = data_dir.to_str().expect("text");
+    let database = ["--database-url", "postgres://127.0.0.1:1/none"];
+    let worker = [&["worker", "--object-store-url", "memory:///"], &database[..]].concat();
+    // No machine has 64 GPUs, and without CUDA in the build every GPU is missing.
+    for (device, word) in
+        [("cuda:63", "cuda:63"), ("cpu,cuda:63", "cuda:63"), ("tpu", "auto, cpu, cuda or cuda:N")]
+    {
+        for command in [&["up", "--data-dir", data_dir_arg], &worker[..]] {
+            let lines = error_lines(&run(&[command, &["--device", device]].concat()));
+            let [line] = &lines[..] else { panic!("{command:?}: {lines:?}") };
+            assert!(line.starts_with("error: device ") && line.contains(word), "{line}");
+        }
+    }
+    assert!(!data_dir.exists());
+}

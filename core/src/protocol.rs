@@ -47,7 +47,7 @@ pub struct TrainRequest {
     pub resume_from: Option<PathBuf>,
     /// An empty directory for everything that the trainer writes.
     pub output_dir: PathBuf,
-    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    /// `auto`, `cpu`, `cuda`, `cuda:N`, or a list of GPUs such as `cuda:0,cuda:1`.
     pub device: String,
 }
 

@@ -1,4 +1,4 @@
-//! Where a model computes: the CPU, or one CUDA GPU.
+//! Where a model computes: the CPU, or CUDA GPUs.
 
 use std::fmt;
 
@@ -17,6 +17,8 @@ pub struct Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Cpu,
+    /// The CPU with a GPU's forms.
+    Portable,
     #[cfg(feature = "cuda")]
     Cuda(usize),
 }
@@ -28,8 +30,15 @@ impl Device {
         Self { burn: burn::tensor::Device::flex(), kind: Kind::Cpu }
     }
 
+    /// The CPU with the portable forms of `ops`, which are a GPU's: slow, and for testing these
+    /// where there is no GPU. From here on all models of the process take them.
+    fn portable() -> Self {
+        crate::ops::take_portable_forms();
+        Self { burn: burn::tensor::Device::flex(), kind: Kind::Portable }
+    }
+
     /// Finds the device that `name` asks for: `auto` (the first GPU, or else the CPU), `cpu`,
-    /// `cuda` (the first GPU) or `cuda:N`.
+    /// `cuda` (the first GPU) or `cuda:N`; for tests also `portable`, the CPU with a GPU's forms.
     ///
     /// # Errors
     /// [`EngineError::Device`] when the name is none of these, when no such GPU is there, or when
@@ -38,6 +47,7 @@ impl Device {
         match name {
             "auto" => Ok(Self::cuda(0).unwrap_or_else(|_| Self::cpu())),
             "cpu" => Ok(Self::cpu()),
+            "portable" => Ok(Self::portable()),
             "cuda" => Self::cuda(0),
             _ => name
                 .strip_prefix("cuda:")
@@ -48,6 +58,26 @@ impl Device {
                         "device {name:?} is unknown: use auto, cpu, cuda or cuda:N"
                     )))
                 }),
+        }
+    }
+
+    /// Finds the devices of a list such as `cuda:0,cuda:1`: one replica of the model each. A
+    /// single name is a list of one.
+    ///
+    /// # Errors
+    /// As [`Device::parse`]; and when a GPU is named twice, as its two replicas would only share
+    /// its memory.
+    pub fn parse_list(names: &str) -> Result<Vec<Self>, EngineError> {
+        let devices: Vec<Self> = names.split(',').map(Self::parse).collect::<Result<_, _>>()?;
+        let twice = devices
+            .iter()
+            .enumerate()
+            .find(|(index, device)| !device.is_cpu() && devices[..*index].contains(device));
+        match twice {
+            Some((_, device)) => Err(EngineError::Device(format!(
+                "device {device} is named twice in {names:?}: name each GPU once"
+            ))),
+            None => Ok(devices),
         }
     }
 
@@ -75,6 +105,11 @@ impl Device {
         )))
     }
 
+    /// Whether this is the CPU, whichever forms it takes.
+    fn is_cpu(&self) -> bool {
+        matches!(self.kind, Kind::Cpu | Kind::Portable)
+    }
+
     /// burn's device, without autodiff.
     pub(crate) fn burn(&self) -> &burn::tensor::Device {
         &self.burn
@@ -85,6 +120,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
             Kind::Cpu => f.write_str("cpu"),
+            Kind::Portable => f.write_str("portable"),
             #[cfg(feature = "cuda")]
             Kind::Cuda(index) => write!(f, "cuda:{index}"),
         }
@@ -105,6 +141,15 @@ mod tests {
     fn cpu_and_auto_are_found_everywhere() {
         assert_eq!(Device::parse("cpu").unwrap().to_string(), "cpu");
         assert!(Device::parse("auto").is_ok());
+    }
+
+    #[test]
+    fn list_of_devices_is_read_in_order_and_refused_as_a_whole() {
+        assert_eq!(Device::parse_list("cpu,cpu").unwrap(), [Device::cpu(), Device::cpu()]);
+        assert_eq!(Device::parse_list("cpu").unwrap().len(), 1);
+        for names in ["", "cpu,", "cpu,tpu"] {
+            assert!(Device::parse_list(names).is_err(), "{names:?}");
+        }
     }
 
     #[test]

@@ -2,8 +2,12 @@
 //!
 //! `ops` holds the few operations a decoder is made of, `models` composes them, `adapters` adds
 //! LoRA, `optim` updates the trainable tensors, `data` lays rows out as batches, `train` is the
-//! loop with its checkpoints, `import` and `export` read and write other people's formats, and
+//! loop with its checkpoints, `parallel` shares a step among devices, `import` and `export` read and write other people's formats, and
 //! `generate` samples. No SQL, no HTTP.
+
+// The tests beside the code share their device with those under `tests`, which name the crate.
+#[cfg(test)]
+extern crate self as tunesmith_engine;
 
 mod adapters;
 pub mod batch;
@@ -19,6 +23,7 @@ mod model_directory;
 pub mod models;
 mod ops;
 pub mod optim;
+pub mod parallel;
 pub mod parameter;
 pub mod sample;
 pub mod train;

@@ -1,6 +1,7 @@
 //! A model that trains: its tensors, its adapter and its optimiser behind one face.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use tunesmith_core::hyperparameters::AdapterConfig;
@@ -33,7 +34,7 @@ pub struct OptimizerState {
 /// calls on the same device with the same number of threads give bit-equal results.
 #[derive(Debug)]
 pub struct TrainableModel {
-    decoder: Decoder,
+    decoder: Arc<Decoder>,
     parameters: Parameters,
     optimizer: AdamW,
 }
@@ -53,7 +54,7 @@ impl TrainableModel {
         device: &Device,
     ) -> Result<Self, EngineError> {
         let (decoder, parameters) = load::load(dir, adapter, seed, device)?;
-        Ok(Self { decoder, parameters, optimizer: AdamW::default() })
+        Ok(Self { decoder: Arc::new(decoder), parameters, optimizer: AdamW::default() })
     }
 
     /// The architecture.
@@ -198,6 +199,26 @@ impl TrainableModel {
     pub fn load_optimizer_tensors(&mut self, state: OptimizerState) -> Result<(), EngineError> {
         self.optimizer = AdamW::import(&self.parameters, state)?;
         Ok(())
+    }
+
+    /// The same model on `device`, without the optimiser's memory. On the same device it shares
+    /// the memory of all tensors until they change.
+    pub(crate) fn replica(&self, device: &Device) -> Self {
+        Self {
+            decoder: Arc::clone(&self.decoder),
+            parameters: self.parameters.replica(device.burn()),
+            optimizer: AdamW::default(),
+        }
+    }
+
+    /// Adds the accumulated gradients of `replica` to these, and clears them there.
+    pub(crate) fn take_gradients_of(&mut self, replica: &mut Self) {
+        self.parameters.take_gradients_of(&mut replica.parameters);
+    }
+
+    /// Replaces the tensors that train by those of `replica`.
+    pub(crate) fn take_values_of(&mut self, replica: &Self) {
+        self.parameters.take_values_of(&replica.parameters);
     }
 
     pub(crate) fn decoder(&self) -> &Decoder {

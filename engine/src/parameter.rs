@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::{Index, Range};
 
-use burn::tensor::{Gradients, Tensor, TensorData};
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 use crate::error::EngineError;
 
@@ -83,6 +83,35 @@ impl Parameters {
         Self { entries: self.entries.iter().map(freeze).collect() }
     }
 
+    /// The same parameters on `device`, for a replica of the model: apart in the autodiff graph,
+    /// without gradients, and on the same device in the same memory.
+    pub(crate) fn replica(&self, device: &Device) -> Self {
+        let copy = |entry: &Parameter| Parameter {
+            value: entry.leaf_on(device),
+            gradient: None,
+            trainable: entry.trainable,
+            names: entry.names.clone(),
+        };
+        Self { entries: self.entries.iter().map(copy).collect() }
+    }
+
+    /// Adds the gradients of a replica to these, and clears them there.
+    pub(crate) fn take_gradients_of(&mut self, replica: &mut Self) {
+        for (entry, other) in self.trainable_mut().zip(replica.trainable_mut()) {
+            if let Some(new) = other.take_gradient() {
+                let new = new.to_device(&entry.value.device().inner());
+                entry.add_gradient(new);
+            }
+        }
+    }
+
+    /// Replaces the values of all parameters that train by those of a replica.
+    pub(crate) fn take_values_of(&mut self, replica: &Self) {
+        for (entry, other) in self.trainable_mut().zip(replica.trainable()) {
+            entry.value = other.leaf_on(&entry.value.device().inner());
+        }
+    }
+
     /// The parameters that train.
     pub(crate) fn trainable(&self) -> impl Iterator<Item = &Parameter> {
         self.entries.iter().filter(|entry| entry.trainable)
@@ -97,10 +126,7 @@ impl Parameters {
     pub(crate) fn accumulate(&mut self, gradients: &mut Gradients) {
         for entry in self.trainable_mut() {
             if let Some(new) = entry.value.grad_remove(gradients) {
-                entry.gradient = Some(match entry.gradient.take() {
-                    Some(sum) => sum + new,
-                    None => new,
-                });
+                entry.add_gradient(new);
             }
         }
     }
@@ -142,6 +168,19 @@ impl Parameter {
 
     pub(crate) fn gradient(&self) -> Option<&Tensor<2>> {
         self.gradient.as_ref()
+    }
+
+    fn add_gradient(&mut self, new: Tensor<2>) {
+        self.gradient = Some(match self.gradient.take() {
+            Some(sum) => sum + new,
+            None => new,
+        });
+    }
+
+    /// The value on `device`, as a leaf of its own.
+    fn leaf_on(&self, device: &Device) -> Tensor<2> {
+        let value = self.value.clone().inner().to_device(device);
+        value.autodiff().set_require_grad(self.trainable)
     }
 
     /// Takes the accumulated gradient, leaving none.
@@ -247,5 +286,33 @@ impl NamedSource {
             ))),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+
+    use super::*;
+
+    /// Where a tensor's values lie in memory.
+    fn address(tensor: &Tensor<2>) -> *const f32 {
+        let tensor = tensor.clone().inner().try_into_primitive::<Flex>().expect("on the CPU");
+        tensor.as_slice::<f32>().expect("f32").as_ptr()
+    }
+
+    #[test]
+    fn replica_on_the_cpu_holds_no_second_copy_of_frozen_weights() {
+        let mut parameters = Parameters::default();
+        let device = Device::flex();
+        let frozen = parameters.push(Tensor::ones([3, 4], &device), false, Vec::new());
+        let trained = parameters.push(Tensor::ones([2, 4], &device), true, Vec::new());
+        let replica = parameters.replica(&device);
+        assert_eq!(address(&replica[frozen]), address(&parameters[frozen]));
+        // What trains is shared until it changes, and a change is seen on one side only.
+        let entry = parameters.trainable_mut().next().expect("one trains");
+        entry.update(|value| value.mul_scalar(2.0));
+        assert_eq!(read(replica[trained].clone()).expect("read"), [1.0; 8]);
+        assert_eq!(read(parameters[trained].clone()).expect("read"), [2.0; 8]);
     }
 }

@@ -13,7 +13,7 @@ pub struct WorkerConfig {
     /// Files and checkpoints of the job at hand; workers may share it. Nothing in it outlives a
     /// worker's process by more than the start of the next one.
     pub work_dir: PathBuf,
-    /// The trainer's device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    /// The trainer's device: `auto`, `cpu`, `cuda`, `cuda:N`, or a list of GPUs.
     pub device: String,
     /// The program that trains.
     pub trainer: TrainerCommand,

@@ -24,7 +24,7 @@ pub(crate) struct Args {
         default_value = DEFAULT_DATA_DIR
     )]
     pub(crate) data_dir: PathBuf,
-    /// Where jobs train: auto, cpu, cuda or cuda:N
+    /// Where jobs train: auto, cpu, cuda, cuda:N, or a list of GPUs such as cuda:0,cuda:1
     #[arg(long, env = "TUNESMITH_DEVICE", default_value = "auto")]
     pub(crate) device: String,
 }

@@ -9,7 +9,7 @@ use tunesmith_worker::Worker;
 /// Where jobs come from and where they train.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Where jobs train: auto, cpu, cuda or cuda:N
+    /// Where jobs train: auto, cpu, cuda, cuda:N, or a list of GPUs such as cuda:0,cuda:1
     #[arg(long, env = "TUNESMITH_DEVICE", default_value = "auto")]
     device: String,
     /// Base models are kept here; workers of one machine may share it

@@ -263,4 +263,25 @@ mod tests {
         let batches = batching(8, 35).micro_batches(&rows, &[0, 1, 2, 3]);
         assert_eq!(row_numbers(&batches), [[0, 1, 2].as_slice(), &[3]]);
     }
+
+    #[test]
+    fn packing_cuts_no_document_and_changes_no_number_of_steps() {
+        // A step is a list of rows; packing lays them out and can neither drop nor part one.
+        let rows = rows(&[3, 90, 4, 1, 64, 7, 2]);
+        let numbers = [4, 0, 6, 2, 1, 3];
+        for packing in [true, false] {
+            for batch_size in [1, 2, 6] {
+                let batching = Batching { packing, ..batching(batch_size, 32) };
+                let batches = batching.micro_batches(&rows, &numbers);
+                let seen: Vec<usize> = row_numbers(&batches).concat();
+                assert_eq!(seen, numbers, "{batching:?}");
+                for batch in &batches {
+                    let whole = batch.segments.iter().zip(&batch.rows);
+                    assert!(
+                        whole.into_iter().all(|(s, &row)| s.tokens.len() == rows[row].ids.len())
+                    );
+                }
+            }
+        }
+    }
 }

@@ -119,6 +119,25 @@ mod tests {
     }
 
     #[test]
+    fn every_row_is_seen_once_an_epoch_across_a_resume_too() {
+        let straight = sampler(13, 4);
+        for stop in 0..2 * straight.steps_per_epoch() {
+            // A resumed run knows the request and the step, and nothing else.
+            let resumed = sampler(13, 4);
+            let steps = 2 * straight.steps_per_epoch();
+            let seen: Vec<usize> = (0..stop)
+                .flat_map(|step| straight.rows_of_step(step))
+                .chain((stop..steps).flat_map(|step| resumed.rows_of_step(step)))
+                .collect();
+            for epoch in seen.chunks(13) {
+                let mut epoch = epoch.to_vec();
+                epoch.sort_unstable();
+                assert_eq!(epoch, (0..13).collect::<Vec<_>>(), "stopped after {stop} steps");
+            }
+        }
+    }
+
+    #[test]
     fn five_rows_by_four_make_two_steps_and_the_second_has_one_row() {
         let sampler = sampler(5, 4);
         assert_eq!(sampler.steps_per_epoch(), 2);

@@ -304,6 +304,12 @@ impl RotaryTable {
         self.pairs
     }
 
+    /// A table of any factors, row by row, also of such as no rotation has.
+    #[cfg(test)]
+    pub(crate) fn from_values(cos: &[f32], sin: &[f32], pairs: usize) -> Self {
+        Self { cos: cos.into(), sin: sin.into(), pairs }
+    }
+
     /// Cosines and sines of the pairs at the table's row `index`.
     #[must_use]
     pub fn row(&self, index: usize) -> (&[f32], &[f32]) {

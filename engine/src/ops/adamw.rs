@@ -87,7 +87,7 @@ pub(super) fn portable(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{assert_close, random};
+    use crate::ops::testing::{Place, assert_close, on_flex, on_test_device, random};
     use crate::parameter::read;
 
     type Form = fn(Tensor<2>, Tensor<2>, &mut Tensor<2>, &mut Tensor<2>, &Step) -> Tensor<2>;
@@ -101,13 +101,14 @@ mod tests {
     };
 
     /// Value and moments after three updates.
-    fn three_updates(form: Form) -> [Vec<f32>; 3] {
-        let mut value = random([3, 7], 1);
+    fn three_updates(form: Form, place: Place) -> [Vec<f32>; 3] {
+        let mut value = place(random([3, 7], 1));
         let mut first = value.zeros_like();
         let mut second = value.zeros_like();
         for t in 1..=3 {
             let step = Step::new(&PARAMS, t, 0.5);
-            value = form(value, random([3, 7], 10 + t), &mut first, &mut second, &step);
+            let gradient = place(random([3, 7], 10 + t));
+            value = form(value, gradient, &mut first, &mut second, &step);
         }
         [value, first, second].map(|tensor| read(tensor).unwrap())
     }
@@ -128,8 +129,9 @@ mod tests {
             }
         }
         let narrow = |v: &[f64]| -> Vec<f32> { v.iter().map(|&x| x as f32).collect() };
-        for form in [cpu::adamw::adamw as Form, portable as Form] {
-            let [value_f32, first_f32, second_f32] = three_updates(form);
+        let forms: [(Form, Place); 2] = [(cpu::adamw::adamw, on_flex), (portable, on_test_device)];
+        for (form, place) in forms {
+            let [value_f32, first_f32, second_f32] = three_updates(form, place);
             assert_close("value", &value_f32, &narrow(&value));
             assert_close("first moment", &first_f32, &narrow(&first));
             assert_close("second moment", &second_f32, &narrow(&second));

@@ -242,7 +242,9 @@ fn attend_block(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, scores: Scores) -> Ten
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{assert_close, assert_gradients_equal, random};
+    use crate::ops::testing::{
+        Place, assert_close, assert_gradients_equal, on_flex, on_test_device, random,
+    };
     use crate::parameter::read;
 
     fn plain(heads: Heads) -> Scores {
@@ -342,6 +344,37 @@ mod tests {
     }
 
     #[test]
+    fn positions_restart_in_each_packed_document() {
+        // Rotations act on distances and would not tell. Factors that grow with the position do.
+        let heads = Heads { query: 4, key_value: 2, dim: 4 };
+        let table = |first: usize| {
+            let factors: Vec<f32> = (0..18).map(|i| 1.0 + 0.2 * (first + i / 2) as f32).collect();
+            RotaryTable::from_values(&factors, &[0.0; 18], 2)
+        };
+        let (lengths, scores) = ([5, 1, 9], plain(heads));
+        let qkv = random([15, heads.qkv_width()], 5);
+        type Form = fn(Tensor<2>, Heads, Scores, &[Segment], &RotaryTable) -> Tensor<2>;
+        let forms: [(Form, Place); 2] =
+            [(cpu::attention::attention, on_flex), (portable, on_test_device)];
+        for (form, place) in forms {
+            let qkv = place(qkv.clone());
+            let packed =
+                read(form(qkv.clone(), heads, scores, &segments(&lengths), &table(0))).unwrap();
+            let alone = |first| -> Vec<f32> {
+                let documents = segments(&lengths).into_iter().map(|segment| {
+                    let rows = qkv.clone().slice([segment.tokens]);
+                    let whole = segments(&[rows.dims()[0]]);
+                    read(form(rows, heads, scores, &whole, &table(first))).unwrap()
+                });
+                documents.collect::<Vec<_>>().concat()
+            };
+            assert_close("output", &packed, &alone(0));
+            let moved = packed.iter().zip(alone(1)).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(moved > 1e-3, "the table tells where a document begins: {moved}");
+        }
+    }
+
+    #[test]
     fn window_hides_exactly_what_lies_before_it() {
         // Equal keys and a scale of 0: each query takes the mean of the values that it sees.
         let heads = Heads { query: 1, key_value: 1, dim: 2 };
@@ -382,7 +415,7 @@ mod tests {
     #[test]
     fn tokens_added_one_by_one_see_what_a_whole_sequence_sees() {
         let heads = Heads { query: 4, key_value: 2, dim: 4 };
-        let qkv = random([6, heads.qkv_width()], 8);
+        let qkv = on_test_device(random([6, heads.qkv_width()], 8));
         let frequencies = frequencies(heads);
         let whole = RotaryTable::from_frequencies(&frequencies, 1.0, 0, 6);
         for window in [None, Some(1), Some(2), Some(3)] {

@@ -89,7 +89,7 @@ pub(super) fn portable(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{assert_close, random};
+    use crate::ops::testing::{Place, assert_close, on_flex, on_test_device, random};
 
     /// Weights 0.1, 1 and, by the targets that are missing, 0.
     const TARGETS: [Target; 3] = [
@@ -112,12 +112,13 @@ mod tests {
     /// Loss sums and the gradients of −2.5·loss.
     fn run(
         form: Form,
+        place: Place,
         softcap: Option<f32>,
         targets: &[Target],
         tokens: usize,
     ) -> (f64, f64, Vec<f32>, Vec<f32>) {
-        let hidden = random([tokens, 9], 1).mul_scalar(2.0).autodiff().require_grad();
-        let weight = random([37, 9], 2).mul_scalar(2.0).autodiff().require_grad();
+        let hidden = place(random([tokens, 9], 1).mul_scalar(2.0)).autodiff().require_grad();
+        let weight = place(random([37, 9], 2).mul_scalar(2.0)).autodiff().require_grad();
         let head = form(hidden.clone(), weight.clone(), softcap, targets).unwrap();
         let value = read(head.loss.clone()).unwrap()[0];
         assert!((f64::from(value) - head.weighted_nll).abs() < 1e-4 * head.weighted_nll.abs());
@@ -133,9 +134,9 @@ mod tests {
     fn assert_forms_equal(targets: &[Target], tokens: usize) {
         // Logits of up to about 10: a cap of 3 is far into the flat of tanh.
         for softcap in [None, Some(3.0)] {
-            let (nll, correct, dh, dw) = run(cpu_form, softcap, targets, tokens);
+            let (nll, correct, dh, dw) = run(cpu_form, on_flex, softcap, targets, tokens);
             let (expected_nll, expected_correct, expected_dh, expected_dw) =
-                run(portable, softcap, targets, tokens);
+                run(portable, on_test_device, softcap, targets, tokens);
             assert!((nll - expected_nll).abs() < 1e-5 * expected_nll, "{nll} {expected_nll}");
             assert_eq!(correct, expected_correct);
             assert_close("dh", &dh, &expected_dh);
@@ -170,7 +171,7 @@ mod tests {
 
     #[test]
     fn one_form_alone_requires_its_gradient() {
-        let (_, _, dh, dw) = run(cpu_form, None, &TARGETS, 5);
+        let (_, _, dh, dw) = run(cpu_form, on_flex, None, &TARGETS, 5);
         let hidden = random([5, 9], 1).mul_scalar(2.0).autodiff();
         let weight = random([37, 9], 2).mul_scalar(2.0).autodiff();
         let only_hidden = hidden.clone().require_grad();
@@ -189,7 +190,7 @@ mod tests {
         let (tokens, width, vocabulary) = (5, 9, 37);
         let hidden = read(random([tokens, width], 1).mul_scalar(2.0)).unwrap();
         let weight = read(random([vocabulary, width], 2).mul_scalar(2.0)).unwrap();
-        let (_, _, dh, dw) = run(cpu_form, None, &TARGETS, tokens);
+        let (_, _, dh, dw) = run(cpu_form, on_flex, None, &TARGETS, tokens);
         // The loss by its definition, in f64.
         let loss = |hidden: &[f64], weight: &[f64]| -> f64 {
             let logit = |row: usize, id: usize| -> f64 {

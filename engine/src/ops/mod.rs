@@ -19,12 +19,26 @@ pub(crate) mod rms_norm;
 pub(crate) mod squares;
 
 #[cfg(test)]
+#[path = "../../tests/support/device.rs"]
+mod test_device;
+#[cfg(test)]
 mod testing;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::tensor::{Device, Tensor};
+
+/// Set once a model of this process computes with the portable forms on the CPU.
+static PORTABLE_ON_CPU: AtomicBool = AtomicBool::new(false);
+
+/// Makes every operation of this process take its portable form, on the CPU too: the way to run
+/// what a GPU runs where there is none.
+pub(crate) fn take_portable_forms() {
+    PORTABLE_ON_CPU.store(true, Ordering::Relaxed);
+}
 
 /// Whether the hand-written CPU forms apply to `tensor`.
 fn on_cpu<const D: usize>(tensor: &Tensor<D>) -> bool {
     // The comparison looks at the backend and the index, not at autodiff.
-    tensor.device() == Device::flex()
+    tensor.device() == Device::flex() && !PORTABLE_ON_CPU.load(Ordering::Relaxed)
 }

@@ -14,8 +14,22 @@ pub(super) fn random(shape: [usize; 2], seed: u64) -> Tensor<2> {
     Tensor::from_data(TensorData::new(values, shape), &Device::flex())
 }
 
-/// Compares two forms of an operation: their outputs, and the gradient of every input of
-/// Σ c∘output for a c that is far from 1 everywhere.
+/// Where the inputs of a form go: [`on_flex`] or [`on_test_device`].
+pub(super) type Place = fn(Tensor<2>) -> Tensor<2>;
+
+/// The tensor as it is: where CPU forms run.
+pub(super) fn on_flex(tensor: Tensor<2>) -> Tensor<2> {
+    tensor
+}
+
+/// The tensor moved to the device that tests compute on, where portable forms run.
+pub(super) fn on_test_device(tensor: Tensor<2>) -> Tensor<2> {
+    tensor.to_device(super::test_device::test_device().burn())
+}
+
+/// Compares a CPU form of an operation with its portable form, which runs on the device that tests
+/// compute on: their outputs, and the gradient of every input of Σ c∘output for a c that is far
+/// from 1 everywhere.
 pub(super) fn assert_gradients_equal(
     inputs: &[Tensor<2>],
     form: impl Fn(&[Tensor<2>]) -> Tensor<2>,
@@ -23,7 +37,8 @@ pub(super) fn assert_gradients_equal(
 ) {
     let all: Vec<bool> = vec![true; inputs.len()];
     let (output, gradients) = run(inputs, &all, &form);
-    let (expected_output, expected_gradients) = run(inputs, &all, &oracle);
+    let moved: Vec<Tensor<2>> = inputs.iter().cloned().map(on_test_device).collect();
+    let (expected_output, expected_gradients) = run(&moved, &all, &oracle);
     assert_close("output", &output, &expected_output);
     for (i, expected) in expected_gradients.iter().enumerate() {
         let name = format!("gradient of input {i}");
@@ -50,7 +65,7 @@ fn run(
         .map(|(input, &tracked)| input.clone().autodiff().set_require_grad(tracked))
         .collect();
     let output = form(&inputs);
-    let upstream = random(output.dims(), 99).mul_scalar(3.0);
+    let upstream = random(output.dims(), 99).to_device(&output.device().inner()).mul_scalar(3.0);
     let gradients = (output.clone() * upstream.autodiff()).sum().backward();
     let gradients = inputs
         .iter()

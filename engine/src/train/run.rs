@@ -24,6 +24,7 @@ use crate::model::TrainableModel;
 use crate::ops::dropout::DropoutKey;
 use crate::optim::adamw::AdamWParams;
 use crate::optim::schedule::learning_rate_factor;
+use crate::parallel::{Replicas, deal};
 
 /// Line numbers that an error message lists before it says how many more there are.
 const LISTED_LINES: usize = 10;
@@ -32,8 +33,9 @@ const LISTED_LINES: usize = 10;
 pub(super) struct Run<'a> {
     request: &'a TrainRequest,
     fingerprint: String,
-    device: Device,
-    model: TrainableModel,
+    /// The first is the lead's.
+    devices: Vec<Device>,
+    model: Replicas,
     train: Vec<TokenizedRow>,
     valid_rows: usize,
     truncated_rows: usize,
@@ -63,7 +65,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self, EngineError> {
         let spec = &request.spec;
         let hyperparameters = &spec.hyperparameters;
-        let device = Device::parse(&request.device)?;
+        let devices = Device::parse_list(&request.device)?;
         let fingerprint = checkpoint::fingerprint(request, options)?;
         // Making tokens keeps one core busy, and reading weights mostly waits for memory.
         let (data, model) = thread::scope(|scope| {
@@ -72,7 +74,7 @@ impl<'a> Run<'a> {
                 &checkpoint::model_dir(request),
                 &hyperparameters.adapter,
                 spec.seed,
-                &device,
+                &devices[0],
             );
             (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
         });
@@ -88,8 +90,8 @@ impl<'a> Run<'a> {
         Ok(Self {
             request,
             fingerprint,
-            device,
-            model,
+            model: Replicas::new(model, &devices),
+            devices,
             valid_rows: data.valid.len(),
             truncated_rows: data.truncated(),
             validation: ValidationSet::new(&data.valid, options.tokens_per_pass),
@@ -153,19 +155,25 @@ impl<'a> Run<'a> {
         let began = Instant::now();
         let step = self.progress.step;
         let hyperparameters = &self.request.spec.hyperparameters;
-        let batches = self.batching.micro_batches(&self.train, &self.sampler.rows_of_step(step));
+        let (batches, owners) = deal(
+            &self.sampler.rows_of_step(step),
+            |row| self.train[row].ids.len(),
+            self.model.count(),
+            |rows| self.batching.micro_batches(&self.train, rows),
+        );
         // The denominator covers the whole step, so that how the step is cut, and a last shorter
         // step, change nothing of what a token counts.
         let scale = 1.0 / batches.iter().map(Batch::total_weight).sum::<f64>();
+        let seed = self.request.spec.seed;
+        let outcomes = self.model.accumulate(&owners, |model, micro_batch| {
+            let key = DropoutKey { seed, step, micro_batch: micro_batch as u64 };
+            model.forward_backward(&batches[micro_batch], scale, key)
+        });
+        let outcomes = outcomes.map_err(|(micro_batch, error)| {
+            self.at_step(error, "training loss", Some(&batches[micro_batch].rows))
+        })?;
         let mut sum = BatchOutcome::default();
-        for (micro_batch, batch) in batches.iter().enumerate() {
-            let key =
-                DropoutKey { seed: self.request.spec.seed, step, micro_batch: micro_batch as u64 };
-            sum += self
-                .model
-                .forward_backward(batch, scale, key)
-                .map_err(|error| self.at_step(error, "training loss", Some(&batch.rows)))?;
-        }
+        outcomes.into_iter().for_each(|outcome| sum += outcome);
         let learning_rate = hyperparameters.learning_rate
             * learning_rate_factor(
                 hyperparameters.lr_scheduler,
@@ -180,7 +188,8 @@ impl<'a> Run<'a> {
         };
         let max_grad_norm =
             (hyperparameters.max_grad_norm > 0.0).then_some(hyperparameters.max_grad_norm);
-        let grad_norm = self.model.optimizer_step(&params, max_grad_norm).map_err(|error| {
+        let update = |model: &mut TrainableModel| model.optimizer_step(&params, max_grad_norm);
+        let grad_norm = self.model.update(update).map_err(|error| {
             let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.clone()).collect();
             self.at_step(error, "gradient", Some(&rows))
         })?;
@@ -246,7 +255,7 @@ impl<'a> Run<'a> {
             valid_rows: self.valid_rows as u64,
             truncated_rows: self.truncated_rows as u64,
             initial_valid_loss: self.progress.initial_valid_loss,
-            device: self.device.to_string(),
+            device: self.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(","),
         }
     }
 

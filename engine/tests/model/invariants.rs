@@ -1,11 +1,15 @@
 //! What must hold of any model in training, on a tiny one with random weights.
 
+use serde_json::json;
 use tunesmith_core::dataset::TokenizedRow;
 use tunesmith_core::hyperparameters::{AdapterConfig, TARGET_MODULES};
 use tunesmith_engine::data::batching::Batching;
 use tunesmith_engine::{AdamWParams, Batch, DropoutKey, EngineError, NamedTensor, TrainableModel};
 
-use crate::support::{pack, stir_adapter, tiny_ids, tiny_model};
+use crate::device::test_device;
+use crate::support::{
+    model_dir, pack, stir_adapter, tiny_config, tiny_ids, tiny_model, tiny_tensors,
+};
 
 const KEY: DropoutKey = DropoutKey { seed: 3, step: 0, micro_batch: 0 };
 
@@ -406,4 +410,20 @@ fn generation_ends_with_the_stop_token() {
     let first = free.iter().position(|&token| token == stop).unwrap();
     assert_eq!(model.generate_greedy(&prompt, 10, &[stop]).unwrap(), free[..=first]);
     assert!(model.generate_greedy(&[], 10, &[]).is_err());
+}
+
+#[test]
+fn end_token_that_is_also_the_padding_token_is_still_learned() {
+    let end = 17;
+    let ids = [vec![3, 8, 60, end], vec![5, 41, end]];
+    let batch = pack(&ids.map(|ids| (ids.clone(), vec![1.0; ids.len()])));
+    let with_padding = |padding: Option<u32>| {
+        let mut config = tiny_config();
+        config["pad_token_id"] = json!(padding);
+        let dir = model_dir(&config, &tiny_tensors(&config));
+        TrainableModel::load(dir.path(), &lora(), 7, &test_device()).unwrap()
+    };
+    let outcome = with_padding(Some(end)).evaluate(&batch).unwrap();
+    assert_eq!(outcome.weight, 5.0, "three targets and two, both ends among them");
+    assert_eq!(outcome, with_padding(None).evaluate(&batch).unwrap());
 }

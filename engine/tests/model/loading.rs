@@ -4,14 +4,15 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use tunesmith_core::hyperparameters::AdapterConfig;
-use tunesmith_engine::{Device, EngineError, NamedTensor, TrainableModel};
+use tunesmith_engine::{EngineError, NamedTensor, TrainableModel};
 
+use crate::device::test_device;
 use crate::support::{
     model_dir, tiny_config, tiny_ids, tiny_model, tiny_shapes, tiny_tensors, write_safetensors,
 };
 
 fn load(dir: &Path) -> Result<TrainableModel, EngineError> {
-    TrainableModel::load(dir, &AdapterConfig::full(), 0, &Device::cpu())
+    TrainableModel::load(dir, &AdapterConfig::full(), 0, &test_device())
 }
 
 fn load_error(dir: &Path) -> String {

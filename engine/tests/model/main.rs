@@ -1,9 +1,16 @@
 //! Whole models: SmolLM2-135M-Instruct against references of PyTorch, and tiny random models for
 //! what must hold of any model.
 
+#[path = "../support/device.rs"]
+mod device;
 mod families;
 mod invariants;
 mod loading;
+mod parallel;
+mod portable;
 mod reference;
 mod reference_training;
+#[path = "../support/rerun.rs"]
+mod rerun;
 mod support;
+mod threads;

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::batch::Segment;
-use tunesmith_engine::{Batch, Device, NamedTensor, TrainableModel};
+use tunesmith_engine::{Batch, NamedTensor, TrainableModel};
+
+use crate::device::test_device;
 
 /// The directory of SmolLM2-135M-Instruct in f32. Fails when it is not there: a test that is
 /// skipped in silence proves nothing.
@@ -28,9 +30,9 @@ pub(crate) fn smollm2() -> PathBuf {
     dir
 }
 
-/// SmolLM2 with an adapter on the CPU.
+/// SmolLM2 with an adapter, on the device of the tests.
 pub(crate) fn load_smollm2(adapter: &AdapterConfig) -> TrainableModel {
-    TrainableModel::load(&smollm2(), adapter, 0, &Device::cpu()).unwrap()
+    TrainableModel::load(&smollm2(), adapter, 0, &test_device()).unwrap()
 }
 
 /// A file of `tests/reference`, whose README defines every number.
@@ -177,7 +179,7 @@ pub(crate) fn model_dir(config: &Value, tensors: &[NamedTensor]) -> TempDir {
 pub(crate) fn tiny_model(adapter: &AdapterConfig) -> TrainableModel {
     let config = tiny_config();
     let dir = model_dir(&config, &tiny_tensors(&config));
-    TrainableModel::load(dir.path(), adapter, 7, &Device::cpu()).unwrap()
+    TrainableModel::load(dir.path(), adapter, 7, &test_device()).unwrap()
 }
 
 /// `length` ids of the tiny model's vocabulary.

@@ -145,3 +145,18 @@ fn an_error_of_the_job_is_a_failure_with_its_code_and_parameter() {
     assert_eq!(param.as_deref(), Some("training_file"));
     assert!(is(trainer.exit(), ExitCode::FAILURE));
 }
+
+#[test]
+fn a_device_that_is_not_there_is_one_failure_that_names_it() {
+    let bench = Bench::new(4);
+    let mut request = bench.request("out", &json!({"n_epochs": 1}));
+    request.device = "cuda:63".to_owned();
+    let mut trainer = Trainer::train(request);
+    let messages = trainer.rest();
+    let [FromTrainer::Failed { code, message, .. }] = &messages[..] else {
+        panic!("{messages:?}");
+    };
+    assert_eq!(*code, ErrorCode::TrainerFailed);
+    assert!(message.contains("cuda:63") && message.contains("use cpu"), "{message}");
+    assert!(is(trainer.exit(), ExitCode::FAILURE));
+}

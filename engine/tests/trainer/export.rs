@@ -9,8 +9,9 @@ use tunesmith_core::dataset::{Message, Role};
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::export::export_merged;
 use tunesmith_engine::sample::answer;
-use tunesmith_engine::{Device, NamedTensor, TrainableModel};
+use tunesmith_engine::{NamedTensor, TrainableModel};
 
+use crate::device::test_device;
 use crate::support::{
     Bench, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, finish,
     read_safetensors, weights,
@@ -24,7 +25,7 @@ fn logits(model: &TrainableModel) -> Vec<f32> {
 }
 
 fn load(dir: &Path, adapter: &AdapterConfig) -> TrainableModel {
-    TrainableModel::load(dir, adapter, 0, &Device::cpu()).expect("a model")
+    TrainableModel::load(dir, adapter, 0, &test_device()).expect("a model")
 }
 
 fn json_file(path: &Path) -> Value {
@@ -164,8 +165,8 @@ fn an_answer_changes_with_the_adapter_and_leaves_out_the_end() {
     );
     let transcript = finish(&request);
     let dir = transcript.checkpoints.last().expect("a checkpoint").dir.join("weights");
-    let base = answer(&bench.base(), None, &messages, 20, &Device::cpu()).expect("an answer");
-    let tuned = answer(&bench.base(), Some(&dir), &messages, 20, &Device::cpu()).expect("one");
+    let base = answer(&bench.base(), None, &messages, 20, &test_device()).expect("an answer");
+    let tuned = answer(&bench.base(), Some(&dir), &messages, 20, &test_device()).expect("one");
     assert_ne!(base, tuned);
     assert!(tuned.starts_with("ha"), "{tuned}");
     assert!(!tuned.contains("<|im_end|>"), "{tuned}");

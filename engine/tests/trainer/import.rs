@@ -12,8 +12,9 @@ use tunesmith_core::dataset::{
 };
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::import::import_source;
-use tunesmith_engine::{Device, NamedTensor, TrainableModel};
+use tunesmith_engine::{NamedTensor, TrainableModel};
 
+use crate::device::test_device;
 use crate::support::{
     CONTEXT, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, MERGE, SPECIAL,
     TEMPLATE, read_safetensors, vocabulary, weights, write_model,
@@ -21,7 +22,7 @@ use crate::support::{
 
 fn logits(dir: &Path) -> Vec<f32> {
     let model =
-        TrainableModel::load(dir, &AdapterConfig::full(), 0, &Device::cpu()).expect("a model");
+        TrainableModel::load(dir, &AdapterConfig::full(), 0, &test_device()).expect("a model");
     model.logits(&[1, 90, 80, 70, 2, 13], &[0, 1, 2, 3, 4, 5]).expect("logits").concat()
 }
 

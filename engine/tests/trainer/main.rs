@@ -1,9 +1,16 @@
 //! The trainer from its request to its files, on tiny random models.
 
 mod child;
+#[path = "../support/device.rs"]
+mod device;
 mod export;
 mod gguf;
 mod import;
+mod kill;
+mod parallel;
+mod portable;
+#[path = "../support/rerun.rs"]
+mod rerun;
 mod resume;
 mod support;
 mod training;

@@ -40,7 +40,7 @@ fn bits(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
 }
 
 /// Ten steps, three an epoch, with a checkpoint every two: step 4 lies in the middle of epoch 2.
-fn ten_steps(adapter: Value) -> Value {
+pub(crate) fn ten_steps(adapter: Value) -> Value {
     json!({
         "batch_size": 2, "gradient_accumulation_steps": 2, "n_epochs": 10, "max_steps": 10,
         "learning_rate": 5e-3, "checkpoint_steps": 2, "eval_steps": 3, "validation_split": 0.1,
@@ -48,11 +48,16 @@ fn ten_steps(adapter: Value) -> Value {
     })
 }
 
-fn resumed(bench: &Bench, name: &str, fields: &Value, from: &Path) -> TrainRequest {
+pub(crate) fn resumed(bench: &Bench, name: &str, fields: &Value, from: &Path) -> TrainRequest {
     TrainRequest { resume_from: Some(from.to_owned()), ..bench.request(name, fields) }
 }
 
-fn check_equal(straight: &Transcript, first: &Transcript, second: &Transcript, step: u64) {
+pub(crate) fn check_equal(
+    straight: &Transcript,
+    first: &Transcript,
+    second: &Transcript,
+    step: u64,
+) {
     assert_eq!(second.started().resumed_from_step, step);
     assert_eq!(second.started().initial_valid_loss, straight.started().initial_valid_loss);
     let done = first.steps.iter().filter(|metrics| metrics.step <= step).cloned();

@@ -17,6 +17,8 @@ use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainReq
 use tunesmith_engine::train::{Outcome, StopFlag, TrainOptions, train_with};
 use tunesmith_engine::{EngineError, NamedTensor};
 
+use crate::device::test_device_name;
+
 pub(crate) const LAYERS: usize = 2;
 pub(crate) const HIDDEN: usize = 24;
 pub(crate) const INTERMEDIATE: usize = 40;
@@ -198,7 +200,7 @@ impl Bench {
             validation_file: None,
             resume_from: None,
             output_dir,
-            device: "cpu".to_owned(),
+            device: test_device_name(),
         }
     }
 }

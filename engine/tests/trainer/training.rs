@@ -1,6 +1,7 @@
 //! Steps, epochs, evaluations, and what stops a run.
 
 use std::fs;
+use std::ops::Add as _;
 
 use serde_json::json;
 use tunesmith_core::errors::ErrorCode;
@@ -195,4 +196,46 @@ fn a_stop_before_the_first_step_leaves_no_checkpoint() {
     });
     assert_eq!(outcome.expect("stopped"), Outcome::Stopped);
     assert!(matches!(messages[..], [FromTrainer::Started(_), FromTrainer::Stopped]));
+}
+
+#[test]
+fn the_last_shorter_step_of_an_epoch_counts_in_full_divided_by_its_own_weight() {
+    let bench = Bench::new(5);
+    // Five times the same row: a mean over one of them is a mean over four.
+    let row = chat_rows(1);
+    let request = bench.request(
+        "out",
+        &json!({
+            "batch_size": 2, "gradient_accumulation_steps": 2, "n_epochs": 1,
+            "learning_rate": 1e-9, "lr_scheduler": "constant", "warmup_ratio": 0,
+        }),
+    );
+    fs::write(&request.training_file, row.trim_end().to_owned().add("\n").repeat(5)).expect("data");
+    let transcript = finish(&request);
+    let [whole, shorter] = &transcript.steps[..] else { panic!("{:?}", transcript.steps) };
+    assert_eq!(whole.tokens, 4 * (shorter.tokens - whole.tokens));
+    assert!(close(whole.train_loss, shorter.train_loss), "{whole:?} {shorter:?}");
+    assert!((whole.grad_norm / shorter.grad_norm - 1.0).abs() < 1e-5, "{whole:?} {shorter:?}");
+}
+
+#[test]
+fn a_job_that_goes_on_from_a_tuned_model_starts_a_new_schedule_and_new_moments() {
+    let bench = Bench::new(10);
+    let fields = json!({
+        "batch_size": 2, "n_epochs": 2, "learning_rate": 1e-3, "warmup_ratio": 0.2,
+        "lr_scheduler": "linear", "adapter": {"type": "full"},
+    });
+    let first = finish(&bench.request("first", &fields));
+    let mut request = bench.request("second", &fields);
+    request.base_model_dir = first.checkpoint(10).join("weights");
+    fs::write(&request.training_file, chat_rows(14)).expect("new data");
+    let second = finish(&request);
+    assert_eq!(second.started().resumed_from_step, 0);
+    assert_eq!(second.started().total_steps, 14);
+    let rates: Vec<f64> = second.steps.iter().map(|step| step.learning_rate).collect();
+    assert_eq!(rates[..4], [0.0, 1e-3 / 3.0, 2e-3 / 3.0, 1e-3]);
+    assert!(second.steps[0].step == 1 && second.steps[0].epoch < 1.0);
+    // It goes on from what was learned.
+    let (before, after) = (first.steps[0].train_loss, second.steps[0].train_loss);
+    assert!(after < before, "{before} {after}");
 }

@@ -1,0 +1,16 @@
+//! What a GPU computes, on the CPU: a part of this suite with the portable forms.
+
+use crate::rerun::rerun;
+
+const PART: [&str; 5] = [
+    "training::training_lowers_the_loss",
+    "training::accumulated_micro_batches_equal_one_batch_and_so_do_passes_of_any_size",
+    "resume::lora_with_dropout_goes_on_bit_equal_in_the_middle_of_an_epoch",
+    "resume::full_fine_tuning_goes_on_bit_equal_in_the_middle_of_an_epoch",
+    "parallel::a_lora_run_on_two_devices_equals_one_on_one_device",
+];
+
+#[test]
+fn the_portable_forms_pass_the_trainers_suite_on_the_cpu() {
+    rerun(&PART, &[("TUNESMITH_TEST_DEVICE", "portable")]);
+}
