@@ -66,10 +66,10 @@ fn killed_within_a_step(request: &TrainRequest) -> Option<Transcript> {
 }
 
 fn killed_and_resumed(adapter: Value) {
-    let bench = Bench::new(97);
-    // Eight passes to a step: nearly all of its time is between its first pass and its last.
+    let bench = Bench::new(400);
+    // Many passes to a step: nearly all of its time is between its first pass and its last.
     let mut fields = ten_steps(adapter);
-    fields["gradient_accumulation_steps"] = json!(8);
+    fields["gradient_accumulation_steps"] = json!(64);
     fields["eval_steps"] = json!(4);
     let straight = finish(&bench.request("straight", &fields));
     let first = (0..TRIES)
