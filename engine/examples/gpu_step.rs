@@ -14,7 +14,7 @@ use tunesmith_engine::parallel::Replicas;
 use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
 
 const WARM_UP: usize = 2;
-const RANK: u32 = 16;
+const RANK: usize = 16;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let devices = Device::parse_list(devices)?;
     let adapter = AdapterConfig {
         r: RANK,
-        alpha: 2.0 * f64::from(RANK),
+        alpha: 2.0 * RANK as f64,
         target_modules: TARGET_MODULES.iter().map(|&name| name.to_owned()).collect(),
         ..AdapterConfig::default()
     };

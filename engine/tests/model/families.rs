@@ -9,10 +9,9 @@ use serde_json::{Value, json};
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_core::weights::PeftConfig;
 use tunesmith_engine::models::rope::Rope;
-use tunesmith_engine::{
-    AdamWParams, Batch, Device, DropoutKey, ModelConfig, NamedTensor, TrainableModel,
-};
+use tunesmith_engine::{AdamWParams, Batch, DropoutKey, ModelConfig, NamedTensor, TrainableModel};
 
+use crate::device::test_device;
 use crate::support::{ids, numbers, pack, read_safetensors, reference, reference_path};
 
 const LOSS_TOLERANCE: f64 = 2e-5;
@@ -56,7 +55,7 @@ impl Family {
     }
 
     fn load(&self, adapter: &AdapterConfig) -> TrainableModel {
-        TrainableModel::load(&self.path(""), adapter, 0, &Device::cpu()).unwrap()
+        TrainableModel::load(&self.path(""), adapter, 0, &test_device()).unwrap()
     }
 
     fn batch(&self) -> Batch {
@@ -208,7 +207,7 @@ fn missing_and_unused_weights_of_a_family_are_named() {
         config["model_type"] = json!(model_type);
         config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         std::fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
-        TrainableModel::load(copy.path(), &AdapterConfig::full(), 0, &Device::cpu())
+        TrainableModel::load(copy.path(), &AdapterConfig::full(), 0, &test_device())
             .unwrap_err()
             .to_string()
     };
