@@ -34,5 +34,6 @@ pub use error::EngineError;
 pub use model::{OptimizerState, TrainableModel};
 pub use models::config::ModelConfig;
 pub use ops::dropout::DropoutKey;
+pub use ops::measure;
 pub use optim::adamw::AdamWParams;
 pub use parameter::NamedTensor;

@@ -15,6 +15,7 @@ pub(crate) mod gated_activation;
 pub(crate) mod head;
 pub(crate) mod head_norm;
 pub(crate) mod linear;
+pub mod measure;
 pub(crate) mod rms_norm;
 pub(crate) mod squares;
 

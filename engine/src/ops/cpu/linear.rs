@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product};
+use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
 use super::step::{absent, contiguous, dims, from_values, node, tensor, values};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::{LowRank, LowRankPart};
@@ -45,10 +45,7 @@ pub(in crate::ops) fn linear(
     let (x_view, weight_view) = (matrix(&x), matrix(&weight));
     let mut y = match residual {
         Some(residual) => {
-            let mut y = values(&residual).to_vec();
-            let target = MatMut::new(&mut y, tokens, outputs);
-            gemm_add(target, 1.0, x_view, weight_view.t(), Threads::Shared);
-            y
+            product_plus(values(&residual), 1.0, x_view, weight_view.t(), Threads::Shared)
         }
         None => product(1.0, x_view, weight_view.t(), Threads::Shared),
     };

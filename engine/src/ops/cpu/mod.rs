@@ -4,7 +4,7 @@
 //! [`isa`]. Threads share rows, heads or blocks of a fixed size, and what several of them sum is
 //! added in the order of these, so that results are equal from run to run.
 
-mod gemm;
+pub(super) mod gemm;
 mod isa;
 mod math;
 mod step;

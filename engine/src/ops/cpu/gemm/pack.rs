@@ -1,0 +1,229 @@
+//! Packing: any operand to panels of lanes, in the order in which a tile reads them.
+//!
+//! Two cases, whichever side of the product the operand is on. Where k runs along the rows of the
+//! matrix in memory, blocks of it are transposed in registers. Where k is the row's number, rows
+//! are copied, or for lanes of two k zipped in pairs. A last odd k gets a partner of 0, and so does
+//! what a panel has beyond the operand.
+
+use half::bf16;
+
+use super::leaf::Lane;
+
+/// Lanes behind each panel: whole vectors are stored, also where fewer lanes are meant; and panels
+/// whose size is a multiple of 4096 bytes would share their sets of the first-level cache.
+const PADDING: usize = 32;
+
+/// Lanes from the start of one panel to that of the next.
+pub(super) fn panel_stride(steps: usize, lanes_per_step: usize) -> usize {
+    // Whole cache lines, so that panels stay aligned.
+    (steps * lanes_per_step).next_multiple_of(16) + PADDING
+}
+
+/// What packing reads.
+#[derive(Clone, Copy)]
+pub(super) enum Memory {
+    F32(*const f32),
+    Bf16(*const bf16),
+}
+
+/// One panel after the other of one block of k. The operand's rows (A) or columns (B) are called
+/// items here.
+pub(super) struct PackJob {
+    /// At the first item and the first k.
+    pub(super) source: Memory,
+    /// Elements from one row of the matrix in memory to the next.
+    pub(super) stride: usize,
+    /// Whether a row in memory holds the k of one item; else it holds the items of one k.
+    pub(super) k_in_rows: bool,
+    pub(super) items: usize,
+    pub(super) k: usize,
+    /// Items of a panel.
+    pub(super) width: usize,
+    /// Lanes to a step of k: the panel's width or more.
+    pub(super) lanes_per_step: usize,
+    /// Lanes from one panel to the next, by [`panel_stride`].
+    pub(super) panel_stride: usize,
+    /// Valid for all panels with the padding of each.
+    pub(super) target: *mut Lane,
+}
+
+/// What packing needs of an instruction set, in vectors of L lanes.
+///
+/// Safety of all methods: the CPU has the instructions; a pointer is valid for as many elements as
+/// are asked for, or for a whole vector in `store`.
+pub(super) trait PackVector<const L: usize>: Copy {
+    /// k that one lane holds.
+    const DEPTH: usize;
+    type V: Copy;
+    unsafe fn zero() -> Self::V;
+    /// Lanes of successive k from `count` elements, at most L · DEPTH; then zeros.
+    unsafe fn along_f32(elements: *const f32, count: usize) -> Self::V;
+    unsafe fn along_bf16(elements: *const bf16, count: usize) -> Self::V;
+    /// Lanes of successive items, `count` of them, then zeros: one k from `first`, and in lanes of
+    /// two k the other from `second`, which is null where there is none.
+    unsafe fn across_f32(first: *const f32, second: *const f32, count: usize) -> Self::V;
+    unsafe fn across_bf16(first: *const bf16, second: *const bf16, count: usize) -> Self::V;
+    unsafe fn transpose(rows: [Self::V; L]) -> [Self::V; L];
+    unsafe fn store(lanes: *mut Lane, vector: Self::V);
+    /// Brings the line of `address` near; any address will do.
+    unsafe fn prefetch(address: *const u8);
+}
+
+/// An element in memory: which of a [`PackVector`]'s methods read it.
+trait Element: Copy {
+    unsafe fn along<P: PackVector<L>, const L: usize>(elements: *const Self, count: usize) -> P::V;
+    unsafe fn across<P: PackVector<L>, const L: usize>(
+        first: *const Self,
+        second: *const Self,
+        count: usize,
+    ) -> P::V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn along<P: PackVector<L>, const L: usize>(elements: *const f32, count: usize) -> P::V {
+        // SAFETY: as the caller promises.
+        unsafe { P::along_f32(elements, count) }
+    }
+
+    #[inline(always)]
+    unsafe fn across<P: PackVector<L>, const L: usize>(
+        first: *const f32,
+        second: *const f32,
+        count: usize,
+    ) -> P::V {
+        // SAFETY: as the caller promises.
+        unsafe { P::across_f32(first, second, count) }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn along<P: PackVector<L>, const L: usize>(elements: *const bf16, count: usize) -> P::V {
+        // SAFETY: as the caller promises.
+        unsafe { P::along_bf16(elements, count) }
+    }
+
+    #[inline(always)]
+    unsafe fn across<P: PackVector<L>, const L: usize>(
+        first: *const bf16,
+        second: *const bf16,
+        count: usize,
+    ) -> P::V {
+        // SAFETY: as the caller promises.
+        unsafe { P::across_bf16(first, second, count) }
+    }
+}
+
+/// # Safety
+/// The CPU has the instructions of `P`; the job's source and target are valid as it says.
+#[inline(always)]
+pub(super) unsafe fn pack<P: PackVector<L>, const L: usize>(job: &PackJob) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match (job.source, job.k_in_rows) {
+            (Memory::F32(source), true) => transposed::<P, f32, L>(job, source),
+            (Memory::Bf16(source), true) => transposed::<P, bf16, L>(job, source),
+            (Memory::F32(source), false) => copied::<P, f32, L>(job, source),
+            (Memory::Bf16(source), false) => copied::<P, bf16, L>(job, source),
+        }
+    }
+}
+
+/// Elements that a row is asked for ahead: so many rows are too many streams for the hardware.
+const AHEAD: usize = 96;
+
+/// Item i, k at `source[i · stride + k]`.
+#[inline(always)]
+unsafe fn transposed<P: PackVector<L>, E: Element, const L: usize>(
+    job: &PackJob,
+    source: *const E,
+) {
+    let steps = job.k.div_ceil(P::DEPTH);
+    let panel = job.panel_stride;
+    for p in 0..job.items.div_ceil(job.width) {
+        let first_item = p * job.width;
+        let items = job.width.min(job.items - first_item);
+        for first_lane in (0..job.lanes_per_step).step_by(L) {
+            let present = items.saturating_sub(first_lane).min(L);
+            for first_step in (0..steps).step_by(L) {
+                let first_k = first_step * P::DEPTH;
+                let left = (job.k - first_k).min(L * P::DEPTH);
+                // SAFETY: items and k lie inside of the source. Stores of whole vectors lie inside
+                // of the panel and its padding: what a store leaves beyond its step is overwritten
+                // by the next one, as steps ascend.
+                unsafe {
+                    let corner =
+                        source.wrapping_add((first_item + first_lane) * job.stride + first_k);
+                    let mut rows = [P::zero(); L];
+                    for (i, row) in rows.iter_mut().enumerate() {
+                        if i < present {
+                            let elements = corner.wrapping_add(i.wrapping_mul(job.stride));
+                            P::prefetch(elements.wrapping_add(AHEAD).cast());
+                            *row = if left == L * P::DEPTH {
+                                E::along::<P, L>(elements, L * P::DEPTH)
+                            } else {
+                                E::along::<P, L>(elements, left)
+                            };
+                        }
+                    }
+                    let columns = P::transpose(rows);
+                    let target =
+                        job.target.add(p * panel + first_step * job.lanes_per_step + first_lane);
+                    for (step, column) in columns.into_iter().enumerate() {
+                        if step < steps - first_step {
+                            P::store(
+                                target.wrapping_add(step.wrapping_mul(job.lanes_per_step)),
+                                column,
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Item i, k at `source[k · stride + i]`. Steps outside, panels inside: a row is read from end to
+/// end.
+#[inline(always)]
+unsafe fn copied<P: PackVector<L>, E: Element, const L: usize>(job: &PackJob, source: *const E) {
+    let steps = job.k.div_ceil(P::DEPTH);
+    let panel = job.panel_stride;
+    for step in 0..steps {
+        let k = step * P::DEPTH;
+        for p in 0..job.items.div_ceil(job.width) {
+            let first_item = p * job.width;
+            let items = job.width.min(job.items - first_item);
+            for first_lane in (0..job.lanes_per_step).step_by(L) {
+                let present = items.saturating_sub(first_lane).min(L);
+                // SAFETY: as in `transposed`.
+                unsafe {
+                    let first = source.wrapping_add(k * job.stride + first_item + first_lane);
+                    let second = if P::DEPTH == 2 && k + 1 < job.k {
+                        first.wrapping_add(job.stride)
+                    } else {
+                        std::ptr::null()
+                    };
+                    let vector = if present == L {
+                        E::across::<P, L>(first, second, L)
+                    } else {
+                        E::across::<P, L>(first, second, present)
+                    };
+                    let target = job.target.add(p * panel + step * job.lanes_per_step + first_lane);
+                    P::store(target, vector);
+                }
+            }
+        }
+    }
+}
+
+/// `x` rounded to the nearest bf16, ties to even, as the f32 of that value.
+#[inline(always)]
+pub(super) fn round_to_bf16(x: u32) -> u32 {
+    // Half of the last place that stays, less one bit where that place is even.
+    let rounded = x.wrapping_add(0x7fff + ((x >> 16) & 1));
+    // A NaN must not be carried over into an infinity.
+    let is_nan = x & 0x7fff_ffff > 0x7f80_0000;
+    (if is_nan { x | 0x0040_0000 } else { rounded }) & 0xffff_0000
+}

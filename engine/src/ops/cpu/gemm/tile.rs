@@ -1,0 +1,180 @@
+//! The register tile, written once for vectors of any width.
+//!
+//! R rows of N vectors stay in registers over all steps of k. A step loads the N vectors of B, and
+//! for each row broadcasts its lane of A and multiplies and adds.
+
+use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
+
+/// What a tile needs of an instruction set. `Sums` are f32 and `Lanes` are as packed.
+///
+/// Safety of all methods: the CPU has the instructions, and a pointer is valid for a whole vector,
+/// or in `splat` for one lane.
+pub(super) trait TileVector: Copy {
+    /// Lanes of a vector.
+    const LANES: usize;
+    type Sums: Copy;
+    type Lanes: Copy;
+    unsafe fn zero() -> Self::Sums;
+    unsafe fn splat(lane: *const Lane) -> Self::Lanes;
+    unsafe fn load(lanes: *const Lane) -> Self::Lanes;
+    /// sums + a·b, lane by lane, over all k that a lane holds.
+    unsafe fn multiply_add(sums: Self::Sums, a: Self::Lanes, b: Self::Lanes) -> Self::Sums;
+    unsafe fn load_sums(values: *const f32) -> Self::Sums;
+    unsafe fn store_sums(values: *mut f32, sums: Self::Sums);
+    /// α·sums.
+    unsafe fn scale(alpha: f32, sums: Self::Sums) -> Self::Sums;
+    /// base + α·sums.
+    unsafe fn scale_add(alpha: f32, sums: Self::Sums, base: Self::Sums) -> Self::Sums;
+    /// Brings the line of `address` near; any address will do.
+    unsafe fn prefetch(address: *const u8);
+}
+
+/// A vector at an address of any alignment. Reading it through a pointer is one instruction also in
+/// a build with debug assertions, where the functions of `core` check their arguments.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+pub(super) struct Unaligned<V: Copy>(pub(super) V);
+
+/// Steps that B is asked for ahead of its use: its panel comes from the second-level cache.
+const B_AHEAD: usize = 12;
+
+/// # Safety
+/// As for [`super::leaf::Kernel`].
+#[expect(
+    clippy::needless_range_loop,
+    reason = "iterators over `sums` would keep the compiler from holding it in registers"
+)]
+#[inline(always)]
+pub(super) unsafe fn tile<V: TileVector, const R: usize, const N: usize, const DIRECT: bool>(
+    steps: usize,
+    a: LanesOfA,
+    b: LanesOfB,
+    target: Target,
+) {
+    // SAFETY: the caller promises what the methods of `V` ask for, and that rows, steps and
+    // columns lie inside of the operands and of the target. Prefetches take any address.
+    unsafe {
+        // C comes near while the sums are made.
+        for i in 0..R {
+            let line = target.c.wrapping_add(i.wrapping_mul(target.c_stride));
+            V::prefetch(line.cast());
+            V::prefetch(line.wrapping_add(N * V::LANES - 1).cast());
+        }
+        let mut sums = [[V::zero(); N]; R];
+        let (mut a_lanes, mut b_lanes) = (a.start, b.start);
+        let a_row = if DIRECT { a.row } else { 1 };
+        for _ in 0..steps {
+            let mut columns = [V::load(b_lanes); N];
+            for j in 1..N {
+                columns[j] = V::load(b_lanes.wrapping_add(j * V::LANES));
+            }
+            V::prefetch(b_lanes.wrapping_add(b.step.wrapping_mul(B_AHEAD)).cast());
+            for i in 0..R {
+                let row = V::splat(a_lanes.wrapping_add(i.wrapping_mul(a_row)));
+                for j in 0..N {
+                    sums[i][j] = V::multiply_add(sums[i][j], row, columns[j]);
+                }
+            }
+            a_lanes = a_lanes.wrapping_add(a.step);
+            b_lanes = b_lanes.wrapping_add(b.step);
+        }
+        // The choice stays outside of the loops: inside of them the compiler would no longer keep
+        // `sums` in registers and send the tile through the stack.
+        if target.base.is_null() {
+            for i in 0..R {
+                let c = target.c.wrapping_add(i.wrapping_mul(target.c_stride));
+                for j in 0..N {
+                    V::store_sums(c.wrapping_add(j * V::LANES), V::scale(target.alpha, sums[i][j]));
+                }
+            }
+        } else {
+            for i in 0..R {
+                let c = target.c.wrapping_add(i.wrapping_mul(target.c_stride));
+                let base = target.base.wrapping_add(i.wrapping_mul(target.base_stride));
+                for j in 0..N {
+                    let base = V::load_sums(base.wrapping_add(j * V::LANES));
+                    let sum = V::scale_add(target.alpha, sums[i][j], base);
+                    V::store_sums(c.wrapping_add(j * V::LANES), sum);
+                }
+            }
+        }
+    }
+}
+
+/// Rows that [`dots`] computes at a time.
+pub(super) const DOT_ROWS: usize = 4;
+
+/// Inner products of [`DOT_ROWS`] rows with one vector: two vectors of partial sums a row, which
+/// are added lane by lane at the end.
+///
+/// # Safety
+/// Rows and vector are readable over `k` lanes of one k each; `sums` is valid for the rows.
+#[expect(
+    clippy::needless_range_loop,
+    reason = "iterators over `partial` would keep the compiler from holding it in registers"
+)]
+#[inline(always)]
+pub(super) unsafe fn dots<V: TileVector>(k: usize, a: LanesOfA, b: *const Lane, sums: *mut f32) {
+    // SAFETY: as the caller promises; the last, shorter part is read lane by lane.
+    unsafe {
+        let mut partial = [[V::zero(); 2]; DOT_ROWS];
+        let pairs = k / (2 * V::LANES);
+        for step in 0..pairs {
+            let at = step * 2 * V::LANES;
+            let columns = [V::load(b.wrapping_add(at)), V::load(b.wrapping_add(at + V::LANES))];
+            for i in 0..DOT_ROWS {
+                let row = a.start.wrapping_add(i.wrapping_mul(a.row).wrapping_add(at));
+                for j in 0..2 {
+                    let lanes = V::load(row.wrapping_add(j * V::LANES));
+                    partial[i][j] = V::multiply_add(partial[i][j], lanes, columns[j]);
+                }
+            }
+        }
+        for i in 0..DOT_ROWS {
+            let mut lanes = [0f32; 32];
+            V::store_sums(lanes.as_mut_ptr(), partial[i][0]);
+            V::store_sums(lanes.as_mut_ptr().add(V::LANES), partial[i][1]);
+            let mut sum: f32 = lanes[..2 * V::LANES].iter().sum();
+            let row = a.start.wrapping_add(i.wrapping_mul(a.row));
+            for at in pairs * 2 * V::LANES..k {
+                let [a, b] = [row, b].map(|lanes| (*lanes.add(at).cast::<Unaligned<f32>>()).0);
+                sum += a * b;
+            }
+            *sums.add(i) = sum;
+        }
+    }
+}
+
+/// The kernels of a vector, one for each number of rows: `kernels! { name: V, N vectors: 1 2 … }`
+/// makes a module `name` with `PACKED`, `DIRECT` and `DOTS`.
+macro_rules! kernels {
+    ($(#[$attribute:meta])* $name:ident: $vector:ty, $columns:literal vectors: $($rows:literal)*) => {
+        mod $name {
+            use super::*;
+            use $crate::ops::cpu::gemm::leaf::{Dots, Kernel, LanesOfA, LanesOfB, Target};
+
+            $(#[$attribute])*
+            unsafe fn kernel<const R: usize, const DIRECT: bool>(
+                steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
+            ) {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    $crate::ops::cpu::gemm::tile::tile::<$vector, R, $columns, DIRECT>(
+                        steps, a, b, target,
+                    );
+                }
+            }
+
+            $(#[$attribute])*
+            unsafe fn dots(k: usize, a: LanesOfA, b: *const Lane, sums: *mut f32) {
+                // SAFETY: as the caller promises.
+                unsafe { $crate::ops::cpu::gemm::tile::dots::<$vector>(k, a, b, sums) }
+            }
+
+            pub(super) const DOTS: Dots = dots;
+            pub(super) const PACKED: &[Kernel] = &[$(kernel::<$rows, false>),*];
+            pub(super) const DIRECT: &[Kernel] = &[$(kernel::<$rows, true>),*];
+        }
+    };
+}
+pub(super) use kernels;
