@@ -37,6 +37,7 @@ pub struct TrainableModel {
     decoder: Arc<Decoder>,
     parameters: Parameters,
     optimizer: AdamW,
+    gradient_checkpointing: bool,
 }
 
 impl TrainableModel {
@@ -54,7 +55,18 @@ impl TrainableModel {
         device: &Device,
     ) -> Result<Self, EngineError> {
         let (decoder, parameters) = load::load(dir, adapter, seed, device)?;
-        Ok(Self { decoder: Arc::new(decoder), parameters, optimizer: AdamW::default() })
+        Ok(Self {
+            decoder: Arc::new(decoder),
+            parameters,
+            optimizer: AdamW::default(),
+            gradient_checkpointing: false,
+        })
+    }
+
+    /// Whether backward passes compute each layer again in place of keeping its activations: less
+    /// memory, more time, the same bits.
+    pub fn set_gradient_checkpointing(&mut self, recompute: bool) {
+        self.gradient_checkpointing = recompute;
     }
 
     /// The architecture.
@@ -79,6 +91,11 @@ impl TrainableModel {
         dropout_key: DropoutKey,
     ) -> Result<BatchOutcome, EngineError> {
         self.check(batch)?;
+        if self.gradient_checkpointing {
+            let Self { decoder, parameters, .. } = self;
+            let check = |head: &HeadLoss| outcome(head, batch);
+            return decoder.backward_recomputed(parameters, batch, scale, dropout_key, check);
+        }
         let head = self.decoder.loss(&self.parameters, batch, Some(dropout_key))?;
         let outcome = outcome(&head, batch)?;
         let mut gradients = head.loss.mul_scalar(scale).backward();
@@ -208,6 +225,7 @@ impl TrainableModel {
             decoder: Arc::clone(&self.decoder),
             parameters: self.parameters.replica(device.burn()),
             optimizer: AdamW::default(),
+            gradient_checkpointing: self.gradient_checkpointing,
         }
     }
 

@@ -124,8 +124,15 @@ impl Parameters {
 
     /// Moves the gradients of a backward pass into the accumulated ones.
     pub(crate) fn accumulate(&mut self, gradients: &mut Gradients) {
+        self.accumulate_parts(&mut [gradients]);
+    }
+
+    /// As [`Parameters::accumulate`] for one backward pass that was made in parts.
+    pub(crate) fn accumulate_parts(&mut self, parts: &mut [&mut Gradients]) {
         for entry in self.trainable_mut() {
-            if let Some(new) = entry.value.grad_remove(gradients) {
+            let value = &entry.value;
+            let new = parts.iter_mut().filter_map(|part| value.grad_remove(part));
+            if let Some(new) = new.reduce(|sum, part| sum + part) {
                 entry.add_gradient(new);
             }
         }

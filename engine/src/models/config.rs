@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use serde_json::{Map, Value};
+use tunesmith_core::memory::ModelSize;
 
 use super::families::{Bias, Gemma};
 use super::fields::{Fields, refuse};
@@ -86,6 +87,20 @@ pub enum Activation {
 }
 
 impl ModelConfig {
+    /// The sizes that memory depends on.
+    #[must_use]
+    pub fn size(&self) -> ModelSize {
+        ModelSize {
+            vocab_size: self.vocab_size as u64,
+            hidden_size: self.hidden_size as u64,
+            intermediate_size: self.intermediate_size as u64,
+            num_hidden_layers: self.num_hidden_layers as u64,
+            query_width: (self.num_attention_heads * self.head_dim) as u64,
+            key_value_width: (self.num_key_value_heads * self.head_dim) as u64,
+            tie_word_embeddings: self.tie_word_embeddings,
+        }
+    }
+
     /// Reads `config.json` in `dir`.
     ///
     /// # Errors

@@ -84,6 +84,37 @@ pub(crate) struct AdaptedModule {
     pub(crate) outputs: Range<usize>,
 }
 
+/// One pass over a batch: what its layers share.
+pub(super) struct Pass<'a> {
+    decoder: &'a Decoder,
+    batch: &'a Batch,
+    /// None outside of training.
+    dropout: Option<DropoutKey>,
+    /// By layer.
+    rotary: Vec<RotaryTable>,
+}
+
+impl<'a> Pass<'a> {
+    pub(super) fn new(decoder: &'a Decoder, batch: &'a Batch, dropout: Option<DropoutKey>) -> Self {
+        Self { decoder, batch, dropout, rotary: decoder.rotary(0, batch.longest_context()) }
+    }
+
+    /// The input of the first layer.
+    pub(super) fn embedded(&self, parameters: &Parameters) -> Tensor<2> {
+        self.decoder.embed(parameters, &self.batch.ids)
+    }
+
+    /// The output of layer number `index` for its input `x`.
+    pub(super) fn layer(&self, parameters: &Parameters, index: usize, x: Tensor<2>) -> Tensor<2> {
+        let decoder = self.decoder;
+        let dropout = self.dropout.map(|key| (key, index));
+        decoder.layer(parameters, &decoder.layers[index], x, dropout, |qkv| {
+            let (scores, rotary) = (decoder.scores(index), &self.rotary[index]);
+            attention::attention(qkv, decoder.heads(), scores, &self.batch.segments, rotary)
+        })
+    }
+}
+
 /// Keys and values of every layer for the tokens so far.
 #[derive(Debug, Default)]
 pub(crate) struct KeyValueCache {
@@ -121,10 +152,24 @@ impl Decoder {
         batch: &Batch,
         dropout: Option<DropoutKey>,
     ) -> Result<HeadLoss, EngineError> {
-        let targets: Vec<Target> = batch.targets().collect();
         let hidden = self.hidden(parameters, batch, dropout, |_| {});
+        self.head_loss(parameters, hidden, batch)
+    }
+
+    /// The loss of a batch whose final hidden states are `hidden`.
+    pub(super) fn head_loss(
+        &self,
+        parameters: &Parameters,
+        hidden: Tensor<2>,
+        batch: &Batch,
+    ) -> Result<HeadLoss, EngineError> {
+        let targets: Vec<Target> = batch.targets().collect();
         let head = parameters[self.head].clone();
         head_with_loss(hidden, head, self.final_softcap(), &targets)
+    }
+
+    pub(super) fn num_layers(&self) -> usize {
+        self.layers.len()
     }
 
     /// Hidden states `[tokens, hidden_size]` after the final norm. `observe` sees the embeddings,
@@ -136,16 +181,11 @@ impl Decoder {
         dropout: Option<DropoutKey>,
         mut observe: impl FnMut(&Tensor<2>),
     ) -> Tensor<2> {
-        let rotary = self.rotary(0, batch.longest_context());
-        let heads = self.heads();
-        let mut x = self.embed(parameters, &batch.ids);
+        let pass = Pass::new(self, batch, dropout);
+        let mut x = pass.embedded(parameters);
         observe(&x);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let dropout = dropout.map(|key| (key, index));
-            x = self.layer(parameters, layer, x, dropout, |qkv| {
-                let scores = self.scores(index);
-                attention::attention(qkv, heads, scores, &batch.segments, &rotary[index])
-            });
+        for layer in 0..self.layers.len() {
+            x = pass.layer(parameters, layer, x);
             observe(&x);
         }
         self.final_norm(parameters, x)
@@ -247,7 +287,7 @@ impl Decoder {
         })
     }
 
-    fn final_norm(&self, parameters: &Parameters, x: Tensor<2>) -> Tensor<2> {
+    pub(super) fn final_norm(&self, parameters: &Parameters, x: Tensor<2>) -> Tensor<2> {
         rms_norm(x, parameters[self.norm].clone(), self.norm_constants())
     }
 

@@ -5,5 +5,6 @@ pub(crate) mod decoder;
 mod families;
 mod fields;
 pub(crate) mod load;
+pub(crate) mod recompute;
 pub mod rope;
 pub(crate) mod weights;

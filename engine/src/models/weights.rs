@@ -7,10 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -176,6 +177,7 @@ impl WeightFiles {
                 return Err(refuse(format!("is of type {other:?}: use f32, bf16 or f16")));
             }
         }
+        release(&file.bytes, location.start..location.end);
         Ok(())
     }
 
@@ -210,6 +212,19 @@ fn widen<const N: usize>(
     // Exactly, since a vector that grows by itself takes up to twice what it holds.
     values.reserve_exact(numbers.len());
     values.par_extend(numbers.par_iter().with_min_len(1 << 16).map(|&number| convert(number)));
+}
+
+/// Gives the pages inside `range` back to the system, which else counts them as this process's
+/// until the file is closed: while a model is loaded, all of it would be there twice.
+fn release(bytes: &Mmap, range: Range<usize>) {
+    const PAGE: usize = 4096;
+    let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+    if start < end {
+        // SAFETY: the mapping is of a file and never written to, so a page that is needed again is
+        // read from the file again. A refusal costs memory and nothing else.
+        let _ =
+            unsafe { bytes.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+    }
 }
 
 fn malformed(path: &Path, error: &dyn std::fmt::Display) -> EngineError {

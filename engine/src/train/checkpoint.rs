@@ -39,6 +39,9 @@ pub struct Progress {
     pub initial_valid_loss: Option<f64>,
     /// The lowest validation loss so far, and the step after which it was measured.
     pub best: Option<BestStep>,
+    /// The most tokens of one pass, once that was decided.
+    #[serde(default)]
+    pub tokens_per_pass: Option<usize>,
 }
 
 /// The step with the lowest validation loss.

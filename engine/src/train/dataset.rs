@@ -47,6 +47,11 @@ impl Dataset {
         Ok(Self { train, valid })
     }
 
+    /// Tokens of the longest row.
+    pub(super) fn longest_row(&self) -> usize {
+        self.train.iter().chain(&self.valid).map(|row| row.ids.len()).max().unwrap_or(0)
+    }
+
     /// Rows that were cut at the sequence length.
     pub(super) fn truncated(&self) -> usize {
         self.train.iter().chain(&self.valid).filter(|row| row.truncated).count()

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 mod dataset;
 mod evaluation;
+mod memory;
 mod run;
 
 use std::io;

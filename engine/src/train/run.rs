@@ -13,6 +13,7 @@ use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainReq
 use super::checkpoint::{self, BestStep, Progress};
 use super::dataset::Dataset;
 use super::evaluation::{Evaluation, ValidationSet};
+use super::memory::{self, Planner};
 use super::{Outcome, Sink, StopFlag, TrainOptions};
 use crate::batch::{Batch, BatchOutcome};
 use crate::data::batching::Batching;
@@ -21,6 +22,7 @@ use crate::device::Device;
 use crate::error::EngineError;
 use crate::export::JobFacts;
 use crate::model::TrainableModel;
+use crate::models::config::ModelConfig;
 use crate::ops::dropout::DropoutKey;
 use crate::optim::adamw::AdamWParams;
 use crate::optim::schedule::learning_rate_factor;
@@ -67,25 +69,38 @@ impl<'a> Run<'a> {
         let hyperparameters = &spec.hyperparameters;
         let devices = Device::parse_list(&request.device)?;
         let fingerprint = checkpoint::fingerprint(request, options)?;
+        let model_dir = checkpoint::model_dir(request);
+        let config = ModelConfig::read(&model_dir)?;
+        // What a GPU has free, nobody tells.
+        let available = (devices[0] == Device::cpu()).then(memory::available).flatten();
+        let replicas = devices.len();
+        let planner = Planner { config: &config, hyperparameters, replicas, available };
+        planner.check_weights()?;
         // Making tokens keeps one core busy, and reading weights mostly waits for memory.
         let (data, model) = thread::scope(|scope| {
             let data = scope.spawn(|| Dataset::load(request));
-            let model = TrainableModel::load(
-                &checkpoint::model_dir(request),
-                &hyperparameters.adapter,
-                spec.seed,
-                &devices[0],
-            );
+            let model =
+                TrainableModel::load(&model_dir, &hyperparameters.adapter, spec.seed, &devices[0]);
             (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.
         let (data, mut model) = (data?, model?);
-        let progress = match &request.resume_from {
+        let mut progress = match &request.resume_from {
             Some(dir) => {
                 checkpoint::resume(dir, hyperparameters.adapter.kind, &fingerprint, &mut model)?
             }
             None => Progress::default(),
         };
+        let longest_row = data.longest_row();
+        let plan = planner.plan(options.tokens_per_pass, longest_row, progress.tokens_per_pass)?;
+        tracing::info!(
+            tokens_per_pass = plan.tokens_per_pass,
+            recompute = plan.recompute,
+            estimate = %plan.estimate,
+            "memory is planned"
+        );
+        progress.tokens_per_pass = Some(plan.tokens_per_pass);
+        model.set_gradient_checkpointing(plan.recompute);
         let total_steps = hyperparameters.total_steps(data.train.len());
         Ok(Self {
             request,
@@ -94,7 +109,7 @@ impl<'a> Run<'a> {
             devices,
             valid_rows: data.valid.len(),
             truncated_rows: data.truncated(),
-            validation: ValidationSet::new(&data.valid, options.tokens_per_pass),
+            validation: ValidationSet::new(&data.valid, plan.tokens_per_pass),
             sampler: Sampler {
                 rows: data.train.len(),
                 rows_per_step: hyperparameters.rows_per_step() as usize,
@@ -106,7 +121,7 @@ impl<'a> Run<'a> {
                 batch_size: hyperparameters.batch_size as usize,
                 packing: hyperparameters.packing,
                 share_prefixes: !has_token_noise(hyperparameters),
-                tokens_per_pass: options.tokens_per_pass,
+                tokens_per_pass: plan.tokens_per_pass,
             },
             warmup_steps: warmup_steps(hyperparameters, total_steps),
             total_steps,

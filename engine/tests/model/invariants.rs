@@ -134,6 +134,22 @@ fn rows_that_share_their_beginning_have_the_loss_and_gradient_of_rows_apart() {
 }
 
 #[test]
+fn layers_computed_again_give_the_same_bits() {
+    let [a, b, c] = rows();
+    let batches = [pack(&[a, b]), pack(&[c])];
+    for adapter in [lora(), lora_with_dropout(), AdapterConfig::full()] {
+        let gradients = [false, true].map(|recompute| {
+            let mut model = stirred_model(&adapter);
+            model.set_gradient_checkpointing(recompute);
+            let outcomes =
+                batches.each_ref().map(|batch| model.forward_backward(batch, 0.1, KEY).unwrap());
+            (outcomes, gradients(model))
+        });
+        assert_eq!(gradients[0], gradients[1], "{adapter:?}");
+    }
+}
+
+#[test]
 fn two_micro_batches_have_the_gradient_of_one_batch() {
     for adapter in [lora(), AdapterConfig::full()] {
         let [a, b, c] = rows();

@@ -1,0 +1,243 @@
+//! What a training run needs of memory, by part, before it runs.
+//!
+//! The parts follow what the engine keeps: weights and optimiser state for the whole run, gradients
+//! for a step, activations for a pass. A test holds the sum against the peak that a trainer shows.
+
+use crate::hyperparameters::{AdapterType, ResolvedHyperparameters, TARGET_MODULES};
+use serde::Serialize;
+use std::fmt;
+
+/// Bytes of a value.
+const F32: u64 = 4;
+/// Values of AdamW's memory for each trained one: both moments.
+const ADAMW_MOMENTS: u64 = 2;
+/// The program, its tokenizer and its buffers.
+const PROCESS: u64 = 64 << 20;
+/// Logits that are held at a time.
+const CHUNK_LOGITS: u64 = 1 << 24;
+
+/// The sizes of a decoder. Names are Hugging Face's where it has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelSize {
+    /// Number of token ids.
+    pub vocab_size: u64,
+    /// Width of the residual stream.
+    pub hidden_size: u64,
+    /// Width inside the feed-forward block.
+    pub intermediate_size: u64,
+    /// Number of layers.
+    pub num_hidden_layers: u64,
+    /// Width of all queries.
+    pub query_width: u64,
+    /// Width of all keys, and of all values.
+    pub key_value_width: u64,
+    /// Whether the output head is the embedding matrix.
+    pub tie_word_embeddings: bool,
+}
+
+/// How a run cuts its steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PassSize {
+    /// The most tokens in one pass.
+    pub tokens: u64,
+    /// Whether a step may have several passes, whose gradients are summed.
+    pub several: bool,
+    /// Whether the backward pass computes each layer again.
+    pub recompute: bool,
+}
+
+/// Bytes by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    /// The model, and its adapter.
+    pub weights: u64,
+    /// Gradients of what trains.
+    pub gradients: u64,
+    /// The optimiser's state.
+    pub optimizer: u64,
+    /// What the forward pass leaves for the backward pass, beyond the room that gradients take.
+    pub activations: u64,
+    /// Everything else.
+    pub process: u64,
+}
+
+impl MemoryEstimate {
+    /// What a run of `hyperparameters` on a model of `size` needs.
+    #[must_use]
+    pub fn new(
+        size: &ModelSize,
+        hyperparameters: &ResolvedHyperparameters,
+        pass: PassSize,
+    ) -> Self {
+        let weights = size.parameters();
+        let adapter = match hyperparameters.adapter.kind {
+            AdapterType::Lora => {
+                let targets = &hyperparameters.adapter.target_modules;
+                size.lora_parameters(hyperparameters.adapter.r as u64, targets)
+            }
+            AdapterType::Full => 0,
+        };
+        let trained = if adapter > 0 { adapter } else { weights };
+        let activations = size.activations(hyperparameters.adapter.kind, pass);
+        // Going back, a pass's gradients take the place of its activations, which is the more of
+        // the two; recomputed layers add theirs to the step's sum one by one.
+        let activations = match (pass.recompute, pass.several) {
+            (true, _) => activations,
+            (false, false) => activations.saturating_sub(trained),
+            (false, true) => activations.max(trained),
+        };
+        Self {
+            weights: F32 * (weights + adapter),
+            gradients: F32 * trained,
+            optimizer: F32 * ADAMW_MOMENTS * trained,
+            activations: F32 * activations,
+            process: PROCESS,
+        }
+    }
+
+    /// The sum of all parts.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.weights + self.gradients + self.optimizer + self.activations + self.process
+    }
+}
+
+impl fmt::Display for MemoryEstimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} (weights {}, gradients {}, optimizer {}, activations {}, the program {})",
+            Size(self.total()),
+            Size(self.weights),
+            Size(self.gradients),
+            Size(self.optimizer),
+            Size(self.activations),
+            Size(self.process)
+        )
+    }
+}
+
+/// A number of bytes as people read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: f64 = (1 << 20) as f64;
+        let mib = self.0 as f64 / MIB;
+        if mib < 1024.0 { write!(f, "{mib:.0} MiB") } else { write!(f, "{:.1} GiB", mib / 1024.0) }
+    }
+}
+
+impl ModelSize {
+    /// Inputs and outputs of a projection.
+    fn projection(&self, module: &str) -> (u64, u64) {
+        match module {
+            "q_proj" => (self.hidden_size, self.query_width),
+            "k_proj" | "v_proj" => (self.hidden_size, self.key_value_width),
+            "o_proj" => (self.query_width, self.hidden_size),
+            "down_proj" => (self.intermediate_size, self.hidden_size),
+            _ => (self.hidden_size, self.intermediate_size),
+        }
+    }
+
+    /// Values of all weights; norms and biases, which are few, as two norms a layer.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        let projections = TARGET_MODULES.iter().map(|module| {
+            let (inputs, outputs) = self.projection(module);
+            inputs * outputs
+        });
+        let layer = projections.sum::<u64>() + 2 * self.hidden_size;
+        let matrices = if self.tie_word_embeddings { 1 } else { 2 };
+        self.num_hidden_layers * layer
+            + matrices * self.vocab_size * self.hidden_size
+            + self.hidden_size
+    }
+
+    /// Values of a LoRA adapter of rank `r`.
+    fn lora_parameters(&self, r: u64, target_modules: &[String]) -> u64 {
+        let modules = target_modules.iter().map(|module| {
+            let (inputs, outputs) = self.projection(module);
+            r * (inputs + outputs)
+        });
+        self.num_hidden_layers * modules.sum::<u64>()
+    }
+
+    /// Values that a pass holds at its peak.
+    fn activations(&self, kind: AdapterType, pass: PassSize) -> u64 {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let qkv = self.query_width + 2 * self.key_value_width;
+        // Of each token: the layer's input, both norms' outputs, the middle of the residual stream;
+        // queries, keys and values, and what attention makes of them; gate, up and their product.
+        let layer = 4 * hidden + qkv + self.query_width + 3 * inner;
+        let kept = if pass.recompute {
+            self.num_hidden_layers * hidden + layer
+        } else {
+            self.num_hidden_layers * layer
+        };
+        // Going back through the feed-forward block: the gradients of gate, up and their product.
+        let gradients = 2 * hidden + 3 * inner;
+        // A chunk's logits; the head's gradient is made while the chunks are.
+        let head = CHUNK_LOGITS.min(pass.tokens * self.vocab_size);
+        let head_gradient = match kind {
+            AdapterType::Lora => 0,
+            AdapterType::Full => self.vocab_size * hidden,
+        };
+        pass.tokens * (kept + gradients) + head + head_gradient
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hyperparameters::{DataFacts, Hyperparameters};
+
+    const SMOLLM2_135M: ModelSize = ModelSize {
+        vocab_size: 49_152,
+        hidden_size: 576,
+        intermediate_size: 1536,
+        num_hidden_layers: 30,
+        query_width: 576,
+        key_value_width: 192,
+        tie_word_embeddings: true,
+    };
+
+    fn estimate(kind: &str, tokens: u64, recompute: bool) -> MemoryEstimate {
+        let fields = serde_json::json!({"adapter": {"type": kind}});
+        let (parsed, _) =
+            Hyperparameters::parse(fields.as_object().expect("object"), "").expect("valid");
+        let resolved = parsed.resolve(&DataFacts { examples: 100, context_length: 2048 });
+        let pass = PassSize { tokens, several: false, recompute };
+        MemoryEstimate::new(&SMOLLM2_135M, &resolved, pass)
+    }
+
+    #[test]
+    fn parameters_are_those_of_the_published_model() {
+        assert_eq!(SMOLLM2_135M.parameters(), 134_515_008);
+        let all = TARGET_MODULES.map(str::to_owned);
+        assert_eq!(SMOLLM2_135M.lora_parameters(16, &all), 4_884_480);
+    }
+
+    #[test]
+    fn full_fine_tuning_keeps_four_values_of_each_weight_and_lora_of_each_of_its_own() {
+        let full = estimate("full", 1, false);
+        assert_eq!(full.weights + full.gradients + full.optimizer, 16 * 134_515_008);
+        let lora = estimate("lora", 1, false);
+        let adapter = 16 * 4_884_480;
+        assert_eq!(lora.weights + lora.gradients + lora.optimizer, 4 * 134_515_008 + adapter);
+    }
+
+    #[test]
+    fn recomputing_leaves_one_layers_activations_and_the_inputs_of_all() {
+        let (kept, recomputed) = (estimate("lora", 2048, false), estimate("lora", 2048, true));
+        assert!(recomputed.activations * 3 < kept.activations, "{recomputed} {kept}");
+    }
+
+    #[test]
+    fn sizes_are_read_in_mib_and_gib() {
+        assert_eq!(Size(64 << 20).to_string(), "64 MiB");
+        assert_eq!(Size(3 << 29).to_string(), "1.5 GiB");
+        assert!(estimate("lora", 64, false).to_string().contains("(weights 532 MiB, gradients"));
+    }
+}

@@ -1,0 +1,77 @@
+//! Gradient checkpointing: the backward pass computes each layer again (Chen et al. 2016).
+//!
+//! A forward pass keeps only the input of each layer. Going back, one layer at a time is computed
+//! again, this time with its graph, and left behind: the memory of one layer's activations in place
+//! of all, for one more forward pass through the layers. The gradients are the same bits, since the
+//! same operations run on the same numbers; so whether a job recomputes may be chosen by memory.
+
+use burn::tensor::{Gradients, Tensor};
+
+use super::decoder::{Decoder, Pass};
+use crate::batch::Batch;
+use crate::error::EngineError;
+use crate::ops::dropout::DropoutKey;
+use crate::ops::head::HeadLoss;
+use crate::parameter::Parameters;
+
+impl Decoder {
+    /// Adds the gradients of `scale` · the batch's loss to the accumulated ones, once `check` has
+    /// found the loss in order.
+    pub(crate) fn backward_recomputed<T>(
+        &self,
+        parameters: &mut Parameters,
+        batch: &Batch,
+        scale: f64,
+        dropout: DropoutKey,
+        check: impl FnOnce(&HeadLoss) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        let pass = Pass::new(self, batch, Some(dropout));
+        let constants = parameters.frozen();
+        let mut x = pass.embedded(&constants);
+        let mut inputs = Vec::with_capacity(self.num_layers());
+        for layer in 0..self.num_layers() {
+            inputs.push(x.clone());
+            x = pass.layer(&constants, layer, x);
+        }
+        drop(constants);
+
+        let output = leaf(x);
+        let hidden = self.final_norm(parameters, output.clone());
+        let head = self.head_loss(parameters, hidden, batch)?;
+        let checked = check(&head)?;
+        // The head's part waits for the embedding's, which may be the same matrix: that the two are
+        // added first and then to what was accumulated is part of the bits.
+        let mut head_gradients = head.loss.mul_scalar(scale).backward();
+        let mut gradient = take(&output, &mut head_gradients);
+        for (layer, input) in inputs.into_iter().enumerate().rev() {
+            let input = leaf(input);
+            let output = pass.layer(parameters, layer, input.clone());
+            let mut gradients = backward_from(output, gradient);
+            gradient = take(&input, &mut gradients);
+            parameters.accumulate(&mut gradients);
+        }
+        let embedded = pass.embedded(parameters);
+        if embedded.is_tracked() {
+            let mut gradients = backward_from(embedded, gradient);
+            parameters.accumulate_parts(&mut [&mut head_gradients, &mut gradients]);
+        } else {
+            parameters.accumulate(&mut head_gradients);
+        }
+        Ok(checked)
+    }
+}
+
+/// The same values as the start of a graph of their own.
+fn leaf(x: Tensor<2>) -> Tensor<2> {
+    x.inner().autodiff().require_grad()
+}
+
+/// The backward pass from `output`, whose gradient is known: that of Σ output∘gradient.
+fn backward_from(output: Tensor<2>, gradient: Tensor<2>) -> Gradients {
+    (output * gradient.autodiff()).sum().backward()
+}
+
+/// The gradient of a layer's input.
+fn take(input: &Tensor<2>, gradients: &mut Gradients) -> Tensor<2> {
+    input.grad_remove(gradients).expect("a loss depends on each layer's input")
+}

@@ -1,0 +1,89 @@
+//! The estimate of a run's memory beside the peak that a process shows, on a real model.
+//!
+//! Each case is a process of its own, since a peak belongs to a process.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tunesmith_core::hyperparameters::{AdapterConfig, DataFacts, Hyperparameters};
+use tunesmith_core::memory::{MemoryEstimate, PassSize};
+use tunesmith_engine::models::config::ModelConfig;
+use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
+
+const CASE: &str = "TUNESMITH_TEST_MEMORY_CASE";
+const TOKENS: usize = 512;
+const ROW: usize = 256;
+
+fn model_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-models/SmolLM2-135M-Instruct")
+}
+
+/// What a case trains, and whether it computes layers again.
+fn case(name: &str) -> (AdapterConfig, bool) {
+    match name {
+        "lora" => (AdapterConfig::default(), false),
+        "lora-recomputed" => (AdapterConfig::default(), true),
+        "full" => (AdapterConfig::full(), false),
+        "full-recomputed" => (AdapterConfig::full(), true),
+        other => panic!("no case {other:?}"),
+    }
+}
+
+/// The greatest resident size of this process so far, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Two steps on rows of random tokens, every one of them with loss.
+#[test]
+#[ignore = "a process that the test below starts"]
+fn helper_trains_two_steps() {
+    let (adapter, recompute) = case(&std::env::var(CASE).unwrap());
+    let mut model = TrainableModel::load(&model_dir(), &adapter, 7, &Device::cpu()).unwrap();
+    model.set_gradient_checkpointing(recompute);
+    let ids: Vec<u32> = (0..TOKENS as u32).map(|token| 17 + token * 7919 % 49_000).collect();
+    let mut batch = Batch { weights: vec![1.0; TOKENS], ids, ..Batch::default() };
+    for row in 0..TOKENS / ROW {
+        let tokens = row * ROW..(row + 1) * ROW;
+        batch.segments.push(tunesmith_engine::batch::Segment::whole(tokens));
+        batch.rows.push(row);
+    }
+    for step in 0..2 {
+        let key = DropoutKey { seed: 1, step, micro_batch: 0 };
+        model.forward_backward(&batch, 1e-3, key).unwrap();
+        let params = AdamWParams { learning_rate: 1e-5, ..AdamWParams::default() };
+        model.optimizer_step(&params, Some(1.0)).unwrap();
+    }
+    println!("peak {}", peak());
+}
+
+#[test]
+fn peak_of_a_run_is_within_a_fifth_of_its_estimate() {
+    let config = ModelConfig::read(&model_dir()).unwrap();
+    let mut failures = Vec::new();
+    for name in ["lora", "lora-recomputed", "full", "full-recomputed"] {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "helper_trains_two_steps", "--nocapture"])
+            .env(CASE, name)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        let (_, rest) = text.split_once("peak ").unwrap();
+        let peak: u64 = rest.split_whitespace().next().unwrap().parse().unwrap();
+
+        let (adapter, recompute) = case(name);
+        let hyperparameters = Hyperparameters { adapter, ..Hyperparameters::default() }
+            .resolve(&DataFacts { examples: 4, context_length: 2048 });
+        let pass = PassSize { tokens: TOKENS as u64, several: false, recompute };
+        let estimate = MemoryEstimate::new(&config.size(), &hyperparameters, pass);
+        let ratio = estimate.total() as f64 / peak as f64;
+        println!("{name}: peak {} MiB, estimate {estimate}, ratio {ratio:.2}", peak >> 20);
+        if !(0.8..1.2).contains(&ratio) {
+            failures.push(format!("{name}: {ratio:.2}"));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:?}");
+}
