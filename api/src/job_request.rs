@@ -66,6 +66,7 @@ impl JobRequest {
             )
             .with_param(format!("{path}.validation_split")));
         }
+        parsed.check_validation_rows(validation_file.is_some(), path)?;
         let unknown: Vec<String> = fields
             .keys()
             .filter(|key| !FIELDS.contains(&key.as_str()))
@@ -290,6 +291,15 @@ mod tests {
         ] {
             parse(json!({ name: value })).expect(name);
         }
+    }
+
+    #[test]
+    fn early_stopping_without_validation_rows_is_refused_and_says_the_way_out() {
+        let stopping = json!({"early_stopping_patience": 2});
+        let error = parse(json!({"hyperparameters": stopping})).expect_err("no validation rows");
+        assert_eq!(error.param.as_deref(), Some("hyperparameters.early_stopping_patience"));
+        assert!(error.message.contains("Give a validation_file"), "{}", error.message);
+        parse(json!({"hyperparameters": stopping, "validation_file": "file-b"})).expect("valid");
     }
 
     #[test]

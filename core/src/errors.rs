@@ -83,6 +83,8 @@ error_table! {
     InvalidTrainingFile = "invalid_training_file", 400, "invalid_request_error";
     /// The loss or a gradient was no longer a number.
     NonFiniteLoss = "non_finite_loss", 400, "invalid_request_error";
+    /// The loss leapt far above what it was.
+    LossSpike = "loss_spike", 400, "invalid_request_error";
     /// The job does not fit into the worker's memory.
     OutOfMemory = "out_of_memory", 400, "invalid_request_error";
     /// Workers were lost again and again without progress.

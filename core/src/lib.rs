@@ -5,6 +5,7 @@
 //! turns uploaded files into tokens with loss weights. Pure: no async, no sockets, no SQL, no burn.
 
 pub mod dataset;
+pub mod diagnosis;
 pub mod errors;
 pub mod hyperparameters;
 pub mod ids;

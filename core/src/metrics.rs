@@ -33,3 +33,12 @@ pub struct StepMetrics {
     /// Training time since the job's start, time before a resume included.
     pub elapsed_seconds: f64,
 }
+
+/// The step with the lowest validation loss.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct BestStep {
+    /// Counted from 1.
+    pub step: u64,
+    /// The loss after that step.
+    pub valid_loss: f64,
+}

@@ -7,7 +7,7 @@
 use crate::errors::ErrorCode;
 use crate::ids::JobId;
 use crate::job::TrainSpec;
-use crate::metrics::StepMetrics;
+use crate::metrics::{BestStep, StepMetrics};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -61,11 +61,10 @@ pub enum FromTrainer {
     Step(StepMetrics),
     /// A checkpoint directory is complete on disk.
     Checkpoint(CheckpointWritten),
-    /// All steps are done. The last checkpoint holds the final weights.
-    Finished {
-        /// Tokens seen in training, each epoch counted.
-        trained_tokens: u64,
-    },
+    /// A sentence for the job's owner.
+    Note(Note),
+    /// The run has come to its end.
+    Finished(Finished),
     /// The trainer obeyed [`ToTrainer::Stop`]; the last checkpoint is where to go on.
     Stopped,
     /// The job cannot go on.
@@ -77,6 +76,41 @@ pub enum FromTrainer {
         /// The request's parameter at fault.
         param: Option<String>,
     },
+}
+
+/// A sentence for the job's owner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// How much it matters.
+    pub level: NoteLevel,
+    /// The sentence.
+    pub message: String,
+    /// Names the occasion: a run that is resumed may say a note again, and it is stored once.
+    pub key: String,
+}
+
+/// How much a note matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NoteLevel {
+    /// As it should be.
+    Info,
+    /// Worth a look.
+    Warn,
+}
+
+/// A run that has come to its end, by its last step or by early stopping.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Finished {
+    /// Tokens seen in training, each epoch counted.
+    pub trained_tokens: u64,
+    /// Optimiser steps done: fewer than [`Started::total_steps`] after early stopping.
+    pub steps: u64,
+    /// The step with the lowest validation loss, where there are validation rows.
+    pub best: Option<BestStep>,
+    /// The step whose checkpoint is the tuned model. It was reported as a
+    /// [`FromTrainer::Checkpoint`] that is not for resuming only.
+    pub model_step: u64,
 }
 
 /// The facts of a run, known once everything is loaded.
@@ -174,13 +208,15 @@ mod tests {
     fn frames_come_back_in_order_and_the_end_is_none() {
         let mut wire = Vec::new();
         write_frame(&mut wire, &ToTrainer::Stop).expect("write");
-        write_frame(&mut wire, &FromTrainer::Finished { trained_tokens: 7 }).expect("write");
+        let note = FromTrainer::Note(Note {
+            level: NoteLevel::Warn,
+            message: "The loss rises.".to_owned(),
+            key: "rises".to_owned(),
+        });
+        write_frame(&mut wire, &note).expect("write");
         let mut reader = wire.as_slice();
         assert_eq!(read_frame(&mut reader).expect("read"), Some(ToTrainer::Stop));
-        assert_eq!(
-            read_frame(&mut reader).expect("read"),
-            Some(FromTrainer::Finished { trained_tokens: 7 })
-        );
+        assert_eq!(read_frame(&mut reader).expect("read"), Some(note));
         assert_eq!(read_frame::<ToTrainer>(&mut reader).expect("read"), None);
     }
 

@@ -27,6 +27,9 @@ pub enum EngineError {
     /// The numbers went wrong (a loss or gradient that is not finite).
     #[error("{0}")]
     Numeric(String),
+    /// The loss leapt far above what it was.
+    #[error("{0}")]
+    Spike(String),
     /// The device that was asked for is not there or failed.
     #[error("{0}")]
     Device(String),
@@ -53,6 +56,7 @@ impl EngineError {
         match self {
             Self::Input(error) => error.clone(),
             Self::Numeric(message) => ApiError::new(ErrorCode::NonFiniteLoss, message),
+            Self::Spike(message) => ApiError::new(ErrorCode::LossSpike, message),
             other => ApiError::new(ErrorCode::TrainerFailed, other.to_string()),
         }
     }

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::hyperparameters::{
+    AdapterConfig, MuonLearningRate, Optimizer as OptimizerKind,
+};
 
 use crate::batch::{Batch, BatchOutcome};
 use crate::device::Device;
@@ -14,8 +16,9 @@ use crate::models::decoder::Decoder;
 use crate::models::load;
 use crate::ops::dropout::DropoutKey;
 use crate::ops::head::HeadLoss;
-use crate::optim::adamw::{AdamW, AdamWParams};
+use crate::optim::adamw::AdamWParams;
 use crate::optim::gradient_norm::{clip_factor, global_norm};
+use crate::optim::optimizer::Optimizer;
 use crate::parameter::{NamedTensor, Parameters, read};
 
 /// The optimiser's memory, as a checkpoint keeps it.
@@ -23,8 +26,9 @@ use crate::parameter::{NamedTensor, Parameters, read};
 pub struct OptimizerState {
     /// Updates done so far.
     pub step: u64,
-    /// First and second moments, `exp_avg.{name}` and `exp_avg_sq.{name}` for the name of each
-    /// trainable tensor. Empty before the first update.
+    /// What the optimiser remembers of each trainable tensor, by its name behind the name that
+    /// PyTorch's optimiser has for it: `exp_avg.{name}` and `exp_avg_sq.{name}` for AdamW. Empty
+    /// before the first update.
     pub tensors: Vec<NamedTensor>,
 }
 
@@ -36,7 +40,7 @@ pub struct OptimizerState {
 pub struct TrainableModel {
     decoder: Arc<Decoder>,
     parameters: Parameters,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     gradient_checkpointing: bool,
 }
 
@@ -58,7 +62,7 @@ impl TrainableModel {
         Ok(Self {
             decoder: Arc::new(decoder),
             parameters,
-            optimizer: AdamW::default(),
+            optimizer: Optimizer::default(),
             gradient_checkpointing: false,
         })
     }
@@ -67,6 +71,20 @@ impl TrainableModel {
     /// memory, more time, the same bits.
     pub fn set_gradient_checkpointing(&mut self, recompute: bool) {
         self.gradient_checkpointing = recompute;
+    }
+
+    /// Chooses the optimiser in place of AdamW. What the old one remembered is forgotten.
+    pub fn set_optimizer(&mut self, kind: OptimizerKind, muon_learning_rate: MuonLearningRate) {
+        self.optimizer = Optimizer::new(kind, muon_learning_rate);
+    }
+
+    /// Adds NEFTune's noise of this α to the embeddings in training; 0, the default, for none.
+    ///
+    /// # Panics
+    /// When there are replicas of this model already: they would be without.
+    pub fn set_neftune_noise_alpha(&mut self, alpha: f64) {
+        let decoder = Arc::get_mut(&mut self.decoder).expect("no replica shares the decoder yet");
+        decoder.set_neftune_noise_alpha(alpha);
     }
 
     /// The architecture.
@@ -163,7 +181,7 @@ impl TrainableModel {
     }
 
     /// One update: clips the accumulated gradients to a global L2 norm of `max_grad_norm` (None
-    /// leaves them), applies AdamW, and clears them. Returns the norm before clipping.
+    /// leaves them), applies the optimiser, and clears them. Returns the norm before clipping.
     ///
     /// # Errors
     /// [`EngineError::Numeric`] when the norm is not finite, or when there is no gradient: nothing
@@ -181,6 +199,13 @@ impl TrainableModel {
         }
         self.optimizer.update(&mut self.parameters, params, clip_factor(norm, max_grad_norm));
         Ok(norm)
+    }
+
+    /// Forgets the gradients since the last update.
+    pub fn clear_gradients(&mut self) {
+        for parameter in self.parameters.trainable_mut() {
+            parameter.take_gradient();
+        }
     }
 
     /// The tensors that train: PEFT's names for LoRA, Hugging Face's for full fine-tuning.
@@ -214,8 +239,7 @@ impl TrainableModel {
     /// [`EngineError::Checkpoint`] naming a tensor that is missing, unknown or misshapen: nothing
     /// is changed then.
     pub fn load_optimizer_tensors(&mut self, state: OptimizerState) -> Result<(), EngineError> {
-        self.optimizer = AdamW::import(&self.parameters, state)?;
-        Ok(())
+        self.optimizer.import(&self.parameters, state)
     }
 
     /// The same model on `device`, without the optimiser's memory. On the same device it shares
@@ -224,7 +248,7 @@ impl TrainableModel {
         Self {
             decoder: Arc::clone(&self.decoder),
             parameters: self.parameters.replica(device.burn()),
-            optimizer: AdamW::default(),
+            optimizer: Optimizer::default(),
             gradient_checkpointing: self.gradient_checkpointing,
         }
     }

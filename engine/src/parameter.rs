@@ -169,6 +169,11 @@ impl Parameter {
         self.value.dims()
     }
 
+    /// The public tensors inside, in the order of their rows.
+    pub(crate) fn names(&self) -> &[NamedRows] {
+        &self.names
+    }
+
     pub(crate) fn value(&self) -> &Tensor<2> {
         &self.value
     }

@@ -11,6 +11,7 @@ use sqlx::{FromRow, Row as _};
 use time::OffsetDateTime;
 use tunesmith_core::errors::ApiError;
 use tunesmith_core::ids::{CheckpointId, EventId, FileId, JobId, ProjectId};
+use tunesmith_core::protocol::{Note, NoteLevel};
 
 words! {
     /// How much an event matters.
@@ -104,6 +105,15 @@ impl NewEvent {
     pub fn once(mut self, key: impl Into<String>) -> Self {
         self.dedupe_key = Some(key.into());
         self
+    }
+
+    /// What the trainer has to say. A run that is resumed says it again; it is stored once.
+    pub fn note(note: &Note) -> Self {
+        let level = match note.level {
+            NoteLevel::Info => Level::Info,
+            NoteLevel::Warn => Level::Warn,
+        };
+        Self::message(level, &note.message).once(format!("note-{}", note.key))
     }
 
     fn info(message: impl Into<String>) -> Self {

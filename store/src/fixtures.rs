@@ -113,6 +113,8 @@ impl World {
         let stored = self.store().objects().put_bytes(&key, content).await.expect("stored");
         Completed {
             trained_tokens: 1234,
+            steps: 12,
+            model_step: 12,
             result_file: id,
             result_filename: "step_metrics.csv".to_owned(),
             result_stored: stored,

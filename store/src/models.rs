@@ -104,8 +104,8 @@ impl Store {
     }
 
     /// Deletes a tuned model, with the checkpoint that has the same weights, or one checkpoint.
-    /// Weights that something else still needs stay: a checkpoint's that a model has too or that
-    /// its job may resume from.
+    /// Weights that something else still needs stay: a checkpoint's that a model has too, that
+    /// its job may resume from, or that may turn out as the job's best.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
@@ -130,7 +130,8 @@ impl Store {
             // The job's row is locked so that it cannot succeed with these weights meanwhile.
             None => sqlx::query(
                 "WITH job AS (
-                     SELECT jobs.id, finished_at, resume_attempt, resume_step
+                     SELECT jobs.id, finished_at, resume_attempt, resume_step,
+                         resolved -> 'load_best_model_at_end' = 'true' AS may_be_best
                      FROM jobs JOIN checkpoints ON checkpoints.job_id = jobs.id
                      WHERE checkpoints.name = $1 AND jobs.project_id = $2 FOR UPDATE OF jobs
                  ), gone AS (
@@ -138,8 +139,9 @@ impl Store {
                      WHERE name = $1 AND job_id = job.id AND deleted_at IS NULL
                      RETURNING job_id, attempt, step
                  ) SELECT gone.job_id, gone.attempt, gone.step,
-                     (job.finished_at IS NULL AND job.resume_attempt = gone.attempt
-                         AND job.resume_step = gone.step) IS TRUE
+                     (job.finished_at IS NULL AND (job.may_be_best
+                         OR job.resume_attempt = gone.attempt
+                         AND job.resume_step = gone.step)) IS TRUE
                      OR EXISTS (SELECT 1 FROM models WHERE models.job_id = gone.job_id
                          AND models.attempt = gone.attempt AND models.step = gone.step)
                      AS needed

@@ -6,6 +6,7 @@ use crate::retry::retry;
 use crate::session::{Claim, Ending, Outcome, SessionError};
 use bytes::Bytes;
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::protocol::Finished;
 use tunesmith_store::lease::{AfterLoss, Completed, MAX_TRIES};
 use tunesmith_store::objects::{ObjectKey, ObjectPrefix};
 
@@ -44,8 +45,8 @@ impl Claim<'_> {
     async fn write(&self, keeper: &LeaseKeeper, ending: Ending) -> Result<Outcome, SessionError> {
         let (store, lease, job_id) = (&self.context.store, &self.lease, &self.job.id);
         match ending {
-            Ending::Finished { trained_tokens, initial_valid_loss } => {
-                let completed = self.store_results(trained_tokens, initial_valid_loss).await?;
+            Ending::Finished { finished, initial_valid_loss } => {
+                let completed = self.store_results(&finished, initial_valid_loss).await?;
                 let _settling = keeper.settle().await;
                 retry("complete_job", || store.complete_job(lease, &completed)).await?;
                 tracing::info!(%job_id, "a job succeeded");
@@ -86,11 +87,13 @@ impl Claim<'_> {
     /// that never is goes with the uploads that broke off.
     async fn store_results(
         &self,
-        trained_tokens: u64,
+        finished: &Finished,
         initial_valid_loss: Option<f64>,
     ) -> Result<Completed, SessionError> {
         let (store, project) = (&self.context.store, &self.job.project_id);
-        let steps = retry("metrics", || store.metrics(project, &self.job.id, 0)).await?;
+        let mut steps = retry("metrics", || store.metrics(project, &self.job.id, 0)).await?;
+        // A run that went back and then stopped early leaves steps that are none of its own.
+        steps.retain(|step| step.step <= finished.steps);
         let csv = results_csv(&steps, initial_valid_loss)
             .map_err(|error| SessionError::Attempt(format!("the result file: {error}")))?;
         let csv = Bytes::from(csv);
@@ -100,7 +103,9 @@ impl Claim<'_> {
         let result_stored =
             retry("upload of the result file", || objects.put_bytes(&key, csv.clone())).await?;
         Ok(Completed {
-            trained_tokens,
+            trained_tokens: finished.trained_tokens,
+            steps: finished.steps,
+            model_step: finished.model_step,
             result_file,
             result_filename: RESULT_FILENAME.to_owned(),
             result_stored,

@@ -1,28 +1,40 @@
-//! Steps on their way into the database: gathered for up to a second, then written together.
+//! Steps and notes on their way into the database: gathered for up to a second, then written
+//! together.
 
 use crate::messages::{step_data, step_message};
 use crate::retry::retry;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::protocol::Note;
 use tunesmith_store::events::NewEvent;
 use tunesmith_store::lease::Lease;
 use tunesmith_store::{Store, StoreError};
 
-/// Steps that a trainer has told of and that are not written yet.
+/// What a trainer has told of and what is not written yet.
 pub(crate) struct Reporter {
     store: Store,
     lease: Lease,
     flush_interval: Duration,
     total_steps: u64,
     steps: Vec<StepMetrics>,
-    /// When the oldest of `steps` is to be written.
+    /// What there is to say of the steps, and the notes between them.
+    events: Vec<NewEvent>,
+    /// When the oldest of these is to be written.
     due: Option<Instant>,
 }
 
 impl Reporter {
     pub(crate) fn new(store: Store, lease: Lease, flush_interval: Duration) -> Self {
-        Self { store, lease, flush_interval, total_steps: 0, steps: Vec::new(), due: None }
+        Self {
+            store,
+            lease,
+            flush_interval,
+            total_steps: 0,
+            steps: Vec::new(),
+            events: Vec::new(),
+            due: None,
+        }
     }
 
     /// The N of `Step n/N`, known once the run has begun.
@@ -32,8 +44,22 @@ impl Reporter {
 
     /// Takes a step in.
     pub(crate) fn add(&mut self, step: StepMetrics) {
-        self.due.get_or_insert_with(|| Instant::now() + self.flush_interval);
+        let total = self.total_steps;
+        let event = NewEvent::step(step.step, step_message(&step, total), step_data(&step, total));
+        // A run that went back to a checkpoint trains a step again: the last time counts.
+        self.steps.retain(|other| other.step != step.step);
         self.steps.push(step);
+        self.say(event);
+    }
+
+    /// Takes a note in.
+    pub(crate) fn add_note(&mut self, note: &Note) {
+        self.say(NewEvent::note(note));
+    }
+
+    fn say(&mut self, event: NewEvent) {
+        self.due.get_or_insert_with(|| Instant::now() + self.flush_interval);
+        self.events.push(event);
     }
 
     /// Returns when [`flush`](Self::flush) should be called: never while there is nothing to write.
@@ -44,21 +70,18 @@ impl Reporter {
         }
     }
 
-    /// Writes what there is. Steps are forgotten only once they are written, so this may be
-    /// dropped half-way and called again.
+    /// Writes what there is. It is forgotten only once it is written, so this may be dropped
+    /// half-way and called again.
     pub(crate) async fn flush(&mut self) -> Result<(), StoreError> {
-        if !self.steps.is_empty() {
-            let events: Vec<_> = self.steps.iter().map(|step| self.event(step)).collect();
-            retry("record_steps", || self.store.record_steps(&self.lease, &self.steps, &events))
-                .await?;
+        if !self.events.is_empty() {
+            retry("record_steps", || {
+                self.store.record_steps(&self.lease, &self.steps, &self.events)
+            })
+            .await?;
             self.steps.clear();
+            self.events.clear();
         }
         self.due = None;
         Ok(())
-    }
-
-    fn event(&self, step: &StepMetrics) -> NewEvent {
-        let total = self.total_steps;
-        NewEvent::step(step.step, step_message(step, total), step_data(step, total))
     }
 }

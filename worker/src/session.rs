@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tunesmith_core::errors::ApiError;
-use tunesmith_core::protocol::FromTrainer;
+use tunesmith_core::protocol::{Finished, FromTrainer};
 use tunesmith_store::jobs::Job;
 use tunesmith_store::lease::{ClaimedJob, GiveBack, Lease, LeaseState};
 use tunesmith_store::{Store, StoreError};
@@ -61,10 +61,10 @@ impl From<TrainerError> for SessionError {
 /// How training ended; what is written for it follows from this.
 #[derive(Debug)]
 pub(crate) enum Ending {
-    /// All steps are done.
+    /// The run has come to its end.
     Finished {
-        /// Tokens seen in training, each epoch counted.
-        trained_tokens: u64,
+        /// What the trainer said of it.
+        finished: Finished,
         /// Loss on the validation rows before the first step.
         initial_valid_loss: Option<f64>,
     },
@@ -225,8 +225,9 @@ impl<'a> Session<'a> {
                         self.reporter.flush().await?;
                         self.checkpoints.add(checkpoint);
                     }
-                    Ok(Some(FromTrainer::Finished { trained_tokens })) => {
-                        break Ending::Finished { trained_tokens, initial_valid_loss };
+                    Ok(Some(FromTrainer::Note(note))) => self.reporter.add_note(&note),
+                    Ok(Some(FromTrainer::Finished(finished))) => {
+                        break Ending::Finished { finished, initial_valid_loss };
                     }
                     Ok(Some(FromTrainer::Stopped)) => {
                         break match stopping {

@@ -98,6 +98,32 @@ async fn a_job_that_nothing_disturbs_leaves_everything_in_its_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_stops_early_ends_well_with_the_checkpoint_that_it_names() {
+    let world = World::new().await;
+    let id = world.queued_job().await;
+    // Killed after step 5, so that the named checkpoint, of step 4, is of the first attempt.
+    let script = json!({
+        "total_steps": 20, "checkpoint_steps": 2, "validation": true, "stop_early_at_step": 6,
+        "die_after_steps": 5, "die_only_when_fresh": true,
+    });
+    let worker = world.start(world.config(&script));
+    let job = world.ended(&id).await;
+    worker.drain().await;
+
+    assert_eq!(job.status, JobStatus::Succeeded, "{:?}", job.error);
+    assert_eq!((job.attempt, job.trained_tokens, job.last_step), (2, Some(60), 6));
+    assert_eq!(job.run.expect("it ran").total_steps, 6, "the total is what was done");
+    world.assert_each_step_once(&id, 6).await;
+    let model = world.store.model(&world.project, &job.model_name).await.expect("model");
+    assert_eq!(model.place, CheckpointPlace { job: id.clone(), attempt: 1, step: 4 });
+    let weights = world.store.objects().list(&model.weights()).await.expect("list");
+    assert_eq!(weights.len(), 3, "{weights:?}");
+    let messages = world.messages(&id).await;
+    let notes = messages.iter().filter(|message| *message == "The loss rises.").count();
+    assert_eq!(notes, 1, "{messages:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_killed_trainer_goes_on_from_its_checkpoint_and_the_curve_is_the_same() {
     let world = World::new().await;
     let calm = json!({"total_steps": 9, "checkpoint_steps": 2, "validation": true});

@@ -213,6 +213,8 @@ impl TestApi {
         let key = ObjectKey::File(result_file.clone());
         let completed = Completed {
             trained_tokens: 1000,
+            steps: 10,
+            model_step: 10,
             result_file,
             result_filename: "step_metrics.csv".to_owned(),
             result_stored: self.store.objects().put_bytes(&key, csv).await.expect("put"),

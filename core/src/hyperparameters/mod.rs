@@ -7,11 +7,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 mod adapter;
+mod optimization;
 mod reader;
 #[cfg(test)]
 mod tests;
 
 pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of};
+pub use optimization::{LrScheduler, MuonLearningRate, OnDivergence, Optimizer};
 
 use reader::{Reader, above, closed};
 
@@ -33,19 +35,6 @@ impl<T: Copy> Auto<T> {
             Self::Value(value) => value,
         }
     }
-}
-
-/// How the learning rate moves after warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LrScheduler {
-    /// Stays at its peak.
-    Constant,
-    /// Falls on a straight line to 0 at the last step.
-    #[default]
-    Linear,
-    /// Falls on half a cosine wave to 0 at the last step.
-    Cosine,
 }
 
 /// A learning rate of 1.0 × the multiplier, for LoRA.
@@ -115,10 +104,27 @@ hyperparameters! {
     lr_scheduler: LrScheduler = word();
     /// Share of all steps in which the learning rate rises from 0 to its peak.
     warmup_ratio: f64 = number(closed(0.0, 1.0));
-    /// Decoupled weight decay of AdamW.
+    /// Where a falling schedule ends, as a share of the peak.
+    min_lr_ratio: f64 = number(closed(0.0, 1.0));
+    /// Share of all steps in which `wsd` falls.
+    decay_ratio: f64 = number(closed(0.0, 1.0));
+    /// What turns gradients into new weights.
+    optimizer: Optimizer = word();
+    /// How fast AdamW forgets old gradients: β₁.
+    adam_beta1: f64 = number(closed(0.0, 0.999_999));
+    /// How fast AdamW forgets old squares of gradients: β₂.
+    adam_beta2: f64 = number(closed(0.0, 0.999_999));
+    /// Added to the root that AdamW divides by.
+    adam_epsilon: f64 = number(above(0.0, 1.0));
+    /// How Muon's rate follows a matrix's shape.
+    muon_adjust_lr_fn: MuonLearningRate = word();
+    /// Decoupled weight decay, of every optimiser.
     weight_decay: f64 = number(closed(0.0, 1.0));
     /// Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
     max_grad_norm: f64 = number(closed(0.0, 1_000_000.0));
+    /// α of NEFTune (Jain et al. 2023): in training, uniform noise of ±α / √(L·d) lies on the
+    /// embeddings of a row of L tokens and width d; 0 for none.
+    neftune_noise_alpha: f64 = number(closed(0.0, 1_000.0));
     /// Forward and backward passes to one optimiser step.
     gradient_accumulation_steps: u64 = integer(closed(1.0, 1024.0));
     /// The most optimiser steps, whatever `n_epochs` says; 0 sets no limit.
@@ -136,6 +142,16 @@ hyperparameters! {
     checkpoint_steps: u64 = integer(closed(1.0, 10_000_000.0));
     /// Share of the training rows that is held out for validation.
     validation_split: f64 = number(closed(0.0, 0.5));
+    /// Evaluations without a lower validation loss after which the run ends; 0 for never.
+    early_stopping_patience: u64 = integer(closed(0.0, 1_000_000.0));
+    /// How far below the lowest so far a validation loss must lie to count as lower.
+    early_stopping_threshold: f64 = number(closed(0.0, 1_000.0));
+    /// Whether the tuned model is the checkpoint with the lowest validation loss and not the last.
+    load_best_model_at_end: bool = boolean();
+    /// What happens when the loss or a gradient is no number, or when the loss leaps.
+    on_divergence: OnDivergence = word();
+    /// A step's loss of more than this times the median of the last ones is a leap; 0 for none.
+    spike_factor: f64 = number(closed(0.0, 1_000_000.0));
 }
 
 fn wire<T: Serialize>(value: &Auto<T>) -> Value {
@@ -174,8 +190,26 @@ impl Hyperparameters {
             )
             .with_param(format!("{path}.learning_rate")));
         }
+        optimization::check(&parsed, path)?;
         let unknown = fields.keys().filter(|key| !NAMES.contains(&key.as_str())).cloned().collect();
         Ok((parsed, unknown))
+    }
+
+    /// Checks that there are validation rows where a hyperparameter asks for them. `path` is where
+    /// the hyperparameters stand in the request.
+    ///
+    /// # Errors
+    /// `invalid_value` naming the hyperparameter and the way out.
+    pub fn check_validation_rows(
+        &self,
+        has_validation_file: bool,
+        path: &str,
+    ) -> Result<(), ApiError> {
+        let has_split = self.validation_split.unwrap_or_else(|| 0.0) > 0.0;
+        if has_validation_file || has_split {
+            return Ok(());
+        }
+        optimization::check_without_validation_rows(self, path)
     }
 
     /// The method's own learning rate, by which a multiplier counts.
@@ -215,6 +249,7 @@ impl Hyperparameters {
         let learning_rate = self
             .learning_rate
             .unwrap_or_else(|| default_rate * self.learning_rate_multiplier.unwrap_or_else(|| 1.0));
+        let early_stopping_patience = self.early_stopping_patience.unwrap_or_else(|| 0);
         let mut resolved = ResolvedHyperparameters {
             n_epochs: self.n_epochs.unwrap_or_else(|| auto_epochs(examples)),
             batch_size: self.batch_size.unwrap_or_else(|| auto_batch_size(examples)),
@@ -224,8 +259,16 @@ impl Hyperparameters {
             learning_rate,
             lr_scheduler: self.lr_scheduler.unwrap_or_else(LrScheduler::default),
             warmup_ratio: self.warmup_ratio.unwrap_or_else(|| 0.03),
+            min_lr_ratio: self.min_lr_ratio.unwrap_or_else(|| 0.0),
+            decay_ratio: self.decay_ratio.unwrap_or_else(|| 0.2),
+            optimizer: self.optimizer.unwrap_or_else(Optimizer::default),
+            adam_beta1: self.adam_beta1.unwrap_or_else(|| 0.9),
+            adam_beta2: self.adam_beta2.unwrap_or_else(|| 0.999),
+            adam_epsilon: self.adam_epsilon.unwrap_or_else(|| 1e-8),
+            muon_adjust_lr_fn: self.muon_adjust_lr_fn.unwrap_or_else(MuonLearningRate::default),
             weight_decay: self.weight_decay.unwrap_or_else(|| 0.0),
             max_grad_norm: self.max_grad_norm.unwrap_or_else(|| 1.0),
+            neftune_noise_alpha: self.neftune_noise_alpha.unwrap_or_else(|| 0.0),
             gradient_accumulation_steps: self.gradient_accumulation_steps.unwrap_or_else(|| 1),
             max_steps: self.max_steps.unwrap_or_else(|| 0),
             max_seq_length: self
@@ -237,6 +280,13 @@ impl Hyperparameters {
             eval_steps: 1,
             checkpoint_steps: 1,
             validation_split: self.validation_split.unwrap_or_else(|| 0.0),
+            early_stopping_patience,
+            early_stopping_threshold: self.early_stopping_threshold.unwrap_or_else(|| 0.0),
+            load_best_model_at_end: self
+                .load_best_model_at_end
+                .unwrap_or_else(|| early_stopping_patience > 0),
+            on_divergence: self.on_divergence.unwrap_or_else(OnDivergence::default),
+            spike_factor: self.spike_factor.unwrap_or_else(|| 0.0),
             adapter: self.adapter.clone(),
         };
         let steps_per_epoch = resolved.steps_per_epoch(resolved.train_rows(facts.examples));

@@ -1,9 +1,10 @@
 //! Reading hyperparameters out of a request; every error names its field, its value and the rule.
 
+use super::Auto;
 use super::adapter::{AdapterConfig, AdapterType, TARGET_MODULES};
-use super::{Auto, LrScheduler};
 use crate::errors::{ApiError, ErrorCode};
-use serde::Deserialize as _;
+use serde::de::{DeserializeOwned, Deserializer, Visitor, value::Error as Refused};
+use serde::{Deserialize as _, forward_to_deserialize_any};
 use serde_json::{Map, Value};
 use std::fmt;
 
@@ -88,11 +89,12 @@ impl Reader<'_> {
             .ok_or_else(|| self.invalid(name, value, "\"auto\", true or false"))
     }
 
-    pub(super) fn word(&self, name: &str) -> Result<Auto<LrScheduler>, ApiError> {
+    /// One of the words of an enum of words.
+    pub(super) fn word<T: DeserializeOwned>(&self, name: &str) -> Result<Auto<T>, ApiError> {
         let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
-        LrScheduler::deserialize(value).map(Auto::Value).map_err(|_| {
-            self.invalid(name, value, "\"auto\", \"constant\", \"linear\" or \"cosine\"")
-        })
+        T::deserialize(value)
+            .map(Auto::Value)
+            .map_err(|_| self.invalid(name, value, one_of(words::<T>())))
     }
 
     pub(super) fn adapter(&self) -> Result<AdapterConfig, ApiError> {
@@ -135,6 +137,49 @@ impl Reader<'_> {
         }
         Ok(adapter)
     }
+}
+
+/// `"auto", "a", "b" or "c"`.
+fn one_of(words: &[&str]) -> String {
+    let mut text = "\"auto\"".to_owned();
+    for (index, word) in words.iter().enumerate() {
+        let before = if index + 1 == words.len() { " or " } else { ", " };
+        text.push_str(&format!("{before}\"{word}\""));
+    }
+    text
+}
+
+/// The words that an enum of words is read from, asked of its own reading.
+fn words<T: DeserializeOwned>() -> &'static [&'static str] {
+    struct Asks<'a>(&'a mut &'static [&'static str]);
+
+    impl<'de> Deserializer<'de> for Asks<'_> {
+        type Error = Refused;
+
+        fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Refused> {
+            Err(serde::de::Error::custom("only enums have words"))
+        }
+
+        fn deserialize_enum<V: Visitor<'de>>(
+            self,
+            _name: &'static str,
+            variants: &'static [&'static str],
+            visitor: V,
+        ) -> Result<V::Value, Refused> {
+            *self.0 = variants;
+            self.deserialize_any(visitor)
+        }
+
+        forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit
+            unit_struct newtype_struct seq tuple tuple_struct map struct identifier ignored_any
+        }
+    }
+
+    let mut words: &'static [&'static str] = &[];
+    // It always refuses, once it has heard the words.
+    let _ = T::deserialize(Asks(&mut words));
+    words
 }
 
 /// The modules that `value` names, in the order of [`TARGET_MODULES`]; `None` if it names none or

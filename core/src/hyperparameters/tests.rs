@@ -29,6 +29,20 @@ fn a_value_out_of_range_is_refused_naming_parameter_value_and_range() {
         json!({"lr_scheduler": "sawtooth"}),
         json!({"warmup_ratio": 1.1}),
         json!({"packing": 1}),
+        json!({"min_lr_ratio": -0.1}),
+        json!({"decay_ratio": 1.1}),
+        json!({"optimizer": "sgd"}),
+        json!({"neftune_noise_alpha": -1}),
+        json!({"early_stopping_patience": 1.5}),
+        json!({"early_stopping_threshold": -0.1}),
+        json!({"load_best_model_at_end": "yes"}),
+        json!({"on_divergence": "ignore"}),
+        json!({"spike_factor": 0.9}),
+        json!({"spike_factor": 1}),
+        json!({"adam_beta1": 1}),
+        json!({"adam_beta2": 1}),
+        json!({"adam_epsilon": 0}),
+        json!({"optimizer": "muon", "muon_adjust_lr_fn": "none", "adapter": {"type": "full"}}),
         json!({"prompt_loss_weight": 2}),
         json!({"validation_split": 0.9}),
         json!({"adapter": "lora"}),
@@ -42,6 +56,50 @@ fn a_value_out_of_range_is_refused_naming_parameter_value_and_range() {
         let error = parse(&bad).expect_err(&bad.to_string());
         assert!(error.param.expect("param").starts_with(PATH), "{bad}");
     }
+}
+
+#[test]
+fn a_word_that_is_none_is_refused_naming_the_words_there_are() {
+    let error = parse(&json!({"lr_scheduler": "sawtooth"})).expect_err("no such word");
+    assert_eq!(
+        error.message,
+        "Invalid value for 'lr_scheduler': \"sawtooth\". It must be \"auto\", \"constant\", \
+         \"linear\", \"cosine\" or \"wsd\"."
+    );
+}
+
+#[test]
+fn muon_is_refused_beside_an_adapter_and_says_the_way_out() {
+    let error = parse(&json!({"optimizer": "muon"})).expect_err("LoRA");
+    assert_eq!(error.param.as_deref(), Some("method.supervised.hyperparameters.optimizer"));
+    assert!(error.message.contains("adapter {\"type\": \"full\"}"), "{}", error.message);
+    let full = resolve(&json!({"optimizer": "muon", "adapter": {"type": "full"}}), 100);
+    assert_eq!(full.optimizer, Optimizer::Muon);
+    assert_eq!(full.muon_adjust_lr_fn, MuonLearningRate::MatchRmsAdamw);
+}
+
+#[test]
+fn what_looks_at_the_validation_loss_is_refused_without_validation_rows() {
+    for name in ["early_stopping_patience", "load_best_model_at_end"] {
+        let value = if name == "early_stopping_patience" { json!(2) } else { json!(true) };
+        let asked = parse(&json!({ name: value })).expect("valid");
+        let error = asked.check_validation_rows(false, PATH).expect_err(name);
+        assert_eq!(error.param, Some(format!("{PATH}.{name}")));
+        assert!(error.message.contains("validation_split"), "{}", error.message);
+        asked.check_validation_rows(true, PATH).expect("a validation file");
+        let split = parse(&json!({ name: value, "validation_split": 0.1 })).expect("valid");
+        split.check_validation_rows(false, PATH).expect("held-out rows");
+    }
+    let off = parse(&json!({"early_stopping_patience": 0, "load_best_model_at_end": false}));
+    off.expect("valid").check_validation_rows(false, PATH).expect("nothing is asked for");
+}
+
+#[test]
+fn early_stopping_keeps_the_best_checkpoint_unless_told_otherwise() {
+    assert!(!resolve(&json!({}), 100).load_best_model_at_end);
+    assert!(resolve(&json!({"early_stopping_patience": 3}), 100).load_best_model_at_end);
+    let last = json!({"early_stopping_patience": 3, "load_best_model_at_end": false});
+    assert!(!resolve(&last, 100).load_best_model_at_end);
 }
 
 #[test]

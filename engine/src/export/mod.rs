@@ -9,6 +9,7 @@ use std::path::Path;
 
 use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType};
 use tunesmith_core::job::TrainSpec;
+use tunesmith_core::metrics::BestStep;
 use tunesmith_core::weights::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig};
 
 pub use merged::export_merged;
@@ -17,7 +18,6 @@ use crate::error::EngineError;
 use crate::model_directory::{README, WEIGHTS, carry_over_all_but_weights, carry_over_tokenizer};
 use crate::models::config::ModelConfig;
 use crate::parameter::NamedTensor;
-use crate::train::checkpoint::BestStep;
 
 /// What the README beside the weights tells of the job.
 #[derive(Debug, Clone, Copy)]

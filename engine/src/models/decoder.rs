@@ -18,6 +18,7 @@ use crate::ops::gated_activation::gated_activation;
 use crate::ops::head::{HeadLoss, head_with_loss, soft_capped};
 use crate::ops::head_norm::head_norm;
 use crate::ops::linear::{LowRank, LowRankPart, linear};
+use crate::ops::neftune::with_noise;
 use crate::ops::rms_norm::{Norm, rms_norm};
 use crate::parameter::{ParameterId, Parameters};
 
@@ -31,6 +32,8 @@ pub(crate) struct Decoder {
     /// The embedding itself when the two are tied.
     head: ParameterId,
     lora: Option<Lora>,
+    /// α of NEFTune; 0 for none.
+    neftune_noise_alpha: f64,
 }
 
 /// x ← x + output(attention(qkv(norm(x)))), then x ← x + down(gated(gate_up(norm(x)))); with post
@@ -101,7 +104,12 @@ impl<'a> Pass<'a> {
 
     /// The input of the first layer.
     pub(super) fn embedded(&self, parameters: &Parameters) -> Tensor<2> {
-        self.decoder.embed(parameters, &self.batch.ids)
+        let x = self.decoder.embed(parameters, &self.batch.ids);
+        let alpha = self.decoder.neftune_noise_alpha;
+        match self.dropout {
+            Some(key) if alpha > 0.0 => with_noise(x, alpha, key, self.batch),
+            _ => x,
+        }
     }
 
     /// The output of layer number `index` for its input `x`.
@@ -138,7 +146,12 @@ impl Decoder {
         head: ParameterId,
         lora: Option<Lora>,
     ) -> Self {
-        Self { config, embedding, layers, norm, head, lora }
+        Self { config, embedding, layers, norm, head, lora, neftune_noise_alpha: 0.0 }
+    }
+
+    /// Adds noise to the embeddings in training from now on; 0 for none.
+    pub(crate) fn set_neftune_noise_alpha(&mut self, alpha: f64) {
+        self.neftune_noise_alpha = alpha;
     }
 
     pub(crate) fn config(&self) -> &ModelConfig {

@@ -6,6 +6,7 @@
 
 mod cpu;
 
+pub(crate) mod adafactor;
 pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod bias;
@@ -16,6 +17,8 @@ pub(crate) mod head;
 pub(crate) mod head_norm;
 pub(crate) mod linear;
 pub mod measure;
+pub(crate) mod muon;
+pub(crate) mod neftune;
 pub(crate) mod rms_norm;
 pub(crate) mod squares;
 

@@ -2,17 +2,18 @@
 
 use burn::tensor::Tensor;
 
+use super::optimizer::zeros_like;
 use crate::error::EngineError;
-use crate::model::OptimizerState;
 use crate::ops;
-use crate::parameter::{NamedSource, Parameters};
+use crate::parameter::{NamedSource, NamedTensor, Parameter};
 
 /// Prefix of the first moment's name in a checkpoint; PyTorch's own key.
 const FIRST_MOMENT: &str = "exp_avg.";
 /// Prefix of the second moment's name in a checkpoint; PyTorch's own key.
 const SECOND_MOMENT: &str = "exp_avg_sq.";
 
-/// Settings of one update.
+/// Settings of one update. Adafactor has no use for the betas and epsilon; Muon has, for the
+/// parameters that it leaves to AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWParams {
     /// Step size of this update, the schedule's factor included.
@@ -36,79 +37,45 @@ impl Default for AdamWParams {
 
 /// First and second moment of one parameter, of its shape, without autodiff.
 #[derive(Debug)]
-struct Moments {
+pub(super) struct Moments {
     first: Tensor<2>,
     second: Tensor<2>,
 }
 
-/// The optimiser's memory: moments of every trainable parameter, in the order of [`Parameters`].
-///
-/// Empty until the first update, so that evaluation and generation never pay for it.
-#[derive(Debug, Default)]
-pub(crate) struct AdamW {
-    /// Updates done; t in the bias corrections 1 − βᵗ.
-    step: u64,
-    moments: Vec<Moments>,
-}
+impl Moments {
+    pub(super) fn new(parameter: &Parameter) -> Self {
+        Self { first: zeros_like(parameter), second: zeros_like(parameter) }
+    }
 
-impl AdamW {
-    /// Updates every trainable parameter from its accumulated gradient times `gradient_scale`
-    /// (the clipping factor), and clears the gradients.
-    pub(crate) fn update(
+    /// Update number `t`, from 1.
+    pub(super) fn update(
         &mut self,
-        parameters: &mut Parameters,
+        parameter: &mut Parameter,
+        gradient: Tensor<2>,
         params: &AdamWParams,
+        t: u64,
         gradient_scale: f64,
     ) {
-        if self.moments.is_empty() {
-            let zeros = |value: &Tensor<2>| Tensor::zeros(value.dims(), &value.device().inner());
-            self.moments = parameters
-                .trainable()
-                .map(|entry| Moments { first: zeros(entry.value()), second: zeros(entry.value()) })
-                .collect();
-        }
-        self.step += 1;
-        let step = ops::adamw::Step::new(params, self.step, gradient_scale);
-        for (parameter, moments) in parameters.trainable_mut().zip(&mut self.moments) {
-            let Some(gradient) = parameter.take_gradient() else { continue };
-            parameter.update(|value| {
-                ops::adamw::adamw(value, gradient, &mut moments.first, &mut moments.second, &step)
-            });
-        }
+        let step = ops::adamw::Step::new(params, t, gradient_scale);
+        parameter.update(|value| {
+            ops::adamw::adamw(value, gradient, &mut self.first, &mut self.second, &step)
+        });
     }
 
-    /// Step count and moments, named after the public tensors they belong to.
-    pub(crate) fn export(&self, parameters: &Parameters) -> Result<OptimizerState, EngineError> {
-        let mut tensors = Vec::new();
-        for (parameter, moments) in parameters.trainable().zip(&self.moments) {
-            parameter.split(&moments.first, FIRST_MOMENT, &mut tensors)?;
-            parameter.split(&moments.second, SECOND_MOMENT, &mut tensors)?;
-        }
-        Ok(OptimizerState { step: self.step, tensors })
+    pub(super) fn export(
+        &self,
+        parameter: &Parameter,
+        tensors: &mut Vec<NamedTensor>,
+    ) -> Result<(), EngineError> {
+        parameter.split(&self.first, FIRST_MOMENT, tensors)?;
+        parameter.split(&self.second, SECOND_MOMENT, tensors)
     }
 
-    /// The inverse of [`AdamW::export`].
-    pub(crate) fn import(
-        parameters: &Parameters,
-        state: OptimizerState,
+    pub(super) fn import(
+        parameter: &Parameter,
+        source: &mut NamedSource,
     ) -> Result<Self, EngineError> {
-        // Before the first update there are no moments to write down.
-        if state.step == 0 && state.tensors.is_empty() {
-            return Ok(Self::default());
-        }
-        let mut source = NamedSource::new(state.tensors)?;
-        let moments = parameters
-            .trainable()
-            .map(|parameter| {
-                Ok(Moments {
-                    first: parameter
-                        .join(FIRST_MOMENT, &mut |name, shape| source.take(name, shape))?,
-                    second: parameter
-                        .join(SECOND_MOMENT, &mut |name, shape| source.take(name, shape))?,
-                })
-            })
-            .collect::<Result<_, EngineError>>()?;
-        source.finish()?;
-        Ok(Self { step: state.step, moments })
+        let mut join = |prefix| parameter.join(prefix, &mut |name, shape| source.take(name, shape));
+        Ok(Self { first: join(FIRST_MOMENT)?, second: join(SECOND_MOMENT)? })
     }
 }

@@ -1,5 +1,8 @@
-//! From gradients to new weights: global norm, AdamW, and the learning rate of each step.
+//! From gradients to new weights: global norm, the optimisers, and the learning rate of each step.
 
+mod adafactor;
 pub mod adamw;
 pub mod gradient_norm;
+mod muon;
+pub(crate) mod optimizer;
 pub mod schedule;

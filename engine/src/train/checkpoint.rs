@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tunesmith_core::diagnosis::{FindingKind, LossCurve};
 use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_core::metrics::BestStep;
 use tunesmith_core::protocol::TrainRequest;
 use tunesmith_core::protocol::{STATE_DIR, WEIGHTS_DIR};
 use tunesmith_core::weights::ADAPTER_WEIGHTS_NAME;
@@ -19,7 +21,7 @@ use super::TrainOptions;
 use crate::error::EngineError;
 use crate::export::{self, JobFacts, safetensors};
 use crate::model::{OptimizerState, TrainableModel};
-use crate::model_directory::{CONFIG, read_json};
+use crate::model_directory::{CONFIG, WEIGHTS, read_json};
 
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const TRAINER_FILE: &str = "trainer.json";
@@ -42,15 +44,21 @@ pub struct Progress {
     /// The most tokens of one pass, once that was decided.
     #[serde(default)]
     pub tokens_per_pass: Option<usize>,
-}
-
-/// The step with the lowest validation loss.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct BestStep {
-    /// Counted from 1.
-    pub step: u64,
-    /// The loss after that step.
-    pub valid_loss: f64,
+    /// Evaluations in a row that brought no lower validation loss.
+    #[serde(default)]
+    pub evaluations_without_improvement: u64,
+    /// Training losses of the last steps, by which a leap is told.
+    #[serde(default)]
+    pub recent_losses: Vec<f64>,
+    /// How often the run has gone back to a checkpoint.
+    #[serde(default)]
+    pub rollbacks: u64,
+    /// The losses so far.
+    #[serde(default)]
+    pub curve: LossCurve,
+    /// What was said of the curve already.
+    #[serde(default)]
+    pub told: Vec<FindingKind>,
 }
 
 /// `trainer.json`.
@@ -157,6 +165,43 @@ pub(super) fn resume(
     fingerprint: &str,
     model: &mut TrainableModel,
 ) -> Result<Progress, EngineError> {
+    let trainer = read_trainer_file(dir, fingerprint)?;
+    if adapter == AdapterType::Lora {
+        load_weights(&dir.join(WEIGHTS_DIR).join(ADAPTER_WEIGHTS_NAME), model)?;
+    }
+    load_optimizer(dir, trainer.optimizer_step, model)?;
+    Ok(trainer.progress)
+}
+
+/// As [`resume`], for the model that wrote the checkpoint: whatever it trains is read back.
+pub(super) fn go_back(
+    dir: &Path,
+    adapter: AdapterType,
+    fingerprint: &str,
+    model: &mut TrainableModel,
+) -> Result<Progress, EngineError> {
+    let trainer = read_trainer_file(dir, fingerprint)?;
+    let file = match adapter {
+        AdapterType::Lora => ADAPTER_WEIGHTS_NAME,
+        AdapterType::Full => WEIGHTS,
+    };
+    load_weights(&dir.join(WEIGHTS_DIR).join(file), model)?;
+    load_optimizer(dir, trainer.optimizer_step, model)?;
+    model.clear_gradients();
+    Ok(trainer.progress)
+}
+
+fn load_weights(path: &Path, model: &mut TrainableModel) -> Result<(), EngineError> {
+    model.load_trainable_tensors(safetensors::read(path)?)
+}
+
+fn load_optimizer(dir: &Path, step: u64, model: &mut TrainableModel) -> Result<(), EngineError> {
+    let tensors = safetensors::read(&dir.join(STATE_DIR).join(OPTIMIZER_FILE))?;
+    model.load_optimizer_tensors(OptimizerState { step, tensors })
+}
+
+/// Reads `trainer.json`, which must be of this run.
+fn read_trainer_file(dir: &Path, fingerprint: &str) -> Result<TrainerFile, EngineError> {
     let path = dir.join(STATE_DIR).join(TRAINER_FILE);
     let broken =
         |problem: String| EngineError::Checkpoint(format!("{}: {problem}", path.display()));
@@ -177,13 +222,7 @@ pub(super) fn resume(
                 .to_owned(),
         ));
     }
-    if adapter == AdapterType::Lora {
-        let adapter = dir.join(WEIGHTS_DIR).join(ADAPTER_WEIGHTS_NAME);
-        model.load_trainable_tensors(safetensors::read(&adapter)?)?;
-    }
-    let tensors = safetensors::read(&dir.join(STATE_DIR).join(OPTIMIZER_FILE))?;
-    model.load_optimizer_tensors(OptimizerState { step: trainer.optimizer_step, tensors })?;
-    Ok(trainer.progress)
+    Ok(trainer)
 }
 
 /// The directory to load a model from: the base model's, or the checkpoint's own where a whole

@@ -2,9 +2,11 @@
 
 pub mod checkpoint;
 mod dataset;
+mod divergence;
 mod evaluation;
 mod memory;
 mod run;
+mod verdicts;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +37,7 @@ impl StopFlag {
 /// How a run that did not fail came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// All steps are done.
+    /// All steps are done, or as many as early stopping left.
     Finished {
         /// Tokens seen in training, each epoch counted.
         trained_tokens: u64,
@@ -62,15 +64,15 @@ impl Default for TrainOptions {
 /// Where a run's messages go. An error ends the run.
 pub type Sink<'a> = &'a mut dyn FnMut(FromTrainer) -> io::Result<()>;
 
-/// Trains as `request` says and reports to `sink`: `Started`, a `Step` each step, `Checkpoint`s
-/// and, at the end, `Finished` or `Stopped`.
+/// Trains as `request` says and reports to `sink`: `Started`, a `Step` each step, `Checkpoint`s,
+/// `Note`s and, at the end, `Finished` or `Stopped`.
 ///
 /// On the CPU the numbers are a pure function of the request: a run that stops, or is killed, and
 /// goes on from any of its checkpoints ends with the bits of one that ran through.
 ///
 /// # Errors
 /// [`EngineError::Input`] for data that breaks a rule, [`EngineError::Numeric`] naming step and
-/// rows for a loss that is no longer a number, and whatever loading and writing may bring. Nothing
+/// rows for a loss that is no longer a number, [`EngineError::Spike`] for one that leapt, and whatever loading and writing may bring. Nothing
 /// is reported about an error: that is the caller's.
 pub fn train(
     request: &TrainRequest,

@@ -10,8 +10,9 @@ use tunesmith_core::hyperparameters::{AdapterType, ResolvedHyperparameters};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainRequest};
 
-use super::checkpoint::{self, BestStep, Progress};
+use super::checkpoint::{self, Progress};
 use super::dataset::Dataset;
+use super::divergence::{self, WayBack};
 use super::evaluation::{Evaluation, ValidationSet};
 use super::memory::{self, Planner};
 use super::{Outcome, Sink, StopFlag, TrainOptions};
@@ -25,7 +26,7 @@ use crate::model::TrainableModel;
 use crate::models::config::ModelConfig;
 use crate::ops::dropout::DropoutKey;
 use crate::optim::adamw::AdamWParams;
-use crate::optim::schedule::learning_rate_factor;
+use crate::optim::schedule::Schedule;
 use crate::parallel::{Replicas, deal};
 
 /// Line numbers that an error message lists before it says how many more there are.
@@ -33,21 +34,37 @@ const LISTED_LINES: usize = 10;
 
 /// A run with everything loaded.
 pub(super) struct Run<'a> {
-    request: &'a TrainRequest,
-    fingerprint: String,
+    pub(super) request: &'a TrainRequest,
+    pub(super) fingerprint: String,
     /// The first is the lead's.
     devices: Vec<Device>,
-    model: Replicas,
+    pub(super) model: Replicas,
     train: Vec<TokenizedRow>,
     valid_rows: usize,
     truncated_rows: usize,
     validation: ValidationSet,
     sampler: Sampler,
     batching: Batching,
-    warmup_steps: u64,
-    total_steps: u64,
+    schedule: Schedule,
+    pub(super) total_steps: u64,
     resumed_from_step: u64,
-    progress: Progress,
+    /// The step of the last checkpoint that was reported or resumed from.
+    checkpoint_step: u64,
+    pub(super) way_back: WayBack,
+    pub(super) progress: Progress,
+}
+
+/// Measures training time over all attempts.
+struct Clock {
+    began: Instant,
+    /// Seconds of earlier attempts.
+    before: f64,
+}
+
+impl Clock {
+    fn elapsed_seconds(&self) -> f64 {
+        self.before + self.began.elapsed().as_secs_f64()
+    }
 }
 
 /// What one update showed, before it is a report.
@@ -85,6 +102,8 @@ impl<'a> Run<'a> {
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.
         let (data, mut model) = (data?, model?);
+        model.set_optimizer(hyperparameters.optimizer, hyperparameters.muon_adjust_lr_fn);
+        model.set_neftune_noise_alpha(hyperparameters.neftune_noise_alpha);
         let mut progress = match &request.resume_from {
             Some(dir) => {
                 checkpoint::resume(dir, hyperparameters.adapter.kind, &fingerprint, &mut model)?
@@ -123,9 +142,11 @@ impl<'a> Run<'a> {
                 share_prefixes: !has_token_noise(hyperparameters),
                 tokens_per_pass: plan.tokens_per_pass,
             },
-            warmup_steps: warmup_steps(hyperparameters, total_steps),
+            schedule: Schedule::new(hyperparameters, total_steps),
             total_steps,
             resumed_from_step: progress.step,
+            checkpoint_step: progress.step,
+            way_back: WayBack::default(),
             progress,
         })
     }
@@ -136,33 +157,55 @@ impl<'a> Run<'a> {
             let initial = self
                 .validation
                 .evaluate_unless(stop, &self.model)
-                .map_err(|error| self.at_step(error, "validation loss", None))?;
+                .map_err(|error| self.at_step(error, "validation loss", None))
+                .map_err(|error| self.with_advice(error))?;
             self.progress.initial_valid_loss = initial.map(|evaluation| evaluation.loss);
         }
         self.report(sink, FromTrainer::Started(self.started()))?;
-        let began = Instant::now();
-        let elapsed_before = self.progress.elapsed_seconds;
-        while self.progress.step < self.total_steps {
+        self.begin_way_back()?;
+        let clock = Clock { began: Instant::now(), before: self.progress.elapsed_seconds };
+        while !self.has_ended() {
             if stop.is_set() {
                 self.stop(sink)?;
                 return Ok(Outcome::Stopped);
             }
-            let update = self.update()?;
-            self.progress.step += 1;
-            self.progress.tokens += update.tokens;
-            let (valid, full_valid) = self.evaluate()?;
-            self.progress.elapsed_seconds = elapsed_before + began.elapsed().as_secs_f64();
-            let metrics = self.metrics(&update, valid, full_valid);
+            let metrics = match self.step(&clock) {
+                Ok(metrics) => metrics,
+                Err(error) => {
+                    self.go_back(error, sink)?;
+                    continue;
+                }
+            };
             self.report(sink, FromTrainer::Step(metrics.clone()))?;
+            self.tell_findings(false, sink)?;
             if self.checkpoint_is_due() {
                 let dir = self.write_checkpoint()?;
+                if self.goes_back() {
+                    self.way_back.keep(&dir)?;
+                }
+                self.checkpoint_step = self.progress.step;
                 let written = self.written(dir, Some(metrics), false);
                 self.report(sink, written)?;
             }
         }
-        let trained_tokens = self.progress.tokens;
-        self.report(sink, FromTrainer::Finished { trained_tokens })?;
-        Ok(Outcome::Finished { trained_tokens })
+        self.finish(sink)
+    }
+
+    /// Whether nothing is left to train.
+    fn has_ended(&self) -> bool {
+        self.progress.step >= self.total_steps || self.is_out_of_patience()
+    }
+
+    /// One step with its evaluation.
+    fn step(&mut self, clock: &Clock) -> Result<StepMetrics, EngineError> {
+        let update = self.update()?;
+        self.progress.step += 1;
+        self.progress.tokens += update.tokens;
+        divergence::remember(&mut self.progress.recent_losses, update.train.loss);
+        self.progress.curve.push_train(update.train.loss);
+        let (valid, full_valid) = self.evaluate()?;
+        self.progress.elapsed_seconds = clock.elapsed_seconds();
+        Ok(self.metrics(&update, valid, full_valid))
     }
 
     /// One optimiser step.
@@ -189,17 +232,15 @@ impl<'a> Run<'a> {
         })?;
         let mut sum = BatchOutcome::default();
         outcomes.into_iter().for_each(|outcome| sum += outcome);
-        let learning_rate = hyperparameters.learning_rate
-            * learning_rate_factor(
-                hyperparameters.lr_scheduler,
-                step,
-                self.warmup_steps,
-                self.total_steps,
-            );
+        let train = Evaluation::from(sum);
+        self.check_for_a_leap(&train, &batches)?;
+        let learning_rate = self.peak_learning_rate() * self.schedule.factor(step);
         let params = AdamWParams {
             learning_rate,
+            beta1: hyperparameters.adam_beta1,
+            beta2: hyperparameters.adam_beta2,
+            epsilon: hyperparameters.adam_epsilon,
             weight_decay: hyperparameters.weight_decay,
-            ..AdamWParams::default()
         };
         let max_grad_norm =
             (hyperparameters.max_grad_norm > 0.0).then_some(hyperparameters.max_grad_norm);
@@ -209,7 +250,7 @@ impl<'a> Run<'a> {
             self.at_step(error, "gradient", Some(&rows))
         })?;
         Ok(Update {
-            train: sum.into(),
+            train,
             learning_rate,
             grad_norm,
             tokens: batches.iter().map(|batch| batch.row_tokens() as u64).sum(),
@@ -231,10 +272,8 @@ impl<'a> Run<'a> {
             .validation
             .evaluate(&self.model)
             .map_err(|error| self.at_step(error, "validation loss", None))?;
-        if let Some(Evaluation { loss, .. }) = evaluation
-            && self.progress.best.is_none_or(|best| loss < best.valid_loss)
-        {
-            self.progress.best = Some(BestStep { step, valid_loss: loss });
+        if let Some(Evaluation { loss, .. }) = evaluation {
+            self.note_valid_loss(loss);
         }
         Ok((evaluation.filter(|_| is_due || is_last), evaluation.filter(|_| ends_epoch)))
     }
@@ -276,22 +315,23 @@ impl<'a> Run<'a> {
 
     fn checkpoint_is_due(&self) -> bool {
         let step = self.progress.step;
-        let every = self.request.spec.hyperparameters.checkpoint_steps;
-        step == self.total_steps || step.is_multiple_of(every)
+        let hyperparameters = &self.request.spec.hyperparameters;
+        let is_best = self.progress.best.is_some_and(|best| best.step == step);
+        self.has_ended()
+            || step.is_multiple_of(hyperparameters.checkpoint_steps)
+            || is_best && hyperparameters.load_best_model_at_end
     }
 
     /// Leaves a checkpoint to go on from, unless the one of this very step is there already.
     fn stop(&self, sink: Sink<'_>) -> Result<(), EngineError> {
-        let step = self.progress.step;
-        let is_kept = step == self.resumed_from_step || self.checkpoint_is_due();
-        if !is_kept {
+        if self.progress.step != self.checkpoint_step {
             let dir = self.write_checkpoint()?;
             self.report(sink, self.written(dir, None, true))?;
         }
         self.report(sink, FromTrainer::Stopped)
     }
 
-    fn write_checkpoint(&self) -> Result<PathBuf, EngineError> {
+    pub(super) fn write_checkpoint(&self) -> Result<PathBuf, EngineError> {
         let writer = checkpoint::Writer { request: self.request, fingerprint: &self.fingerprint };
         let facts = JobFacts {
             job: self.request.job_id.as_str(),
@@ -315,7 +355,7 @@ impl<'a> Run<'a> {
         FromTrainer::Checkpoint(CheckpointWritten { step, dir, metrics, for_resume_only })
     }
 
-    fn report(&self, sink: Sink<'_>, message: FromTrainer) -> Result<(), EngineError> {
+    pub(super) fn report(&self, sink: Sink<'_>, message: FromTrainer) -> Result<(), EngineError> {
         sink(message).map_err(EngineError::Report)
     }
 
@@ -323,31 +363,25 @@ impl<'a> Run<'a> {
     fn at_step(&self, error: EngineError, what: &str, rows: Option<&[usize]>) -> EngineError {
         let EngineError::Numeric(cause) = error else { return error };
         let place = match (rows, self.progress.step) {
-            (Some(rows), done) => {
-                let lines = rows.iter().map(|&row| self.train[row].line).collect();
-                format!("Step {}: the {what} on {}", done + 1, lines_in_words(lines))
-            }
+            (Some(rows), done) => format!("Step {}: the {what} on {}", done + 1, self.lines(rows)),
             (None, 0) => format!("Before step 1: the {what}"),
             (None, done) => format!("After step {done}: the {what}"),
         };
-        EngineError::Numeric(format!(
-            "{place} is no longer a finite number ({cause}). Lower learning_rate (now {}) or set \
-             max_grad_norm (now {}); if it fails again at these rows, look at them.",
-            self.request.spec.hyperparameters.learning_rate,
-            self.request.spec.hyperparameters.max_grad_norm,
-        ))
+        EngineError::Numeric(format!("{place} is no longer a finite number ({cause})."))
     }
-}
 
-/// Steps in which the learning rate rises; rounded, so that a short run is not all warm-up.
-fn warmup_steps(hyperparameters: &ResolvedHyperparameters, total_steps: u64) -> u64 {
-    (hyperparameters.warmup_ratio * total_steps as f64).round() as u64
+    /// The lines of the training file that `rows` came from, in words.
+    pub(super) fn lines(&self, rows: &[usize]) -> String {
+        lines_in_words(rows.iter().map(|&row| self.train[row].line).collect())
+    }
 }
 
 /// Whether something random is drawn for each token of a row, so that two rows differ even where
 /// their tokens do not.
 fn has_token_noise(hyperparameters: &ResolvedHyperparameters) -> bool {
-    hyperparameters.adapter.kind == AdapterType::Lora && hyperparameters.adapter.dropout > 0.0
+    let has_dropout =
+        hyperparameters.adapter.kind == AdapterType::Lora && hyperparameters.adapter.dropout > 0.0;
+    has_dropout || hyperparameters.neftune_noise_alpha > 0.0
 }
 
 fn lines_in_words(mut lines: Vec<usize>) -> String {

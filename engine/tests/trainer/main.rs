@@ -14,3 +14,4 @@ mod rerun;
 mod resume;
 mod support;
 mod training;
+mod verdicts;

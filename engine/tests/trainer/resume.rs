@@ -69,8 +69,11 @@ pub(crate) fn check_equal(
 }
 
 fn ten_straight_equal_four_and_six(adapter: Value) {
+    ten_straight_equal_four_and_six_with(ten_steps(adapter));
+}
+
+fn ten_straight_equal_four_and_six_with(fields: Value) {
     let bench = Bench::new(13);
-    let fields = ten_steps(adapter);
     let straight = finish(&bench.request("straight", &fields));
     assert_eq!(straight.steps.len(), 10);
     // Killed some time after step 4: its checkpoint is what is left.
@@ -89,6 +92,29 @@ fn lora_with_dropout_goes_on_bit_equal_in_the_middle_of_an_epoch() {
 #[test]
 fn full_fine_tuning_goes_on_bit_equal_in_the_middle_of_an_epoch() {
     ten_straight_equal_four_and_six(json!({"type": "full"}));
+}
+
+#[test]
+fn every_optimiser_goes_on_bit_equal() {
+    for optimizer in ["adafactor", "muon"] {
+        let mut fields = ten_steps(json!({"type": "full"}));
+        fields["optimizer"] = json!(optimizer);
+        ten_straight_equal_four_and_six_with(fields);
+    }
+    let mut fields = ten_steps(json!({"r": 3}));
+    fields["optimizer"] = json!("adafactor");
+    ten_straight_equal_four_and_six_with(fields);
+}
+
+#[test]
+fn noise_and_a_schedule_in_three_parts_go_on_bit_equal() {
+    let mut fields = ten_steps(json!({"r": 3, "dropout": 0.1}));
+    fields["neftune_noise_alpha"] = json!(5);
+    fields["lr_scheduler"] = json!("wsd");
+    fields["decay_ratio"] = json!(0.4);
+    fields["warmup_ratio"] = json!(0.2);
+    fields["min_lr_ratio"] = json!(0.1);
+    ten_straight_equal_four_and_six_with(fields);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::ops::Add as _;
 
 use serde_json::json;
 use tunesmith_core::errors::ErrorCode;
-use tunesmith_core::protocol::FromTrainer;
+use tunesmith_core::protocol::{Finished, FromTrainer};
 use tunesmith_engine::train::{Outcome, TrainOptions};
 
 use crate::support::{Bench, chat_rows, finish, run};
@@ -28,7 +28,8 @@ fn five_rows_by_four_make_two_steps_an_epoch_and_all_are_reported() {
     // Every epoch sees every token once.
     let tokens: Vec<u64> = transcript.steps.iter().map(|step| step.tokens).collect();
     assert_eq!((tokens[3], tokens[5]), (2 * tokens[1], 3 * tokens[1]));
-    assert_eq!(transcript.last, Some(FromTrainer::Finished { trained_tokens: tokens[5] }));
+    let finished = Finished { trained_tokens: tokens[5], steps: 6, best: None, model_step: 6 };
+    assert_eq!(transcript.last, Some(FromTrainer::Finished(finished)));
     assert_eq!(transcript.checkpoints.last().map(|checkpoint| checkpoint.step), Some(6));
 }
 

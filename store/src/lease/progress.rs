@@ -33,11 +33,15 @@ pub struct SupersededCheckpoint {
     pub weights_too: bool,
 }
 
-/// How a job ended well. Its weights are those of the last recorded checkpoint.
+/// How a job ended well.
 #[derive(Debug, Clone)]
 pub struct Completed {
     /// Tokens seen in training, each epoch counted.
     pub trained_tokens: u64,
+    /// Optimiser steps done; what an earlier try stored beyond them goes.
+    pub steps: u64,
+    /// The step whose recorded checkpoint is the tuned model.
+    pub model_step: u64,
     /// The loss curve, begun with [`Store::begin_file`] and stored.
     pub result_file: FileId,
     /// The name under which people download it.
@@ -181,7 +185,7 @@ impl Store {
     }
 
     /// Ends a job well: its model and its result file are there from now on. The state objects of
-    /// the last checkpoint may go after this.
+    /// the last checkpoint may go after this. The run's total becomes the steps that were done.
     ///
     /// # Errors
     /// [`StoreError::StaleLease`].
@@ -200,11 +204,12 @@ impl Store {
             "WITH moved AS (
                 UPDATE jobs SET status = $4, finished_at = now(), trained_tokens = $5,
                     result_file = $6, worker_id = NULL, lease_expires_at = NULL,
-                    cancel_requested = false, paused = false
+                    cancel_requested = false, paused = false, last_step = $14,
+                    run = jsonb_set(run, '{total_steps}', to_jsonb($14::bigint))
                 WHERE ",
             fence!(),
             " AND status = ANY($7)
-                RETURNING id, project_id, model_name, resume_attempt, resume_step
+                RETURNING id, project_id, model_name
              ), ",
             add_events!("$8"),
             ", result AS (
@@ -213,7 +218,12 @@ impl Store {
                 FROM moved WHERE files.id = $6
              ), model AS (
                 INSERT INTO models (name, project_id, job_id, attempt, step)
-                SELECT model_name, project_id, id, resume_attempt, resume_step FROM moved
+                SELECT model_name, project_id, id,
+                    (SELECT attempt FROM checkpoints WHERE job_id = $1 AND step = $15), $15
+                FROM moved
+             ), beyond AS (
+                DELETE FROM job_metrics USING moved
+                WHERE job_metrics.job_id = moved.id AND job_metrics.step > $14
              ) SELECT id FROM moved"
         )
         .bind(JobStatus::Succeeded.as_str())
@@ -226,6 +236,8 @@ impl Store {
         .bind(Purpose::FineTuneResults.as_str())
         .bind(rows::bigint(completed.result_stored.bytes))
         .bind(&completed.result_stored.sha256)
+        .bind(rows::bigint(completed.steps))
+        .bind(rows::bigint(completed.model_step))
         .fetch_optional(&self.pool)
         .await?;
         lease.one(row).map(drop)

@@ -15,7 +15,8 @@ use std::time::Duration;
 use tunesmith_core::errors::ErrorCode;
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::{
-    CheckpointWritten, FromTrainer, Started, ToTrainer, TrainRequest, read_frame, write_frame,
+    CheckpointWritten, Finished, FromTrainer, Note, NoteLevel, Started, ToTrainer, TrainRequest,
+    read_frame, write_frame,
 };
 
 /// What to do, as JSON in the first argument.
@@ -43,6 +44,9 @@ struct Script {
     wait_at_step: Option<u64>,
     #[serde(default)]
     wait_for: Option<PathBuf>,
+    /// After this step, stop early: the model is the checkpoint of the step before the last one.
+    #[serde(default)]
+    stop_early_at_step: Option<u64>,
     /// Do not obey `Stop`.
     #[serde(default)]
     ignore_stop: bool,
@@ -142,13 +146,23 @@ fn train(script: &Script, request: &TrainRequest) -> io::Result<()> {
         say(&FromTrainer::Step(metrics.clone()))?;
         let due = state.step.is_multiple_of(script.checkpoint_steps);
         let stop = STOP.load(Ordering::SeqCst) && !script.ignore_stop;
-        if due || stop || state.step == script.total_steps {
-            let for_resume_only = stop && !due && state.step != script.total_steps;
+        let early = script.stop_early_at_step == Some(state.step);
+        let is_last = early || state.step == script.total_steps;
+        if due || stop || is_last {
+            let for_resume_only = stop && !due && !is_last;
             checkpoint(&request.output_dir, state, metrics, for_resume_only)?;
         }
         let dies = script.die_after_steps == Some(state.step - first_step);
         if dies && (fresh || !script.die_only_when_fresh) {
             kill_self();
+        }
+        if early {
+            say(&FromTrainer::Note(Note {
+                level: NoteLevel::Warn,
+                message: "The loss rises.".to_owned(),
+                key: "rises".to_owned(),
+            }))?;
+            break;
         }
         if stop && state.step != script.total_steps {
             return say(&FromTrainer::Stopped);
@@ -162,7 +176,13 @@ fn train(script: &Script, request: &TrainRequest) -> io::Result<()> {
             }
         }
     }
-    say(&FromTrainer::Finished { trained_tokens: 10 * script.total_steps })
+    let early = script.stop_early_at_step.is_some();
+    say(&FromTrainer::Finished(Finished {
+        trained_tokens: 10 * state.step,
+        steps: state.step,
+        best: None,
+        model_step: if early { state.step - script.checkpoint_steps } else { state.step },
+    }))
 }
 
 /// A curve whose every point depends on all the steps before it.

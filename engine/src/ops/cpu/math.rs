@@ -102,6 +102,26 @@ pub(super) fn sum_of_squares(x: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
+/// Σ (xᵢ·yᵢ)², in f64 lanes.
+#[inline(always)]
+pub(super) fn sum_of_squared_products(x: &[f32], y: &[f32]) -> f64 {
+    let y = &y[..x.len()];
+    let mut lanes = [0f64; 16];
+    let (x_blocks, x_rest) = x.as_chunks::<16>();
+    let (y_blocks, y_rest) = y.as_chunks::<16>();
+    for (x, y) in x_blocks.iter().zip(y_blocks) {
+        for i in 0..16 {
+            let value = f64::from(x[i] * y[i]);
+            lanes[i] += value * value;
+        }
+    }
+    for i in 0..x_rest.len() {
+        let value = f64::from(x_rest[i] * y_rest[i]);
+        lanes[i] += value * value;
+    }
+    lanes.iter().sum()
+}
+
 /// The greatest xᵢ, NaN ignored; −∞ for none.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {

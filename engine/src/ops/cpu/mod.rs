@@ -9,6 +9,7 @@ mod isa;
 mod math;
 mod step;
 
+pub(super) mod adafactor;
 pub(super) mod adamw;
 pub(super) mod attention;
 pub(super) mod bias;
