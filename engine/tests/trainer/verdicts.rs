@@ -137,12 +137,13 @@ fn a_loss_that_leaps_ends_the_run_naming_step_and_rows() {
     assert!(error.message.contains("spike_factor = 0"), "{}", error.message);
 }
 
-/// Diverges at its learning rate, and not at an eighth of it.
+/// Diverges within three steps at its learning rate, within seven at half of it, and not at a
+/// quarter: each time back to the start, as the first checkpoint comes later.
 fn wild(on_divergence: &str) -> Value {
     json!({
         "batch_size": 2, "n_epochs": 6, "learning_rate": 1, "warmup_ratio": 0, "max_grad_norm": 0,
-        "lr_scheduler": "constant", "checkpoint_steps": 4, "on_divergence": on_divergence,
-        "adapter": {"type": "lora", "alpha": 4096, "r": 1},
+        "lr_scheduler": "constant", "checkpoint_steps": 9, "on_divergence": on_divergence,
+        "adapter": {"type": "lora", "alpha": 2048, "r": 1},
     })
 }
 
@@ -160,7 +161,7 @@ fn a_run_that_goes_back_tells_of_it_and_takes_the_last_checkpoint_at_half_the_ra
     assert!(!notes.is_empty());
     assert!(notes.iter().all(|note| note.level == NoteLevel::Warn), "{notes:?}");
     assert!(notes[0].message.starts_with(&format!("Step {diverged_at}: ")), "{:?}", notes[0]);
-    let checkpoint = (diverged_at - 1) / 4 * 4;
+    let checkpoint = (diverged_at - 1) / 9 * 9;
     let back = format!("goes back to its checkpoint of step {checkpoint} and on at half");
     assert!(notes[0].message.contains(&back), "{:?}", notes[0]);
     // The steps after the checkpoint are trained again, at the lower rate.
@@ -215,14 +216,36 @@ fn a_run_that_diverges_whatever_the_rate_fails_after_three_times() {
     assert_eq!(keys, ["rollback-1", "rollback-2", "rollback-3"]);
 }
 
+/// The loss of a row leaps whatever the rate: three times back, to the same state each time.
+fn leaping() -> Value {
+    json!({
+        "batch_size": 1, "n_epochs": 5, "learning_rate": 1e-6, "spike_factor": 1.02,
+        "on_divergence": "rollback", "checkpoint_steps": 3, "adapter": {"type": "full"},
+    })
+}
+
+#[test]
+fn a_resumed_run_goes_back_at_the_same_steps_and_says_the_same() {
+    let bench = Bench::new(6);
+    let request = bench.request("straight", &leaping());
+    let (straight, outcome) = run(&request, &TrainOptions::default(), None);
+    let error = outcome.expect_err("a leap").to_string();
+    assert!(!straight.checkpoints.is_empty());
+    for checkpoint in &straight.checkpoints {
+        let request = bench.request(&format!("from {}", checkpoint.step), &leaping());
+        let request = TrainRequest { resume_from: Some(checkpoint.dir.clone()), ..request };
+        let (second, outcome) = run(&request, &TrainOptions::default(), None);
+        assert_eq!(outcome.expect_err("a leap").to_string(), error);
+        assert_eq!(second.notes, straight.notes);
+        let before = straight.steps.len() - second.steps.len();
+        assert_eq!(second.train_losses()[..], straight.train_losses()[before..]);
+    }
+}
+
 #[test]
 fn full_fine_tuning_goes_back_too() {
     let bench = Bench::new(6);
-    // The loss of a row leaps whatever the rate: three times back, to the same state each time.
-    let fields = json!({
-        "batch_size": 1, "n_epochs": 5, "learning_rate": 1e-6, "spike_factor": 1.02,
-        "on_divergence": "rollback", "checkpoint_steps": 3, "adapter": {"type": "full"},
-    });
+    let fields = leaping();
     let (transcript, outcome) = run(&bench.request("out", &fields), &TrainOptions::default(), None);
     assert_eq!(outcome.expect_err("a leap").to_api_error().code, ErrorCode::LossSpike);
     let notes = notes(&transcript, "rollback-");
