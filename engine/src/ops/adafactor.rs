@@ -50,6 +50,10 @@ impl Step {
 }
 
 /// The second moments of one public tensor, without autodiff.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each tensor, whose values lie elsewhere and are far more"
+)]
 #[derive(Debug, Clone)]
 pub(crate) enum SecondMoment {
     /// Of a matrix.

@@ -23,6 +23,10 @@ pub(crate) struct Optimizer {
 }
 
 /// What is remembered of one parameter.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each parameter, whose values lie elsewhere and are far more"
+)]
 #[derive(Debug)]
 enum Memory {
     AdamW(Moments),
