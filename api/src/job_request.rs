@@ -6,12 +6,10 @@ use rand::RngExt as _;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{Auto, Hyperparameters};
+use tunesmith_core::hyperparameters::{Auto, Hyperparameters, Method};
 
-/// The one training method that is offered.
-pub(crate) const METHOD: &str = "supervised";
-/// OpenAI's other methods: known words, so that their sub-objects draw no warning.
-const OTHER_METHODS: [&str; 2] = ["dpo", "reinforcement"];
+/// OpenAI's method that is not offered: a known word, so that its sub-object draws no warning.
+const OTHER_METHODS: [&str; 1] = ["reinforcement"];
 /// What OpenAI's clients may send.
 const FIELDS: [&str; 9] = [
     "model",
@@ -39,6 +37,7 @@ pub(crate) struct JobRequest {
     pub(crate) suffix: Option<String>,
     pub(crate) seed: u64,
     pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) method: Method,
     /// As the client wrote them, and found in order.
     pub(crate) hyperparameters: Map<String, Value>,
     /// About the learning rate: also an event of the job.
@@ -53,8 +52,9 @@ impl JobRequest {
     /// # Errors
     /// `missing_required_parameter` or `invalid_value`, naming the parameter by its path.
     pub(crate) fn parse(fields: &Map<String, Value>) -> Result<Self, ApiError> {
-        let (hyperparameters, path) = hyperparameters(fields)?;
-        let (parsed, unknown) = Hyperparameters::parse(&hyperparameters, path)?;
+        let method = method(fields)?;
+        let (hyperparameters, path) = hyperparameters(method, fields)?;
+        let (parsed, unknown) = Hyperparameters::parse_for(method, &hyperparameters, path)?;
         let validation_file = text(fields, "validation_file")?;
         if let (Some(_), Auto::Value(split)) = (&validation_file, parsed.validation_split)
             && split > 0.0
@@ -71,7 +71,7 @@ impl JobRequest {
             .keys()
             .filter(|key| !FIELDS.contains(&key.as_str()))
             .cloned()
-            .chain(unknown_in_method(fields.get("method")))
+            .chain(unknown_in_method(method, fields.get("method")))
             .chain(unknown.into_iter().map(|name| format!("{path}.{name}")))
             .collect();
         Ok(Self {
@@ -82,6 +82,7 @@ impl JobRequest {
             seed: seed(fields)?,
             metadata: metadata(fields)?,
             hyperparameter_warnings: parsed.warnings(),
+            method,
             hyperparameters,
             field_warnings: integrations(fields)
                 .into_iter()
@@ -170,12 +171,44 @@ fn pairs(value: &Value) -> Option<BTreeMap<String, String>> {
     pairs.iter().map(pair).collect()
 }
 
+/// The method that the request names; supervised where it names none.
+fn method(fields: &Map<String, Value>) -> Result<Method, ApiError> {
+    let Some(method) = given(fields, "method") else { return Ok(Method::Supervised) };
+    let Value::Object(method) = method else {
+        return Err(invalid_value(
+            "method",
+            method,
+            "an object such as {\"type\": \"supervised\"}",
+        ));
+    };
+    match method.get("type") {
+        Some(Value::String(kind)) if Method::parse(kind).is_some() => {
+            Ok(Method::parse(kind).unwrap_or_default())
+        }
+        Some(Value::String(kind)) if OTHER_METHODS.contains(&kind.as_str()) => Err(ApiError::new(
+            ErrorCode::InvalidValue,
+            format!(
+                "The method '{kind}' is not offered by this server. Use 'supervised', which \
+                     trains on chat rows or prompt/completion rows, or 'dpo', which trains on \
+                     preference pairs."
+            ),
+        )
+        .with_param("method.type")),
+        None | Some(Value::Null) => Err(missing("method.type")),
+        Some(other) => Err(invalid_value("method.type", other, "\"supervised\" or \"dpo\"")),
+    }
+}
+
 /// The hyperparameters in their new place or, with no method given, in their old one, beside the
 /// path of that place.
 fn hyperparameters(
+    method: Method,
     fields: &Map<String, Value>,
 ) -> Result<(Map<String, Value>, &'static str), ApiError> {
-    const NEW: &str = "method.supervised.hyperparameters";
+    const NEW: [(Method, &str, &str); 2] = [
+        (Method::Supervised, "method.supervised", "method.supervised.hyperparameters"),
+        (Method::Dpo, "method.dpo", "method.dpo.hyperparameters"),
+    ];
     const OLD: &str = "hyperparameters";
     const OBJECT: &str = "an object";
     fn object(value: Option<&Value>, path: &str) -> Result<Map<String, Value>, ApiError> {
@@ -186,49 +219,33 @@ fn hyperparameters(
         }
     }
 
-    let Some(method) = given(fields, "method") else {
+    let place = NEW.into_iter().find(|(known, _, _)| *known == method);
+    let (Some(Value::Object(given)), Some((_, own_path, new_path))) =
+        (given(fields, "method"), place)
+    else {
         return Ok((object(fields.get(OLD), OLD)?, OLD));
     };
-    let Value::Object(method) = method else {
-        return Err(invalid_value(
-            "method",
-            method,
-            "an object such as {\"type\": \"supervised\"}",
-        ));
-    };
-    match method.get("type") {
-        Some(Value::String(kind)) if kind == METHOD => {}
-        Some(Value::String(kind)) if OTHER_METHODS.contains(&kind.as_str()) => {
-            return Err(ApiError::new(
-                ErrorCode::InvalidValue,
-                format!(
-                    "The method '{kind}' is not offered by this server. Use '{METHOD}', \
-                     which trains on chat rows or prompt/completion rows."
-                ),
-            )
-            .with_param("method.type"));
-        }
-        None | Some(Value::Null) => return Err(missing("method.type")),
-        Some(other) => return Err(invalid_value("method.type", other, "\"supervised\"")),
-    }
-    let supervised = object(method.get(METHOD), "method.supervised")?;
-    let new = object(supervised.get("hyperparameters"), NEW)?;
+    let own = object(given.get(method.as_str()), own_path)?;
+    let new = object(own.get("hyperparameters"), new_path)?;
     if new.is_empty() {
         // Older clients name the method and leave the hyperparameters where they were.
         let old = object(fields.get(OLD), OLD)?;
-        return Ok(if old.is_empty() { (new, NEW) } else { (old, OLD) });
+        return Ok(if old.is_empty() { (new, new_path) } else { (old, OLD) });
     }
-    Ok((new, NEW))
+    Ok((new, new_path))
 }
 
-/// Names beside those that a method may have. Sub-objects of OpenAI's other methods are ignored.
-fn unknown_in_method(method: Option<&Value>) -> Vec<String> {
-    let Some(Value::Object(method)) = method else { return Vec::new() };
-    let known = |key: &str| key == "type" || key == METHOD || OTHER_METHODS.contains(&key);
-    let beside = method.keys().filter(|key| !known(key)).map(|key| format!("method.{key}"));
-    let inside = method.get(METHOD).and_then(Value::as_object).into_iter().flat_map(|supervised| {
-        let unknown = supervised.keys().filter(|key| *key != "hyperparameters");
-        unknown.map(|key| format!("method.{METHOD}.{key}"))
+/// Names beside those that a method may have. Sub-objects of the methods that the job does not
+/// have are ignored.
+fn unknown_in_method(method: Method, given: Option<&Value>) -> Vec<String> {
+    let Some(Value::Object(given)) = given else { return Vec::new() };
+    let known =
+        |key: &str| key == "type" || Method::parse(key).is_some() || OTHER_METHODS.contains(&key);
+    let beside = given.keys().filter(|key| !known(key)).map(|key| format!("method.{key}"));
+    let own = given.get(method.as_str()).and_then(Value::as_object);
+    let inside = own.into_iter().flat_map(|own| {
+        let unknown = own.keys().filter(|key| *key != "hyperparameters");
+        unknown.map(move |key| format!("method.{method}.{key}"))
     });
     beside.chain(inside).collect()
 }
@@ -328,6 +345,24 @@ mod tests {
             parse(new).expect_err("range").param.as_deref(),
             Some("method.supervised.hyperparameters.n_epochs")
         );
+    }
+
+    #[test]
+    fn dpo_is_read_with_its_own_hyperparameters() {
+        let request = parse(json!({"method": {"type": "dpo",
+            "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}},
+            "supervised": {"hyperparameters": {"n_epochs": 99}}}}))
+        .expect("valid");
+        assert_eq!((request.method, &request.hyperparameters["beta"]), (Method::Dpo, &json!(0.2)));
+        assert_eq!(request.warnings(), Vec::<String>::new());
+        let error = parse(json!({"method": {"type": "dpo",
+            "dpo": {"hyperparameters": {"beta": 3}}}}))
+        .expect_err("over the range");
+        assert_eq!(error.param.as_deref(), Some("method.dpo.hyperparameters.beta"));
+        // In a supervised job a beta means nothing, and that is said.
+        let request = parse(json!({"hyperparameters": {"beta": 0.2}})).expect("valid");
+        assert_eq!(request.method, Method::Supervised);
+        assert_eq!(request.warnings(), ["Unknown fields were ignored: hyperparameters.beta."]);
     }
 
     #[test]

@@ -12,10 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tunesmith_core::dataset::{
-    ChatTokenizer, Report, RowReader, TokenizeOptions, check_training_examples, tokenize_row,
+    ChatTokenizer, Report, RowReader, Shape, TokenizeOptions, check_training_examples,
+    tokenize_pair, tokenize_windows,
 };
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, ResolvedHyperparameters};
+use tunesmith_core::hyperparameters::{
+    DataFacts, Hyperparameters, Method, ResolvedHyperparameters,
+};
 use tunesmith_core::ids::{BaseModelId, FileId};
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::events::{Level, NewEvent};
@@ -107,11 +110,11 @@ impl Validator {
             },
         };
         let files = Files { training, validation };
-        let request = job.hyperparameters.clone();
+        let (method, request) = (job.method, job.hyperparameters.clone());
         let superseded = Superseded::default();
         let stop = superseded.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            let (asked, _) = Hyperparameters::parse(&request, "hyperparameters")?;
+            let (asked, _) = Hyperparameters::parse_for(method, &request, "hyperparameters")?;
             files.check(&asked, base.context_length, &tokenizer, &stop)
         });
         self.while_claimed(job, reading, &superseded).await
@@ -223,15 +226,28 @@ impl Files {
         tokenizer: &ChatTokenizer,
         superseded: &Superseded,
     ) -> Outcome {
-        let training = self.training.read(superseded)?;
-        check_training_examples(training.rows)?;
+        let method = asked.method;
+        let training = self.training.read(method, superseded)?;
+        let is_text = training.format.shape == Shape::Text;
+        if !is_text {
+            check_training_examples(training.rows)?;
+        }
         let mut events = vec![read_as("Training", &training)];
         if let Some(validation) = &self.validation {
-            events.push(read_as("Validation", &validation.read(superseded)?));
+            events.push(read_as("Validation", &validation.read(method, superseded)?));
         }
-        let resolved = asked.resolve(&DataFacts { examples: training.rows, context_length });
-        for file in std::iter::once(&self.training).chain(&self.validation) {
-            let truncated = file.tokenize(tokenizer, &resolved, superseded)?;
+        let facts = |examples| DataFacts { examples, context_length };
+        let mut resolved = asked.resolve(&facts(training.rows));
+        let tokenized = self.training.tokenize(tokenizer, &resolved, superseded)?;
+        if is_text {
+            // A text trains in as many windows as it needs: these are the examples.
+            check_training_examples(tokenized.sequences)?;
+            events.extend(windows(training.rows, tokenized.sequences, resolved.max_seq_length));
+            resolved = asked.resolve(&facts(tokenized.sequences));
+        }
+        events.extend(cut(self.training.param, tokenized.truncated, resolved.max_seq_length));
+        if let Some(file) = &self.validation {
+            let Tokenized { truncated, .. } = file.tokenize(tokenizer, &resolved, superseded)?;
             events.extend(cut(file.param, truncated, resolved.max_seq_length));
         }
         Ok(Validated { resolved, events })
@@ -239,7 +255,7 @@ impl Files {
 }
 
 impl LocalFile {
-    fn rows(&self) -> Result<RowReader<BufReader<File>>, ApiError> {
+    fn rows(&self, method: Method) -> Result<RowReader<BufReader<File>>, ApiError> {
         let file = File::open(&self.path).map_err(|error| {
             ApiError::new(
                 ErrorCode::Internal,
@@ -247,11 +263,11 @@ impl LocalFile {
             )
             .with_param(self.param)
         })?;
-        RowReader::new(BufReader::new(file), self.param)
+        RowReader::for_method(method, BufReader::new(file), self.param)
     }
 
-    fn read(&self, superseded: &Superseded) -> Result<Report, ApiError> {
-        let mut rows = self.rows()?;
+    fn read(&self, method: Method, superseded: &Superseded) -> Result<Report, ApiError> {
+        let mut rows = self.rows(method)?;
         for row in rows.by_ref() {
             row?;
             superseded.check()?;
@@ -263,22 +279,40 @@ impl LocalFile {
         })
     }
 
-    /// The number of rows that are cut.
+    /// What the rows become.
     fn tokenize(
         &self,
         tokenizer: &ChatTokenizer,
         resolved: &ResolvedHyperparameters,
         superseded: &Superseded,
-    ) -> Result<usize, ApiError> {
+    ) -> Result<Tokenized, ApiError> {
         let options = TokenizeOptions::from(resolved);
-        let mut truncated = 0;
-        for row in self.rows()? {
+        let mut tokenized = Tokenized { sequences: 0, truncated: 0 };
+        for row in self.rows(resolved.method)? {
             superseded.check()?;
-            let tokenized = tokenize_row(tokenizer, &row?, &options, self.param)?;
-            truncated += usize::from(tokenized.truncated);
+            match resolved.method {
+                Method::Supervised => {
+                    let windows = tokenize_windows(tokenizer, &row?, &options, self.param)?;
+                    tokenized.sequences += windows.len();
+                    tokenized.truncated += usize::from(windows.iter().any(|row| row.truncated));
+                }
+                Method::Dpo => {
+                    let pair = tokenize_pair(tokenizer, &row?, &options, self.param)?;
+                    tokenized.sequences += 1;
+                    tokenized.truncated += usize::from(pair.is_truncated());
+                }
+            }
         }
-        Ok(truncated)
+        Ok(tokenized)
     }
+}
+
+/// What a file's rows become.
+struct Tokenized {
+    /// Examples: windows of texts, and any other row as one.
+    sequences: usize,
+    /// Rows that are cut.
+    truncated: usize,
 }
 
 impl Superseded {
@@ -296,6 +330,16 @@ impl Superseded {
 
 fn read_as(which: &str, report: &Report) -> NewEvent {
     NewEvent::message(Level::Info, format!("{which} file: {report}"))
+}
+
+fn windows(texts: usize, windows: usize, max_seq_length: u64) -> Option<NewEvent> {
+    (windows > texts).then(|| {
+        let message = format!(
+            "The {texts} text(s) of the training file train in {windows} windows of at most \
+             {max_seq_length} tokens"
+        );
+        NewEvent::message(Level::Info, message)
+    })
 }
 
 fn cut(param: &str, rows: usize, max_seq_length: u64) -> Option<NewEvent> {

@@ -10,9 +10,10 @@ pub struct StepMetrics {
     pub step: u64,
     /// Epochs done after this step, e.g. 1.5.
     pub epoch: f64,
-    /// Σ wᵢ·NLLᵢ / Σ wᵢ over the step's tokens.
+    /// Σ wᵢ·NLLᵢ / Σ wᵢ over the step's tokens, or the mean preference loss over its pairs.
     pub train_loss: f64,
-    /// Share of target tokens that were also the most likely one.
+    /// Share of target tokens that were also the most likely one; of preference pairs, of the
+    /// preferred answers' tokens.
     pub train_mean_token_accuracy: f64,
     /// The validation loss after this step's update, where one was measured.
     pub valid_loss: Option<f64>,
@@ -32,6 +33,18 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Training time since the job's start, time before a resume included.
     pub elapsed_seconds: f64,
+    /// Of preference pairs: the share whose preferred answer has the higher implicit reward.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_reward_accuracy: Option<f64>,
+    /// Of preference pairs: the mean difference of the two rewards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_reward_margin: Option<f64>,
+    /// The same share of the validation pairs, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub valid_reward_accuracy: Option<f64>,
+    /// The same difference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub valid_reward_margin: Option<f64>,
 }
 
 /// The step with the lowest validation loss.

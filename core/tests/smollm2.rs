@@ -4,8 +4,9 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tunesmith_core::dataset::{
     ChatTokenizer, Example, Message, Role, Row, TokenizeOptions, TokenizedRow, read_rows,
-    tokenize_row,
+    read_rows_for, tokenize_pair, tokenize_row,
 };
+use tunesmith_core::hyperparameters::Method;
 
 const END_OF_TURN: u32 = 2;
 
@@ -106,6 +107,28 @@ fn ids_and_masks_of_every_example_are_the_references() {
             .collect();
         assert_eq!(tokens.weights, expected, "line {}", row.line);
         assert!(!tokens.truncated);
+    }
+}
+
+#[test]
+fn ids_and_answers_of_every_pair_are_the_references() {
+    let tokenizer = tokenizer();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/dpo4.jsonl");
+    let file = std::fs::File::open(path).expect("the repository ships the file");
+    let rows = read_rows_for(Method::Dpo, file, "training_file").expect("rows");
+    let reference = reference("g_dpo.json");
+    let pairs = reference["encoded"].as_array().expect("pairs");
+    assert_eq!((rows.rows.len(), pairs.len()), (4, 4));
+    let options = TokenizeOptions { max_seq_length: 8192, prompt_loss_weight: 0.0 };
+    for (row, expected) in rows.rows.iter().zip(pairs) {
+        let pair = tokenize_pair(&tokenizer, row, &options, "training_file").expect("tokens");
+        for (name, answer) in [("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
+            let expected = &expected[name];
+            assert_eq!(answer.ids, ids(&expected["ids"]), "line {}, {name}", row.line);
+            let mask: Vec<u32> =
+                (0..answer.ids.len()).map(|i| answer.completion.contains(&i).into()).collect();
+            assert_eq!(mask, ids(&expected["mask"]), "line {}, {name}", row.line);
+        }
     }
 }
 

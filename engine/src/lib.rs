@@ -1,8 +1,9 @@
 //! tunesmith-engine: the only crate with burn in it.
 //!
 //! `ops` holds the few operations a decoder is made of, `models` composes them, `adapters` adds
-//! LoRA, `optim` updates the trainable tensors, `data` lays rows out as batches, `train` is the
-//! loop with its checkpoints, `parallel` shares a step among devices, `import` and `export` read and write other people's formats, and
+//! LoRA, `optim` updates the trainable tensors, `data` lays rows out as batches, `preference`
+//! compares pairs of answers, `train` is the loop with its checkpoints, `parallel` shares a step
+//! among devices, `import` and `export` read and write other people's formats, and
 //! `generate` samples. No SQL, no HTTP.
 
 // The tests beside the code share their device with those under `tests`, which name the crate.
@@ -25,6 +26,7 @@ mod ops;
 pub mod optim;
 pub mod parallel;
 pub mod parameter;
+pub mod preference;
 pub mod sample;
 pub mod train;
 

@@ -271,6 +271,10 @@ impl TrainableModel {
         &self.parameters
     }
 
+    pub(crate) fn parameters_mut(&mut self) -> &mut Parameters {
+        &mut self.parameters
+    }
+
     fn check(&self, batch: &Batch) -> Result<(), EngineError> {
         self.check_ids(&batch.ids)?;
         batch.check()?;

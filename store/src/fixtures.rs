@@ -14,7 +14,9 @@ use crate::validation::Validated;
 use bytes::Bytes;
 use serde_json::{Map, json};
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, ResolvedHyperparameters};
+use tunesmith_core::hyperparameters::{
+    DataFacts, Hyperparameters, Method, ResolvedHyperparameters,
+};
 use tunesmith_core::ids::{BaseModelId, JobId, WorkerId};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::state::JobStatus;
@@ -57,6 +59,7 @@ impl World {
             suffix: None,
             seed: 7,
             metadata: [("team".to_owned(), "a".to_owned())].into(),
+            method: Method::Supervised,
             hyperparameters: Map::from_iter([("n_epochs".to_owned(), json!("auto"))]),
             events: Vec::new(),
         }
@@ -167,6 +170,10 @@ pub(crate) fn step(step: u64, train_loss: f64) -> StepMetrics {
         tokens: 100 * step,
         tokens_per_second: 99.9,
         elapsed_seconds: 0.5,
+        train_reward_accuracy: None,
+        train_reward_margin: None,
+        valid_reward_accuracy: None,
+        valid_reward_margin: None,
     }
 }
 

@@ -11,7 +11,8 @@ macro_rules! steps_of_job {
     () => {
         "SELECT step, epoch, train_loss, train_mean_token_accuracy, valid_loss,
              valid_mean_token_accuracy, full_valid_loss, full_valid_mean_token_accuracy,
-             learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds
+             learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds,
+             train_reward_accuracy, train_reward_margin, valid_reward_accuracy, valid_reward_margin
          FROM job_metrics WHERE job_id = $1"
     };
 }
@@ -69,5 +70,9 @@ fn step_metrics(row: &PgRow) -> sqlx::Result<StepMetrics> {
         tokens: rows::count(row, "tokens")?,
         tokens_per_second: row.try_get("tokens_per_second")?,
         elapsed_seconds: row.try_get("elapsed_seconds")?,
+        train_reward_accuracy: row.try_get("train_reward_accuracy")?,
+        train_reward_margin: row.try_get("train_reward_margin")?,
+        valid_reward_accuracy: row.try_get("valid_reward_accuracy")?,
+        valid_reward_margin: row.try_get("valid_reward_margin")?,
     })
 }

@@ -35,6 +35,10 @@ pub(crate) fn step_data(metrics: &StepMetrics, total_steps: u64) -> Value {
         ("valid_mean_token_accuracy", metrics.valid_mean_token_accuracy),
         ("full_valid_loss", metrics.full_valid_loss),
         ("full_valid_mean_token_accuracy", metrics.full_valid_mean_token_accuracy),
+        ("train_reward_accuracy", metrics.train_reward_accuracy),
+        ("train_reward_margin", metrics.train_reward_margin),
+        ("valid_reward_accuracy", metrics.valid_reward_accuracy),
+        ("valid_reward_margin", metrics.valid_reward_margin),
     ];
     for (name, value) in measured {
         if let Some(value) = value {
@@ -63,6 +67,10 @@ mod tests {
             tokens: 70,
             tokens_per_second: 10.0,
             elapsed_seconds: 7.0,
+            train_reward_accuracy: None,
+            train_reward_margin: None,
+            valid_reward_accuracy: None,
+            valid_reward_margin: None,
         }
     }
 

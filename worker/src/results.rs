@@ -70,6 +70,10 @@ mod tests {
             tokens: 10 * step,
             tokens_per_second: 10.0,
             elapsed_seconds: step as f64,
+            train_reward_accuracy: None,
+            train_reward_margin: None,
+            valid_reward_accuracy: None,
+            valid_reward_margin: None,
         }
     }
 

@@ -47,6 +47,7 @@ pub(crate) async fn create(
         suffix: asked.suffix,
         seed: asked.seed,
         metadata: asked.metadata,
+        method: asked.method,
         hyperparameters: asked.hyperparameters,
         events: asked
             .hyperparameter_warnings

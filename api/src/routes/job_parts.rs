@@ -73,6 +73,15 @@ struct CheckpointMetrics {
     full_valid_loss: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     full_valid_mean_token_accuracy: Option<f64>,
+    /// Ours, of preference pairs; so are the next three.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    train_reward_accuracy: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    train_reward_margin: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    valid_reward_accuracy: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    valid_reward_margin: Option<f64>,
 }
 
 impl From<Checkpoint> for CheckpointObject {
@@ -94,6 +103,10 @@ impl From<Checkpoint> for CheckpointObject {
                 full_valid_loss: metrics.and_then(|m| m.full_valid_loss),
                 full_valid_mean_token_accuracy: metrics
                     .and_then(|m| m.full_valid_mean_token_accuracy),
+                train_reward_accuracy: metrics.and_then(|m| m.train_reward_accuracy),
+                train_reward_margin: metrics.and_then(|m| m.train_reward_margin),
+                valid_reward_accuracy: metrics.and_then(|m| m.valid_reward_accuracy),
+                valid_reward_margin: metrics.and_then(|m| m.valid_reward_margin),
             },
         }
     }

@@ -2,7 +2,6 @@
 
 use crate::auth::Authenticated;
 use crate::failure::Failure;
-use crate::job_request::METHOD;
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
@@ -77,8 +76,8 @@ impl JobObject {
             error: job.error.clone(),
             hyperparameters: Value::Object(top_level),
             method: json!({
-                "type": METHOD,
-                METHOD: { "hyperparameters": hyperparameters },
+                "type": job.method,
+                job.method.as_str(): { "hyperparameters": hyperparameters },
             }),
             integrations: [],
             metadata: job.metadata.clone(),
@@ -89,9 +88,9 @@ impl JobObject {
 /// Resolved as soon as that is done, the client's before.
 fn hyperparameters(job: &Job) -> Value {
     match &job.resolved {
-        Some(resolved) => json!(resolved),
+        Some(resolved) => resolved.to_wire(),
         // They were read once when the job was made, so they are read again without an error.
-        None => Hyperparameters::parse(&job.hyperparameters, "hyperparameters")
+        None => Hyperparameters::parse_for(job.method, &job.hyperparameters, "hyperparameters")
             .map(|(parsed, _)| parsed)
             .unwrap_or_default()
             .to_wire(),

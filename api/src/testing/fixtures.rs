@@ -60,6 +60,10 @@ fn step_metrics(step: u64) -> StepMetrics {
         tokens: 100 * step,
         tokens_per_second: 50.0,
         elapsed_seconds: 2.0 * step as f64,
+        train_reward_accuracy: None,
+        train_reward_margin: None,
+        valid_reward_accuracy: None,
+        valid_reward_margin: None,
     }
 }
 

@@ -93,6 +93,71 @@ async fn a_file_of_any_size_will_do_for_validation() {
     assert!(api.messages(&job).await[3].starts_with("Validation file: 1 rows"));
 }
 
+/// `rows` preference pairs.
+fn pair_rows(rows: usize) -> String {
+    let answer = |text: String| json!([{"role": "assistant", "content": text}]);
+    let row = |n: usize| {
+        json!({
+            "input": {"messages": [{"role": "user", "content": format!("question {n}")}]},
+            "preferred_output": answer(format!("good {n}")),
+            "non_preferred_output": answer(format!("bad {n}")),
+        })
+    };
+    (0..rows).map(|n| format!("{}\n", row(n))).collect()
+}
+
+fn dpo(training: &str) -> Value {
+    json!({"model": BASE, "training_file": training,
+           "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}})
+}
+
+#[tokio::test]
+async fn pairs_are_queued_for_dpo_with_everything_resolved() {
+    let api = start().await;
+    let file = api.upload(pair_rows(12)).await;
+    let job = api.outcome_of(dpo(&file)).await;
+    assert_eq!((&job["status"], &job["error"]), (&json!("queued"), &Value::Null));
+    assert_eq!(job["method"]["type"], "dpo");
+    assert!(job["method"].get("supervised").is_none());
+    let hyperparameters = &job["method"]["dpo"]["hyperparameters"];
+    assert_eq!(hyperparameters["beta"], 0.1);
+    assert_eq!(hyperparameters["learning_rate"], 1e-5);
+    assert_eq!(hyperparameters["preference_loss"], "dpo");
+    let messages = api.messages(&job).await;
+    assert_eq!(messages[2], "Training file: 12 rows read as JSON Lines of preference rows");
+}
+
+#[tokio::test]
+async fn a_file_for_another_method_fails_naming_both_methods() {
+    let api = start().await;
+    let file = api.upload(chat_rows(12)).await;
+    let job = api.outcome_of(dpo(&file)).await;
+    assert_eq!(job["error"]["code"], "invalid_file_format");
+    let message = job["error"]["message"].as_str().expect("message");
+    assert!(message.starts_with("Line 1: the row is a chat row, but method \"dpo\""), "{message}");
+    assert!(message.ends_with("belong to method \"supervised\"."), "{message}");
+    let job = api.outcome(pair_rows(12)).await;
+    let message = job["error"]["message"].as_str().expect("message");
+    assert!(message.starts_with("Line 1: the row is a preference pair"), "{message}");
+    assert!(message.ends_with("belong to method \"dpo\"."), "{message}");
+}
+
+#[tokio::test]
+async fn long_texts_train_in_windows_and_these_are_the_examples() {
+    let api = start().await;
+    let text = "word ".repeat(1000);
+    let rows: String = (0..2).map(|_| format!("{}\n", json!({"text": text}))).collect();
+    let job = api.outcome(rows).await;
+    assert_eq!((&job["status"], &job["error"]), (&json!("queued"), &Value::Null));
+    let messages = api.messages(&job).await;
+    let windows = messages.iter().find(|message| message.contains("windows of at most 64"));
+    assert!(windows.expect("a message").starts_with("The 2 text(s) of the training file train in"));
+    assert!(!messages.iter().any(|message| message.contains("are cut")), "{messages:?}");
+    // Short ones are as many examples as there are texts.
+    let job = api.outcome("{\"text\": \"abc\"}\n".repeat(9)).await;
+    assert_eq!(job["error"]["code"], "invalid_n_examples");
+}
+
 #[tokio::test]
 async fn an_empty_file_fails() {
     let api = start().await;

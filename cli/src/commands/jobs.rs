@@ -9,6 +9,7 @@ use anyhow::bail;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::process::ExitCode;
+use tunesmith_core::hyperparameters::Method;
 use tunesmith_core::ids::FileId;
 
 /// `tunesmith jobs …`.
@@ -65,6 +66,9 @@ pub(crate) struct CreateArgs {
     /// Same seed, same numbers
     #[arg(long)]
     seed: Option<u32>,
+    /// What to learn from: examples (supervised), or preference pairs (dpo)
+    #[arg(long, default_value = "supervised", value_parser = method)]
+    method: Method,
     /// As in the request's method.supervised.hyperparameters, e.g. '{"n_epochs": 2}'
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     hyperparameters: Option<JsonObject>,
@@ -73,6 +77,11 @@ pub(crate) struct CreateArgs {
     follow: bool,
     #[command(flatten)]
     server: ServerArgs,
+}
+
+fn method(word: &str) -> Result<Method, String> {
+    Method::parse(word)
+        .ok_or_else(|| format!("it must be one of {}", Method::ALL.map(Method::as_str).join(", ")))
 }
 
 /// An object in JSON, as an argument.
@@ -135,14 +144,14 @@ async fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
 
 /// The body of the create request; what was not given is left to the server.
 fn request(args: &CreateArgs, training_file: &FileId, validation_file: Option<&FileId>) -> Value {
-    let mut supervised = Map::new();
+    let mut own = Map::new();
     if let Some(JsonObject(hyperparameters)) = &args.hyperparameters {
-        supervised.insert("hyperparameters".to_owned(), json!(hyperparameters));
+        own.insert("hyperparameters".to_owned(), json!(hyperparameters));
     }
     let mut body = json!({
         "model": args.model,
         "training_file": training_file,
-        "method": {"type": "supervised", "supervised": supervised},
+        "method": {"type": args.method, args.method.as_str(): own},
     });
     let optional = [
         ("validation_file", validation_file.map(|file| json!(file))),
@@ -220,6 +229,18 @@ mod tests {
             full["method"]["supervised"]["hyperparameters"],
             json!({"n_epochs": 2, "adapter": {"r": 4}})
         );
+    }
+
+    #[test]
+    fn a_method_is_named_with_its_hyperparameters() {
+        let args = create_args(&["--method", "dpo", "--hyperparameters", r#"{"beta": 0.2}"#]);
+        assert_eq!(
+            request(&args, &"file-1".into(), None)["method"],
+            json!({"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}})
+        );
+        let args = ["create", "--model", "m", "--training-file", "f", "--method", "ppo"];
+        let error = parse(&args).expect_err("no such method").to_string();
+        assert!(error.contains("supervised, dpo"), "{error}");
     }
 
     #[test]

@@ -140,6 +140,10 @@ mod tests {
             tokens: step * 100,
             tokens_per_second: 512.4,
             elapsed_seconds: elapsed,
+            train_reward_accuracy: None,
+            train_reward_margin: None,
+            valid_reward_accuracy: None,
+            valid_reward_margin: None,
         }
     }
 

@@ -40,6 +40,12 @@ pub enum Shape {
     Alpaca,
     /// `{"conversations": [{"from": …, "value": …}]}`.
     ShareGpt,
+    /// `{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}`.
+    Preference,
+    /// `{"prompt": […], "chosen": […], "rejected": […]}` of messages.
+    ChosenRejected,
+    /// `{"prompt": …, "chosen": …, "rejected": …}` of texts.
+    ChosenRejectedText,
 }
 
 impl fmt::Display for Shape {
@@ -50,6 +56,9 @@ impl fmt::Display for Shape {
             Self::Text => "text",
             Self::Alpaca => "alpaca",
             Self::ShareGpt => "sharegpt",
+            Self::Preference => "preference",
+            Self::ChosenRejected => "chosen/rejected message",
+            Self::ChosenRejectedText => "prompt/chosen/rejected text",
         })
     }
 }
@@ -84,6 +93,10 @@ pub enum Repair {
     ArgumentsObject,
     /// A message that is not the assistant's has a weight, which means nothing.
     WeightIgnored,
+    /// A message of a preference pair has a weight, which means nothing.
+    PairWeight,
+    /// Both answers of a pair are the same.
+    EqualAnswers,
 }
 
 impl fmt::Display for Repair {
@@ -95,6 +108,8 @@ impl fmt::Display for Repair {
             Self::NoFinalNewline => "the last line has no newline",
             Self::ArgumentsObject => "tool-call arguments are objects in place of text",
             Self::WeightIgnored => "weights on messages that are not the assistant's are ignored",
+            Self::PairWeight => "weights in preference pairs are ignored",
+            Self::EqualAnswers => "some pairs have the same answer twice and teach no preference",
         })
     }
 }

@@ -2,13 +2,15 @@
 //!
 //! [`RowReader`] reads a file row by row, whatever shape people gave it, and refuses a row that
 //! breaks a rule by its line, its key path, the rule and a way out. [`ChatTokenizer`] is a base
-//! model's tokenizer and chat template. [`tokenize_row`] brings the two together.
+//! model's tokenizer and chat template. [`tokenize_row`], for long texts [`tokenize_windows`] and
+//! for preference pairs [`tokenize_pair`] bring the two together.
 
 mod fault;
 mod format;
 mod json_values;
 mod lines;
 mod message;
+mod preference;
 #[cfg(test)]
 mod properties;
 mod protect;
@@ -20,12 +22,18 @@ mod template;
 mod testing;
 mod tojson;
 mod tokenize;
+mod tokenize_pair;
 mod tokenizer;
 mod tokenizer_files;
+mod windows;
 
 pub use format::{Container, Format, Repair, Report, Shape};
 pub use message::{Message, Role};
-pub use reader::{MAX_ROW_BYTES, RowReader, Rows, check_training_examples, read_rows};
+pub use reader::{
+    MAX_ROW_BYTES, RowReader, Rows, check_training_examples, read_rows, read_rows_for,
+};
 pub use row::{Example, Row};
 pub use tokenize::{TokenizeOptions, TokenizedRow, tokenize_row};
+pub use tokenize_pair::{TokenizedAnswer, TokenizedPair, tokenize_pair};
 pub use tokenizer::{ChatTokenizer, TokenizerError};
+pub use windows::tokenize_windows;

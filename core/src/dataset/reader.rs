@@ -4,10 +4,11 @@ use super::fault::{Fault, ReadFault, quoted};
 use super::format::{Container, Format, Repair, Report, Shape};
 use super::json_values::{JsonValues, Nesting};
 use super::lines::{Lines, skip_byte_order_mark};
+use super::preference::parse_pair;
 use super::row::{Row, parse_row};
 use super::table::Table;
 use crate::errors::{ApiError, ErrorCode};
-use crate::hyperparameters::MIN_EXAMPLES;
+use crate::hyperparameters::{MIN_EXAMPLES, Method};
 use serde_json::{Map, Value};
 use std::collections::{BTreeSet, HashSet};
 use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
@@ -30,7 +31,15 @@ pub struct Rows {
 /// # Errors
 /// `invalid_file_format` for the first row that breaks a rule, with its line.
 pub fn read_rows(reader: impl Read, param: &str) -> Result<Rows, ApiError> {
-    let mut reader = RowReader::new(BufReader::new(reader), param)?;
+    read_rows_for(Method::Supervised, reader, param)
+}
+
+/// As [`read_rows`], the rows being those that `method` learns from.
+///
+/// # Errors
+/// As [`read_rows`]; a row that belongs to another method breaks a rule.
+pub fn read_rows_for(method: Method, reader: impl Read, param: &str) -> Result<Rows, ApiError> {
+    let mut reader = RowReader::for_method(method, BufReader::new(reader), param)?;
     let rows = reader.by_ref().collect::<Result<Vec<_>, _>>()?;
     let report = reader.report().ok_or_else(|| empty_file().into_api_error(1, param))?;
     Ok(Rows { rows, report })
@@ -75,6 +84,7 @@ struct RawRow {
 /// its first error; a file without rows is one.
 pub struct RowReader<R> {
     source: Source<R>,
+    method: Method,
     param: String,
     container: Container,
     shape: Option<Shape>,
@@ -91,11 +101,20 @@ impl<R: BufRead> RowReader<R> {
     /// # Errors
     /// When the bytes do not come, or the first line is longer than [`MAX_ROW_BYTES`].
     pub fn new(reader: R, param: &str) -> Result<Self, ApiError> {
+        Self::for_method(Method::Supervised, reader, param)
+    }
+
+    /// As [`RowReader::new`], for the rows that `method` learns from.
+    ///
+    /// # Errors
+    /// As [`RowReader::new`].
+    pub fn for_method(method: Method, reader: R, param: &str) -> Result<Self, ApiError> {
         let mut repairs = BTreeSet::new();
         let (container, source) =
             open(reader, &mut repairs).map_err(|fault| fault.into_api_error(param))?;
         Ok(Self {
             source,
+            method,
             param: param.to_owned(),
             container,
             shape: None,
@@ -140,8 +159,12 @@ impl<R: BufRead> RowReader<R> {
             return if self.rows == 0 { Err(empty_file().at(1)) } else { Ok(None) };
         };
         let line = raw.line;
+        let parse = match self.method {
+            Method::Supervised => parse_row,
+            Method::Dpo => parse_pair,
+        };
         let (shape, example) =
-            parse_row(&raw.fields, &mut self.repairs).map_err(|fault| fault.at(line))?;
+            parse(&raw.fields, &mut self.repairs).map_err(|fault| fault.at(line))?;
         let first = *self.shape.get_or_insert(shape);
         if shape != first {
             return Err(Fault::new(
@@ -429,6 +452,23 @@ mod tests {
                 "{text:?}"
             );
         }
+    }
+
+    #[test]
+    fn pairs_are_read_for_the_method_that_learns_from_them() {
+        let pair = r#"{"prompt": "q", "chosen": "a", "rejected": "b"}"#;
+        let read = |text: &str| read_rows_for(Method::Dpo, text.as_bytes(), "training_file");
+        let rows = read(&format!("{pair}\n{pair}\n")).expect("rows");
+        assert_eq!(rows.report.format, format(Container::JsonLines, Shape::ChosenRejectedText));
+        let table = read("prompt,chosen,rejected\nq,a,b\n").expect("rows");
+        assert_eq!(table.report.format, format(Container::Csv, Shape::ChosenRejectedText));
+        assert_eq!(table.rows[0].example, rows.rows[0].example);
+        let error = read(&format!("{pair}\n{CHAT}\n")).expect_err("a chat row");
+        assert!(
+            error.message.starts_with("Line 2: the row is a chat row, but method"),
+            "{error:?}"
+        );
+        assert!(refusal(format!("{pair}\n")).starts_with("Line 1: the row is a preference pair"));
     }
 
     #[test]

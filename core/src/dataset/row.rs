@@ -3,6 +3,7 @@
 use super::fault::{Fault, quoted, shortened};
 use super::format::{Repair, Shape};
 use super::message::{Message, Role, check_conversation, parse_messages};
+use super::preference::PAIR_KEYS;
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
 
@@ -16,6 +17,10 @@ pub struct Row {
 }
 
 /// What a row teaches.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "all rows of a job are of one kind, so the room of the larger one is not wasted"
+)]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Example {
     /// A conversation, of which the assistant's turns are learned.
@@ -37,6 +42,26 @@ pub enum Example {
         /// It.
         text: String,
     },
+    /// Two answers to a conversation, of which the first is preferred.
+    ChatPair {
+        /// What is answered.
+        messages: Vec<Message>,
+        /// Tools that the assistant may call, as the chat template takes them.
+        tools: Option<Value>,
+        /// The preferred answer.
+        chosen: Message,
+        /// The other one.
+        rejected: Message,
+    },
+    /// Two ways to go on from a text, of which the first is preferred.
+    TextPair {
+        /// The text.
+        prompt: String,
+        /// The preferred one.
+        chosen: String,
+        /// The other one.
+        rejected: String,
+    },
 }
 
 /// Reads and checks the object of one row.
@@ -45,7 +70,7 @@ pub(super) fn parse_row(
     repairs: &mut BTreeSet<Repair>,
 ) -> Result<(Shape, Example), Fault> {
     let has = |key: &str| fields.contains_key(key);
-    if ["preferred_output", "non_preferred_output", "chosen", "rejected"].into_iter().any(has) {
+    if PAIR_KEYS.into_iter().any(has) {
         return Err(Fault::new(
             "the row is a preference pair, but method \"supervised\" takes chat rows \
              {\"messages\": […]} or prompt/completion rows.",
@@ -88,7 +113,7 @@ pub(super) fn parse_row(
     ))
 }
 
-fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
+pub(super) fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
     match fields.get(key) {
         Some(Value::String(text)) => Ok(text),
         Some(value) => Err(Fault::new(
@@ -103,7 +128,7 @@ fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault>
 }
 
 /// Text that is learned, so it must not be empty.
-fn filled_text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
+pub(super) fn filled_text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
     let text = text(fields, key)?;
     if text.is_empty() {
         return Err(Fault::new(
@@ -114,7 +139,7 @@ fn filled_text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str,
     Ok(text)
 }
 
-fn tools(fields: &Map<String, Value>) -> Result<Option<Value>, Fault> {
+pub(super) fn tools(fields: &Map<String, Value>) -> Result<Option<Value>, Fault> {
     match fields.get("tools") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Array(list)) if list.is_empty() => Ok(None),

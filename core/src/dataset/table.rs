@@ -11,7 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Columns that together make a row; a file needs all of one line.
-const SHAPES: [&[&str]; 3] = [&["prompt", "completion"], &["instruction", "output"], &["text"]];
+const SHAPES: [&[&str]; 4] = [
+    &["prompt", "completion"],
+    &["instruction", "output"],
+    &["text"],
+    &["prompt", "chosen", "rejected"],
+];
 
 /// Reads records under a header.
 pub(super) struct Table<R> {
@@ -133,7 +138,7 @@ fn header(cells: Vec<String>) -> Result<Vec<String>, Fault> {
     Err(Fault::new(
         format!(
             "the file begins with {:?}, which is neither JSON nor a CSV header with the columns \
-             prompt and completion, instruction and output, or text.",
+             prompt and completion, instruction and output, text, or prompt, chosen and rejected.",
             shortened(&cells.join(","))
         ),
         "Upload JSON Lines, such as {\"messages\": […]} on each line, or name the columns.",

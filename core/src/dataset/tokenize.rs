@@ -64,12 +64,21 @@ fn tokenize(
     options: &TokenizeOptions,
 ) -> Result<TokenizedRow, Fault> {
     let tokens = match &row.example {
-        Example::Chat { messages, tools } => chat(tokenizer, messages, tools.as_ref(), options)?,
+        Example::Chat { messages, tools } => {
+            let is_learned = |_, message: &Message| message.role == Role::Assistant;
+            chat(tokenizer, messages, tools.as_ref(), options, is_learned)?
+        }
         Example::PromptCompletion { prompt, completion } => {
             two_parts(tokenizer, prompt, completion).map_err(|error| from_tokenizer(&error))?
         }
         Example::Text { text } => {
             two_parts(tokenizer, "", text).map_err(|error| from_tokenizer(&error))?
+        }
+        Example::ChatPair { .. } | Example::TextPair { .. } => {
+            return Err(Fault::new(
+                "the row is a preference pair and not one sequence.",
+                "Preference pairs belong to method \"dpo\".",
+            ));
         }
     };
     let Tokens { mut ids, completion } = tokens;
@@ -104,13 +113,13 @@ fn tokenize(
 }
 
 /// A row's tokens, and for those of a completion their weight.
-struct Tokens {
-    ids: Vec<u32>,
-    completion: Vec<Option<f32>>,
+pub(super) struct Tokens {
+    pub(super) ids: Vec<u32>,
+    pub(super) completion: Vec<Option<f32>>,
 }
 
 /// Prompt and completion as one text, and the end token as the last target.
-fn two_parts(
+pub(super) fn two_parts(
     tokenizer: &ChatTokenizer,
     prompt: &str,
     completion: &str,
@@ -131,13 +140,14 @@ fn two_parts(
     })
 }
 
-/// A conversation, rendered once. Where an assistant's turn lies in it is found by rendering the
-/// messages before the turn, and those up to it.
-fn chat(
+/// A conversation, rendered once. Where a turn that is learned lies in it is found by rendering
+/// the messages before the turn, and those up to it.
+pub(super) fn chat(
     tokenizer: &ChatTokenizer,
     messages: &[Message],
     tools: Option<&Value>,
     options: &TokenizeOptions,
+    is_learned: impl Fn(usize, &Message) -> bool,
 ) -> Result<Tokens, Fault> {
     let conversation =
         tokenizer.conversation(messages, tools).map_err(|error| from_tokenizer(&error))?;
@@ -164,7 +174,7 @@ fn chat(
     };
     let mut completion = vec![None; ids.len()];
     for (index, message) in messages.iter().enumerate() {
-        if message.role != Role::Assistant {
+        if !is_learned(index, message) {
             continue;
         }
         let before = render(index, true)?;
@@ -213,7 +223,7 @@ fn not_a_prefix(index: usize) -> Fault {
     )
 }
 
-fn from_tokenizer(error: &TokenizerError) -> Fault {
+pub(super) fn from_tokenizer(error: &TokenizerError) -> Fault {
     Fault::new(
         format!("{error}."),
         "Change the row to what the template expects, or choose another model.",

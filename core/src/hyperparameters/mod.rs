@@ -7,14 +7,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 mod adapter;
+mod method;
 mod optimization;
 mod reader;
 #[cfg(test)]
 mod tests;
 
 pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of};
+pub use method::{Method, PreferenceLoss};
 pub use optimization::{LrScheduler, MuonLearningRate, OnDivergence, Optimizer};
 
+use method::PREFERENCE_NAMES;
 use reader::{Reader, above, closed};
 
 /// A value, or `"auto"`: the service chooses when it has seen the data.
@@ -41,6 +44,11 @@ impl<T: Copy> Auto<T> {
 pub const LORA_LEARNING_RATE: f64 = 2e-4;
 /// The same for full fine-tuning: a tenth, as the optimum of the two usually differs by that.
 pub const FULL_LEARNING_RATE: f64 = 2e-5;
+/// The same for preference pairs and LoRA: ten times that of full fine-tuning, as above.
+pub const LORA_PREFERENCE_LEARNING_RATE: f64 = 1e-5;
+/// The same for preference pairs and full fine-tuning, TRL's default: the base model is good at
+/// both answers, and steps of the usual size would unlearn them together.
+pub const FULL_PREFERENCE_LEARNING_RATE: f64 = 1e-6;
 /// Learning rates outside this range are taken, with a warning.
 pub const SENSIBLE_LEARNING_RATES: (f64, f64) = (1e-7, 1e-3);
 /// The fewest examples that a job trains on.
@@ -55,6 +63,8 @@ macro_rules! hyperparameters {
         /// What the client asked for; everything may be left to the service.
         #[derive(Debug, Clone, PartialEq, Default)]
         pub struct Hyperparameters {
+            /// What the job learns from.
+            pub method: Method,
             $($(#[$doc])* pub $name: Auto<$kind>,)*
             /// What trains: LoRA of a shape, or everything.
             pub adapter: AdapterConfig,
@@ -64,6 +74,8 @@ macro_rules! hyperparameters {
         #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
         #[serde(default)]
         pub struct ResolvedHyperparameters {
+            /// What the job learns from.
+            pub method: Method,
             $($(#[$doc])* pub $name: $kind,)*
             /// What trains: LoRA of a shape, or everything.
             pub adapter: AdapterConfig,
@@ -72,8 +84,9 @@ macro_rules! hyperparameters {
         const NAMES: &[&str] = &[$(stringify!($name),)* "adapter"];
 
         impl Hyperparameters {
-            fn read(reader: &Reader<'_>) -> Result<Self, ApiError> {
+            fn read(method: Method, reader: &Reader<'_>) -> Result<Self, ApiError> {
                 Ok(Self {
+                    method,
                     $($name: reader.$read(stringify!($name) $(, $range)?)?,)*
                     adapter: reader.adapter()?,
                 })
@@ -85,7 +98,7 @@ macro_rules! hyperparameters {
                 let mut map = Map::new();
                 $(map.insert(stringify!($name).to_owned(), wire(&self.$name));)*
                 map.insert("adapter".to_owned(), serde_json::json!(self.adapter));
-                Value::Object(map)
+                shown(self.method, map)
             }
         }
     };
@@ -152,6 +165,20 @@ hyperparameters! {
     on_divergence: OnDivergence = word();
     /// A step's loss of more than this times the median of the last ones is a leap; 0 for none.
     spike_factor: f64 = number(closed(0.0, 1_000_000.0));
+    /// What is minimised over preference pairs.
+    preference_loss: PreferenceLoss = word();
+    /// β of DPO and SimPO, how strongly a pair's margin counts; λ of ORPO, its factor.
+    beta: f64 = number(above(0.0, 2.0));
+    /// γ of SimPO: the margin that a pair should have.
+    simpo_gamma: f64 = number(closed(0.0, 10.0));
+}
+
+/// The hyperparameters that a method has.
+fn shown(method: Method, mut fields: Map<String, Value>) -> Value {
+    if method == Method::Supervised {
+        fields.retain(|name, _| !PREFERENCE_NAMES.contains(&name.as_str()));
+    }
+    Value::Object(fields)
 }
 
 fn wire<T: Serialize>(value: &Auto<T>) -> Value {
@@ -178,8 +205,22 @@ impl Hyperparameters {
     /// # Errors
     /// `invalid_value` naming the parameter by its path, its value and the range.
     pub fn parse(fields: &Map<String, Value>, path: &str) -> Result<(Self, Vec<String>), ApiError> {
-        let reader = Reader { fields, path };
-        let parsed = Self::read(&reader)?;
+        Self::parse_for(Method::Supervised, fields, path)
+    }
+
+    /// As [`Hyperparameters::parse`], for any method.
+    ///
+    /// # Errors
+    /// As [`Hyperparameters::parse`].
+    pub fn parse_for(
+        method: Method,
+        fields: &Map<String, Value>,
+        path: &str,
+    ) -> Result<(Self, Vec<String>), ApiError> {
+        let has = |name: &str| method != Method::Supervised || !PREFERENCE_NAMES.contains(&name);
+        let own = fields.iter().filter(|(name, _)| has(name));
+        let own = own.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let parsed = Self::read(method, &Reader { fields: &own, path })?;
         if let (Auto::Value(_), Auto::Value(_)) =
             (parsed.learning_rate, parsed.learning_rate_multiplier)
         {
@@ -191,7 +232,9 @@ impl Hyperparameters {
             .with_param(format!("{path}.learning_rate")));
         }
         optimization::check(&parsed, path)?;
-        let unknown = fields.keys().filter(|key| !NAMES.contains(&key.as_str())).cloned().collect();
+        method::check(&parsed, path)?;
+        let unknown = fields.keys().filter(|key| !NAMES.contains(&key.as_str()) || !has(key));
+        let unknown = unknown.cloned().collect();
         Ok((parsed, unknown))
     }
 
@@ -215,9 +258,11 @@ impl Hyperparameters {
     /// The method's own learning rate, by which a multiplier counts.
     #[must_use]
     pub fn default_learning_rate(&self) -> f64 {
-        match self.adapter.kind {
-            AdapterType::Lora => LORA_LEARNING_RATE,
-            AdapterType::Full => FULL_LEARNING_RATE,
+        match (self.method, self.adapter.kind) {
+            (Method::Supervised, AdapterType::Lora) => LORA_LEARNING_RATE,
+            (Method::Supervised, AdapterType::Full) => FULL_LEARNING_RATE,
+            (Method::Dpo, AdapterType::Lora) => LORA_PREFERENCE_LEARNING_RATE,
+            (Method::Dpo, AdapterType::Full) => FULL_PREFERENCE_LEARNING_RATE,
         }
     }
 
@@ -250,7 +295,9 @@ impl Hyperparameters {
             .learning_rate
             .unwrap_or_else(|| default_rate * self.learning_rate_multiplier.unwrap_or_else(|| 1.0));
         let early_stopping_patience = self.early_stopping_patience.unwrap_or_else(|| 0);
+        let preference_loss = self.preference_loss.unwrap_or_else(PreferenceLoss::default);
         let mut resolved = ResolvedHyperparameters {
+            method: self.method,
             n_epochs: self.n_epochs.unwrap_or_else(|| auto_epochs(examples)),
             batch_size: self.batch_size.unwrap_or_else(|| auto_batch_size(examples)),
             learning_rate_multiplier: self
@@ -275,7 +322,10 @@ impl Hyperparameters {
                 .max_seq_length
                 .unwrap_or_else(|| facts.context_length)
                 .min(facts.context_length),
-            prompt_loss_weight: self.prompt_loss_weight.unwrap_or_else(|| 0.1),
+            prompt_loss_weight: self.prompt_loss_weight.unwrap_or_else(|| match self.method {
+                Method::Supervised => 0.1,
+                Method::Dpo => 0.0,
+            }),
             packing: self.packing.unwrap_or_else(|| true),
             eval_steps: 1,
             checkpoint_steps: 1,
@@ -287,6 +337,9 @@ impl Hyperparameters {
                 .unwrap_or_else(|| early_stopping_patience > 0),
             on_divergence: self.on_divergence.unwrap_or_else(OnDivergence::default),
             spike_factor: self.spike_factor.unwrap_or_else(|| 0.0),
+            preference_loss,
+            beta: self.beta.unwrap_or_else(|| preference_loss.default_beta()),
+            simpo_gamma: self.simpo_gamma.unwrap_or_else(|| method::DEFAULT_SIMPO_GAMMA),
             adapter: self.adapter.clone(),
         };
         let steps_per_epoch = resolved.steps_per_epoch(resolved.train_rows(facts.examples));
@@ -309,6 +362,17 @@ impl Default for ResolvedHyperparameters {
 }
 
 impl ResolvedHyperparameters {
+    /// As the wire shows them: those that the method has.
+    #[must_use]
+    pub fn to_wire(&self) -> Value {
+        let Value::Object(mut fields) = serde_json::json!(self) else {
+            unreachable!("a struct is an object")
+        };
+        // The object that holds the hyperparameters bears the method's name.
+        fields.remove("method");
+        shown(self.method, fields)
+    }
+
     /// Rows that train when `examples` rows are in the training file: all but the held-out ones.
     /// At least one row stays on each side of a split that is asked for.
     #[must_use]

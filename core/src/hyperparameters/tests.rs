@@ -200,3 +200,68 @@ fn a_stored_job_that_is_older_than_a_field_is_read_with_its_default() {
     let read: ResolvedHyperparameters = serde_json::from_value(stored).expect("readable");
     assert_eq!(read, resolved);
 }
+
+fn parse_pairs(value: &Value) -> Result<Hyperparameters, ApiError> {
+    let fields = value.as_object().expect("object");
+    let path = "method.dpo.hyperparameters";
+    Hyperparameters::parse_for(Method::Dpo, fields, path).map(|(parsed, unknown)| {
+        assert!(unknown.is_empty(), "{unknown:?}");
+        parsed
+    })
+}
+
+fn resolve_pairs(value: &Value) -> ResolvedHyperparameters {
+    let facts = DataFacts { examples: 100, context_length: 8192 };
+    parse_pairs(value).expect("valid").resolve(&facts)
+}
+
+#[test]
+fn preference_pairs_have_a_beta_and_a_small_learning_rate_of_their_own() {
+    let dpo = resolve_pairs(&json!({"beta": "auto"}));
+    assert_eq!(
+        (dpo.method, dpo.preference_loss, dpo.beta),
+        (Method::Dpo, PreferenceLoss::Dpo, 0.1)
+    );
+    assert_eq!((dpo.learning_rate, dpo.prompt_loss_weight), (LORA_PREFERENCE_LEARNING_RATE, 0.0));
+    let full = resolve_pairs(&json!({"adapter": {"type": "full"}, "beta": 2}));
+    assert_eq!((full.learning_rate, full.beta), (FULL_PREFERENCE_LEARNING_RATE, 2.0));
+    let simpo = resolve_pairs(&json!({"preference_loss": "simpo"}));
+    assert_eq!((simpo.beta, simpo.simpo_gamma), (2.0, 0.5));
+    let orpo = resolve_pairs(&json!({"preference_loss": "orpo", "prompt_loss_weight": 1}));
+    assert_eq!((orpo.beta, orpo.prompt_loss_weight), (0.1, 1.0));
+}
+
+#[test]
+fn a_preference_hyperparameter_that_does_not_fit_is_refused_by_name() {
+    for (fields, name) in [
+        (json!({"beta": 0}), "beta"),
+        (json!({"beta": 2.5}), "beta"),
+        (json!({"beta": "strong"}), "beta"),
+        (json!({"preference_loss": "ppo"}), "preference_loss"),
+        (json!({"simpo_gamma": 0.3}), "simpo_gamma"),
+        (json!({"preference_loss": "simpo", "simpo_gamma": -1}), "simpo_gamma"),
+        (json!({"prompt_loss_weight": 0.1}), "prompt_loss_weight"),
+        (json!({"preference_loss": "simpo", "prompt_loss_weight": 1}), "prompt_loss_weight"),
+    ] {
+        let error = parse_pairs(&fields).expect_err(name);
+        assert_eq!(error.param, Some(format!("method.dpo.hyperparameters.{name}")), "{fields}");
+    }
+    let error = parse_pairs(&json!({"preference_loss": "ppo"})).expect_err("no such loss");
+    assert!(error.message.contains("\"orpo\""), "{}", error.message);
+}
+
+#[test]
+fn a_supervised_job_has_no_preference_hyperparameters() {
+    let fields = json!({"beta": 7});
+    let (parsed, unknown) =
+        Hyperparameters::parse(fields.as_object().expect("object"), PATH).expect("ignored");
+    assert_eq!(unknown, ["beta"]);
+    let resolved = resolve(&json!({}), 20);
+    for wire in [parsed.to_wire(), resolved.to_wire()] {
+        assert!(wire.get("beta").is_none() && wire.get("preference_loss").is_none(), "{wire}");
+        assert!(wire.get("method").is_none() && wire.get("n_epochs").is_some(), "{wire}");
+    }
+    let pairs = resolve_pairs(&json!({"preference_loss": "orpo"})).to_wire();
+    assert_eq!((&pairs["beta"], &pairs["preference_loss"]), (&json!(0.1), &json!("orpo")));
+    assert_eq!(parse_pairs(&json!({})).expect("valid").to_wire()["beta"], "auto");
+}

@@ -9,7 +9,7 @@ use crate::batch::{Batch, Segment};
 pub const TOKENS_PER_PASS: usize = 2048;
 
 /// Beginnings shorter than this are not worth a segment of their own.
-const MIN_SHARED_TOKENS: usize = 16;
+pub(crate) const MIN_SHARED_TOKENS: usize = 16;
 
 /// How a step's rows are cut into passes. No choice changes a step's loss or gradient but for
 /// rounding and for which inputs LoRA dropout hits, since sums are normalised once a step.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_core::hyperparameters::{AdapterType, Method, PreferenceLoss};
 
 use super::JobFacts;
 
@@ -33,6 +33,17 @@ pub(super) fn readme(facts: &JobFacts<'_>) -> String {
             ),
         ),
         AdapterType::Full => row("method", &"full fine-tuning"),
+    }
+    if hyperparameters.method == Method::Dpo {
+        let beta = hyperparameters.beta;
+        match hyperparameters.preference_loss {
+            PreferenceLoss::Dpo => row("preference loss", &format_args!("DPO, beta {beta}")),
+            PreferenceLoss::Orpo => row("preference loss", &format_args!("ORPO, beta {beta}")),
+            PreferenceLoss::Simpo => row(
+                "preference loss",
+                &format_args!("SimPO, beta {beta}, gamma {}", hyperparameters.simpo_gamma),
+            ),
+        }
     }
     row("seed", &spec.seed);
     row("n_epochs", &hyperparameters.n_epochs);

@@ -20,6 +20,7 @@ use crate::ops::head_norm::head_norm;
 use crate::ops::linear::{LowRank, LowRankPart, linear};
 use crate::ops::neftune::with_noise;
 use crate::ops::rms_norm::{Norm, rms_norm};
+use crate::ops::token_nll::{TokenNll, token_nll};
 use crate::parameter::{ParameterId, Parameters};
 
 /// The structure of a decoder; its tensors are in [`Parameters`].
@@ -183,6 +184,18 @@ impl Decoder {
 
     pub(super) fn num_layers(&self) -> usize {
         self.layers.len()
+    }
+
+    /// −log p of each of `targets` in a batch, whose own weights count for nothing.
+    pub(crate) fn token_nll(
+        &self,
+        parameters: &Parameters,
+        batch: &Batch,
+        targets: &[Target],
+        dropout: Option<DropoutKey>,
+    ) -> Result<TokenNll, EngineError> {
+        let hidden = self.hidden(parameters, batch, dropout, |_| {});
+        token_nll(hidden, parameters[self.head].clone(), self.final_softcap(), targets)
     }
 
     /// Hidden states `[tokens, hidden_size]` after the final norm. `observe` sees the embeddings,

@@ -21,6 +21,7 @@ pub(crate) mod muon;
 pub(crate) mod neftune;
 pub(crate) mod rms_norm;
 pub(crate) mod squares;
+pub(crate) mod token_nll;
 
 #[cfg(test)]
 #[path = "../../tests/support/device.rs"]

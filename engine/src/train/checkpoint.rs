@@ -18,6 +18,7 @@ use tunesmith_core::protocol::{STATE_DIR, WEIGHTS_DIR};
 use tunesmith_core::weights::ADAPTER_WEIGHTS_NAME;
 
 use super::TrainOptions;
+use super::preference::References;
 use crate::error::EngineError;
 use crate::export::{self, JobFacts, safetensors};
 use crate::model::{OptimizerState, TrainableModel};
@@ -59,6 +60,9 @@ pub struct Progress {
     /// What was said of the curve already.
     #[serde(default)]
     pub told: Vec<FindingKind>,
+    /// What DPO compares with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub references: Option<References>,
 }
 
 /// `trainer.json`.

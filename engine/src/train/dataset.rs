@@ -4,12 +4,15 @@ use std::fs::File;
 use std::path::Path;
 
 use tunesmith_core::dataset::{
-    ChatTokenizer, TokenizeOptions, TokenizedRow, read_rows, tokenize_row,
+    ChatTokenizer, Row, TokenizeOptions, TokenizedPair, TokenizedRow, read_rows_for, tokenize_pair,
+    tokenize_windows,
 };
+use tunesmith_core::errors::ApiError;
 use tunesmith_core::protocol::TrainRequest;
 
 use crate::data::sampler;
 use crate::error::EngineError;
+use crate::preference::tokens;
 
 /// The request's parameters, by which an error names the file.
 const TRAINING_FILE: &str = "training_file";
@@ -17,34 +20,16 @@ const VALIDATION_FILE: &str = "validation_file";
 
 /// All rows of a job.
 #[derive(Debug)]
-pub(super) struct Dataset {
+pub(super) struct Dataset<R> {
     /// Rows that train, in file order.
-    pub(super) train: Vec<TokenizedRow>,
+    pub(super) train: Vec<R>,
     /// Rows of the validation file, and after them those held out of the training file.
-    pub(super) valid: Vec<TokenizedRow>,
+    pub(super) valid: Vec<R>,
 }
 
-impl Dataset {
+impl Dataset<TokenizedRow> {
     pub(super) fn load(request: &TrainRequest) -> Result<Self, EngineError> {
-        let hyperparameters = &request.spec.hyperparameters;
-        let tokenizer = ChatTokenizer::from_dir(&request.base_model_dir).map_err(|error| {
-            EngineError::Model(format!("{}: {error}", request.base_model_dir.display()))
-        })?;
-        let options = TokenizeOptions::from(hyperparameters);
-        let rows = load_file(&request.training_file, TRAINING_FILE, &tokenizer, &options)?;
-        let mut valid = match &request.validation_file {
-            Some(file) => load_file(file, VALIDATION_FILE, &tokenizer, &options)?,
-            None => Vec::new(),
-        };
-        let held_out = hyperparameters.held_out_rows(rows.len());
-        let (_, held_out) = sampler::split(rows.len(), held_out, request.spec.seed);
-        let mut train = Vec::with_capacity(rows.len() - held_out.len());
-        for (number, row) in rows.into_iter().enumerate() {
-            let part =
-                if held_out.binary_search(&number).is_ok() { &mut valid } else { &mut train };
-            part.push(row);
-        }
-        Ok(Self { train, valid })
+        Self::load_with(request, tokenize_windows)
     }
 
     /// Tokens of the longest row.
@@ -58,14 +43,51 @@ impl Dataset {
     }
 }
 
-fn load_file(
-    path: &Path,
-    param: &str,
-    tokenizer: &ChatTokenizer,
-    options: &TokenizeOptions,
-) -> Result<Vec<TokenizedRow>, EngineError> {
-    let file = File::open(path).map_err(EngineError::io(path))?;
-    let rows = read_rows(file, param)?;
-    let tokenized = rows.rows.iter().map(|row| tokenize_row(tokenizer, row, options, param));
-    Ok(tokenized.collect::<Result<_, _>>()?)
+impl Dataset<TokenizedPair> {
+    /// Tokens of the longest pair, both answers with their prompt.
+    pub(super) fn longest_row(&self) -> usize {
+        self.train.iter().chain(&self.valid).map(tokens).max().unwrap_or(0)
+    }
+
+    pub(super) fn load_pairs(request: &TrainRequest) -> Result<Self, EngineError> {
+        Self::load_with(request, |tokenizer, row, options, param| {
+            tokenize_pair(tokenizer, row, options, param).map(|pair| vec![pair])
+        })
+    }
+}
+
+/// Turns one row of a file into what trains of it: more than one where a text is long.
+type Tokenize<R> = fn(&ChatTokenizer, &Row, &TokenizeOptions, &str) -> Result<Vec<R>, ApiError>;
+
+impl<R> Dataset<R> {
+    fn load_with(request: &TrainRequest, tokenize: Tokenize<R>) -> Result<Self, EngineError> {
+        let hyperparameters = &request.spec.hyperparameters;
+        let tokenizer = ChatTokenizer::from_dir(&request.base_model_dir).map_err(|error| {
+            EngineError::Model(format!("{}: {error}", request.base_model_dir.display()))
+        })?;
+        let options = TokenizeOptions::from(hyperparameters);
+        let load = |path: &Path, param: &str| -> Result<Vec<R>, EngineError> {
+            let file = File::open(path).map_err(EngineError::io(path))?;
+            let rows = read_rows_for(hyperparameters.method, file, param)?;
+            let mut tokenized = Vec::with_capacity(rows.rows.len());
+            for row in &rows.rows {
+                tokenized.extend(tokenize(&tokenizer, row, &options, param)?);
+            }
+            Ok(tokenized)
+        };
+        let rows = load(&request.training_file, TRAINING_FILE)?;
+        let mut valid = match &request.validation_file {
+            Some(file) => load(file, VALIDATION_FILE)?,
+            None => Vec::new(),
+        };
+        let held_out = hyperparameters.held_out_rows(rows.len());
+        let (_, held_out) = sampler::split(rows.len(), held_out, request.spec.seed);
+        let mut train = Vec::with_capacity(rows.len() - held_out.len());
+        for (number, row) in rows.into_iter().enumerate() {
+            let part =
+                if held_out.binary_search(&number).is_ok() { &mut valid } else { &mut train };
+            part.push(row);
+        }
+        Ok(Self { train, valid })
+    }
 }

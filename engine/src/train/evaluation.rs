@@ -15,11 +15,26 @@ pub(super) struct Evaluation {
     pub(super) loss: f64,
     /// Share of the targets' weight whose token was also the most likely one.
     pub(super) accuracy: f64,
+    /// Of preference pairs.
+    pub(super) rewards: Option<Rewards>,
+}
+
+/// How a model tells preferred answers from others.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rewards {
+    /// Share of the pairs whose preferred answer has the higher reward.
+    pub(super) accuracy: f64,
+    /// Mean difference of the two rewards.
+    pub(super) margin: f64,
 }
 
 impl From<BatchOutcome> for Evaluation {
     fn from(sum: BatchOutcome) -> Self {
-        Self { loss: sum.weighted_nll / sum.weight, accuracy: sum.weighted_correct / sum.weight }
+        Self {
+            loss: sum.weighted_nll / sum.weight,
+            accuracy: sum.weighted_correct / sum.weight,
+            rewards: None,
+        }
     }
 }
 
@@ -41,15 +56,7 @@ impl ValidationSet {
         Self { batches: batching.micro_batches(rows, &all) }
     }
 
-    /// The mean over all rows; `None` when there is no row.
-    pub(super) fn evaluate(
-        &self,
-        model: &TrainableModel,
-    ) -> Result<Option<Evaluation>, EngineError> {
-        self.evaluate_unless(&StopFlag::default(), model)
-    }
-
-    /// As [`ValidationSet::evaluate`], but `None` too when `stop` is set on the way.
+    /// The mean over all rows; `None` when there is no row, or when `stop` is set on the way.
     pub(super) fn evaluate_unless(
         &self,
         stop: &StopFlag,

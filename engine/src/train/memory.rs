@@ -33,6 +33,8 @@ pub(super) struct Planner<'a> {
     pub(super) hyperparameters: &'a ResolvedHyperparameters,
     /// Passes that run at a time.
     pub(super) replicas: usize,
+    /// Whether the backward pass may compute layers again.
+    pub(super) may_recompute: bool,
     /// Bytes that are free; None where nobody can tell.
     pub(super) available: Option<u64>,
 }
@@ -56,7 +58,8 @@ impl Planner<'_> {
                 .take_while(|&tokens| tokens >= MIN_TOKENS_PER_PASS.min(tokens_per_pass).max(1))
                 .collect(),
         };
-        let plans = [false, true].into_iter().flat_map(|recompute| {
+        let ways = if self.may_recompute { &[false, true][..] } else { &[false] };
+        let plans = ways.iter().flat_map(|&recompute| {
             sizes.iter().map(move |&tokens_per_pass| (tokens_per_pass, recompute))
         });
         let mut least = None;
@@ -78,7 +81,7 @@ impl Planner<'_> {
     /// # Errors
     /// As [`Planner::plan`].
     pub(super) fn check_weights(&self) -> Result<(), EngineError> {
-        let estimate = self.estimate(1, true);
+        let estimate = self.estimate(1, self.may_recompute);
         if self.fits(&estimate) { Ok(()) } else { Err(self.refusal(&estimate, 1)) }
     }
 
@@ -157,6 +160,7 @@ mod tests {
             config: &config(),
             hyperparameters: &hyperparameters,
             replicas: 1,
+            may_recompute: true,
             available,
         };
         planner.plan(2048, 300, fixed)
@@ -169,6 +173,7 @@ mod tests {
             config: &config(),
             hyperparameters: &hyperparameters,
             replicas: 1,
+            may_recompute: true,
             available: None,
         };
         Some((planner.estimate(tokens, recompute).total() as f64 / USABLE) as u64 + 1)
@@ -214,6 +219,7 @@ mod tests {
             config: &config(),
             hyperparameters: &full,
             replicas: 1,
+            may_recompute: true,
             available: Some(70 << 20),
         };
         assert!(planner.check_weights().unwrap_err().to_string().contains("adapter.type"));

@@ -5,6 +5,7 @@ mod dataset;
 mod divergence;
 mod evaluation;
 mod memory;
+mod preference;
 mod run;
 mod verdicts;
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
-use tunesmith_core::dataset::TokenizedRow;
-use tunesmith_core::hyperparameters::{AdapterType, ResolvedHyperparameters};
+use tunesmith_core::dataset::{TokenizedPair, TokenizedRow};
+use tunesmith_core::hyperparameters::{AdapterType, Method, ResolvedHyperparameters};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainRequest};
 
@@ -15,6 +15,7 @@ use super::dataset::Dataset;
 use super::divergence::{self, WayBack};
 use super::evaluation::{Evaluation, ValidationSet};
 use super::memory::{self, Planner};
+use super::preference::{FailedPass, Preference};
 use super::{Outcome, Sink, StopFlag, TrainOptions};
 use crate::batch::{Batch, BatchOutcome};
 use crate::data::batching::Batching;
@@ -39,7 +40,9 @@ pub(super) struct Run<'a> {
     /// The first is the lead's.
     devices: Vec<Device>,
     pub(super) model: Replicas,
+    /// Empty where pairs train.
     train: Vec<TokenizedRow>,
+    preference: Option<Preference>,
     valid_rows: usize,
     truncated_rows: usize,
     validation: ValidationSet,
@@ -91,17 +94,20 @@ impl<'a> Run<'a> {
         // What a GPU has free, nobody tells.
         let available = (devices[0] == Device::cpu()).then(memory::available).flatten();
         let replicas = devices.len();
-        let planner = Planner { config: &config, hyperparameters, replicas, available };
+        // The passes of pairs keep all activations.
+        let may_recompute = hyperparameters.method == Method::Supervised;
+        let planner =
+            Planner { config: &config, hyperparameters, replicas, may_recompute, available };
         planner.check_weights()?;
         // Making tokens keeps one core busy, and reading weights mostly waits for memory.
         let (data, model) = thread::scope(|scope| {
-            let data = scope.spawn(|| Dataset::load(request));
+            let data = scope.spawn(|| load_data(request));
             let model =
                 TrainableModel::load(&model_dir, &hyperparameters.adapter, spec.seed, &devices[0]);
             (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.
-        let (data, mut model) = (data?, model?);
+        let ((data, pairs), mut model) = (data?, model?);
         model.set_optimizer(hyperparameters.optimizer, hyperparameters.muon_adjust_lr_fn);
         model.set_neftune_noise_alpha(hyperparameters.neftune_noise_alpha);
         let mut progress = match &request.resume_from {
@@ -110,7 +116,8 @@ impl<'a> Run<'a> {
             }
             None => Progress::default(),
         };
-        let longest_row = data.longest_row();
+        let longest_row =
+            pairs.as_ref().map_or(data.longest_row(), Dataset::<TokenizedPair>::longest_row);
         let plan = planner.plan(options.tokens_per_pass, longest_row, progress.tokens_per_pass)?;
         tracing::info!(
             tokens_per_pass = plan.tokens_per_pass,
@@ -120,28 +127,34 @@ impl<'a> Run<'a> {
         );
         progress.tokens_per_pass = Some(plan.tokens_per_pass);
         model.set_gradient_checkpointing(plan.recompute);
-        let total_steps = hyperparameters.total_steps(data.train.len());
+        let batching = Batching {
+            batch_size: hyperparameters.batch_size as usize,
+            packing: hyperparameters.packing,
+            share_prefixes: !has_token_noise(hyperparameters),
+            tokens_per_pass: plan.tokens_per_pass,
+        };
+        let preference = pairs.map(|Dataset { train, valid }| {
+            Preference::new(hyperparameters, train, valid, batching)
+        });
+        let rows = preference.as_ref().map_or(data.train.len(), Preference::rows);
+        let total_steps = hyperparameters.total_steps(rows);
         Ok(Self {
             request,
             fingerprint,
             model: Replicas::new(model, &devices),
             devices,
-            valid_rows: data.valid.len(),
-            truncated_rows: data.truncated(),
+            valid_rows: preference.as_ref().map_or(data.valid.len(), Preference::valid_rows),
+            truncated_rows: preference.as_ref().map_or(data.truncated(), Preference::truncated),
             validation: ValidationSet::new(&data.valid, plan.tokens_per_pass),
             sampler: Sampler {
-                rows: data.train.len(),
+                rows,
                 rows_per_step: hyperparameters.rows_per_step() as usize,
                 seed: spec.seed,
                 order: options.order,
             },
             train: data.train,
-            batching: Batching {
-                batch_size: hyperparameters.batch_size as usize,
-                packing: hyperparameters.packing,
-                share_prefixes: !has_token_noise(hyperparameters),
-                tokens_per_pass: plan.tokens_per_pass,
-            },
+            preference,
+            batching,
             schedule: Schedule::new(hyperparameters, total_steps),
             total_steps,
             resumed_from_step: progress.step,
@@ -154,11 +167,8 @@ impl<'a> Run<'a> {
     /// Trains to the end, or until `stop`.
     pub(super) fn run(mut self, stop: &StopFlag, sink: Sink<'_>) -> Result<Outcome, EngineError> {
         if self.progress.step == 0 {
-            let initial = self
-                .validation
-                .evaluate_unless(stop, &self.model)
-                .map_err(|error| self.at_step(error, "validation loss", None))
-                .map_err(|error| self.with_advice(error))?;
+            self.find_references(stop)?;
+            let initial = self.measure(stop).map_err(|error| self.with_advice(error))?;
             self.progress.initial_valid_loss = initial.map(|evaluation| evaluation.loss);
         }
         self.report(sink, FromTrainer::Started(self.started()))?;
@@ -208,13 +218,45 @@ impl<'a> Run<'a> {
         Ok(self.metrics(&update, valid, full_valid))
     }
 
-    /// One optimiser step.
-    fn update(&mut self) -> Result<Update, EngineError> {
-        let began = Instant::now();
+    /// What pairs are compared with, where the loss asks for it: the model as it is now, before
+    /// its first step.
+    fn find_references(&mut self, stop: &StopFlag) -> Result<(), EngineError> {
+        let Some(preference) = &self.preference else { return Ok(()) };
+        let steps = self.total_steps.min(self.sampler.steps_per_epoch());
+        let mut rows: Vec<usize> =
+            (0..steps).flat_map(|step| self.sampler.rows_of_step(step)).collect();
+        rows.sort_unstable();
+        self.progress.references = preference
+            .references(&self.model, &rows, stop)
+            .map_err(|error| self.at_step(error, "reference", None))?;
+        Ok(())
+    }
+
+    /// The loss on the validation rows; `None` where there is none, or when `stop` is set.
+    fn measure(&self, stop: &StopFlag) -> Result<Option<Evaluation>, EngineError> {
+        let measured = match &self.preference {
+            Some(preference) => {
+                preference.evaluate(&self.model, self.progress.references.as_ref(), stop)
+            }
+            None => self.validation.evaluate_unless(stop, &self.model),
+        };
+        measured.map_err(|error| self.at_step(error, "validation loss", None))
+    }
+
+    /// The passes of one optimiser step on `rows`: their means, and their tokens.
+    fn passes(&mut self, rows: &[usize]) -> Result<(Evaluation, u64), EngineError> {
         let step = self.progress.step;
-        let hyperparameters = &self.request.spec.hyperparameters;
+        if let Some(preference) = &self.preference {
+            let references = self.progress.references.as_ref();
+            let seed = self.request.spec.seed;
+            let key = |micro_batch| DropoutKey { seed, step, micro_batch };
+            let passed = preference.step(&mut self.model, references, rows, key);
+            return passed.map(|passed| (passed.evaluation, passed.tokens)).map_err(
+                |FailedPass { error, rows }| self.at_step(error, "training loss", Some(&rows)),
+            );
+        }
         let (batches, owners) = deal(
-            &self.sampler.rows_of_step(step),
+            rows,
             |row| self.train[row].ids.len(),
             self.model.count(),
             |rows| self.batching.micro_batches(&self.train, rows),
@@ -232,8 +274,17 @@ impl<'a> Run<'a> {
         })?;
         let mut sum = BatchOutcome::default();
         outcomes.into_iter().for_each(|outcome| sum += outcome);
-        let train = Evaluation::from(sum);
-        self.check_for_a_leap(&train, &batches)?;
+        Ok((sum.into(), batches.iter().map(|batch| batch.row_tokens() as u64).sum()))
+    }
+
+    /// One optimiser step.
+    fn update(&mut self) -> Result<Update, EngineError> {
+        let began = Instant::now();
+        let step = self.progress.step;
+        let rows = self.sampler.rows_of_step(step);
+        let (train, tokens) = self.passes(&rows)?;
+        self.check_for_a_leap(&train, &rows)?;
+        let hyperparameters = &self.request.spec.hyperparameters;
         let learning_rate = self.peak_learning_rate() * self.schedule.factor(step);
         let params = AdamWParams {
             learning_rate,
@@ -245,15 +296,15 @@ impl<'a> Run<'a> {
         let max_grad_norm =
             (hyperparameters.max_grad_norm > 0.0).then_some(hyperparameters.max_grad_norm);
         let update = |model: &mut TrainableModel| model.optimizer_step(&params, max_grad_norm);
-        let grad_norm = self.model.update(update).map_err(|error| {
-            let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.clone()).collect();
-            self.at_step(error, "gradient", Some(&rows))
-        })?;
+        let grad_norm = self
+            .model
+            .update(update)
+            .map_err(|error| self.at_step(error, "gradient", Some(&rows)))?;
         Ok(Update {
             train,
             learning_rate,
             grad_norm,
-            tokens: batches.iter().map(|batch| batch.row_tokens() as u64).sum(),
+            tokens,
             seconds: began.elapsed().as_secs_f64(),
         })
     }
@@ -268,10 +319,7 @@ impl<'a> Run<'a> {
         if !(ends_epoch || is_due) {
             return Ok((None, None));
         }
-        let evaluation = self
-            .validation
-            .evaluate(&self.model)
-            .map_err(|error| self.at_step(error, "validation loss", None))?;
+        let evaluation = self.measure(&StopFlag::default())?;
         if let Some(Evaluation { loss, .. }) = evaluation {
             self.note_valid_loss(loss);
         }
@@ -284,6 +332,7 @@ impl<'a> Run<'a> {
         valid: Option<Evaluation>,
         full_valid: Option<Evaluation>,
     ) -> StepMetrics {
+        let valid_rewards = valid.or(full_valid).and_then(|evaluation| evaluation.rewards);
         StepMetrics {
             step: self.progress.step,
             epoch: self.progress.step as f64 / self.sampler.steps_per_epoch() as f64,
@@ -298,6 +347,10 @@ impl<'a> Run<'a> {
             tokens: self.progress.tokens,
             tokens_per_second: update.tokens as f64 / update.seconds,
             elapsed_seconds: self.progress.elapsed_seconds,
+            train_reward_accuracy: update.train.rewards.map(|rewards| rewards.accuracy),
+            train_reward_margin: update.train.rewards.map(|rewards| rewards.margin),
+            valid_reward_accuracy: valid_rewards.map(|rewards| rewards.accuracy),
+            valid_reward_margin: valid_rewards.map(|rewards| rewards.margin),
         }
     }
 
@@ -305,7 +358,7 @@ impl<'a> Run<'a> {
         Started {
             total_steps: self.total_steps,
             resumed_from_step: self.resumed_from_step,
-            train_rows: self.train.len() as u64,
+            train_rows: self.sampler.rows as u64,
             valid_rows: self.valid_rows as u64,
             truncated_rows: self.truncated_rows as u64,
             initial_valid_loss: self.progress.initial_valid_loss,
@@ -372,8 +425,23 @@ impl<'a> Run<'a> {
 
     /// The lines of the training file that `rows` came from, in words.
     pub(super) fn lines(&self, rows: &[usize]) -> String {
-        lines_in_words(rows.iter().map(|&row| self.train[row].line).collect())
+        let line = |&row: &usize| match &self.preference {
+            Some(preference) => preference.line(row),
+            None => self.train[row].line,
+        };
+        lines_in_words(rows.iter().map(line).collect())
     }
+}
+
+/// The job's rows: examples, or none of these and pairs.
+type Rows = (Dataset<TokenizedRow>, Option<Dataset<TokenizedPair>>);
+
+fn load_data(request: &TrainRequest) -> Result<Rows, EngineError> {
+    if request.spec.hyperparameters.method == Method::Supervised {
+        return Ok((Dataset::load(request)?, None));
+    }
+    let pairs = Dataset::load_pairs(request)?;
+    Ok((Dataset { train: Vec::new(), valid: Vec::new() }, Some(pairs)))
 }
 
 /// Whether something random is drawn for each token of a row, so that two rows differ even where

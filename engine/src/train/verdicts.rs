@@ -10,7 +10,6 @@ use super::divergence::{MAX_ROLLBACKS, leap, rate_factor};
 use super::evaluation::Evaluation;
 use super::run::Run;
 use super::{Outcome, Sink, checkpoint};
-use crate::batch::Batch;
 use crate::error::EngineError;
 
 impl Run<'_> {
@@ -110,17 +109,16 @@ impl Run<'_> {
     pub(super) fn check_for_a_leap(
         &self,
         train: &Evaluation,
-        batches: &[Batch],
+        rows: &[usize],
     ) -> Result<(), EngineError> {
         let factor = self.request.spec.hyperparameters.spike_factor;
         let recent = &self.progress.recent_losses;
         let Some(median) = leap(recent, train.loss, factor) else { return Ok(()) };
-        let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.clone()).collect();
         Err(EngineError::Spike(format!(
             "Step {}: the training loss on {} is {:.4}, more than {factor} times {median:.4}, the \
              median of the last {} steps.",
             self.progress.step + 1,
-            self.lines(&rows),
+            self.lines(rows),
             train.loss,
             recent.len(),
         )))

@@ -8,6 +8,7 @@ mod invariants;
 mod loading;
 mod parallel;
 mod portable;
+mod preference;
 mod reference;
 mod reference_training;
 #[path = "../support/rerun.rs"]

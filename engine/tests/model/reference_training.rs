@@ -14,7 +14,7 @@ const LOSS_TOLERANCE: f64 = 1e-4;
 const NORM_TOLERANCE: f64 = 1e-4;
 
 /// SmolLM2 with the references' adapter: r 8, alpha 16, A from the file, B zero.
-fn lora_model(targets: &[&str], use_rslora: bool) -> TrainableModel {
+pub(crate) fn lora_model(targets: &[&str], use_rslora: bool) -> TrainableModel {
     let mut model = load_smollm2(&AdapterConfig {
         r: 8,
         alpha: 16.0,

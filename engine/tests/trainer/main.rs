@@ -9,6 +9,7 @@ mod import;
 mod kill;
 mod parallel;
 mod portable;
+mod preference;
 #[path = "../support/rerun.rs"]
 mod rerun;
 mod resume;

@@ -13,7 +13,7 @@ use tunesmith_engine::train::{Outcome, TrainOptions};
 use crate::support::{Bench, Transcript, chat_rows, finish, read_safetensors, run};
 
 /// The numbers of a step without its times.
-fn timeless(steps: &[StepMetrics]) -> Vec<StepMetrics> {
+pub(crate) fn timeless(steps: &[StepMetrics]) -> Vec<StepMetrics> {
     let timeless = |step: &StepMetrics| StepMetrics {
         tokens_per_second: 0.0,
         elapsed_seconds: 0.0,

@@ -240,3 +240,27 @@ fn a_job_that_goes_on_from_a_tuned_model_starts_a_new_schedule_and_new_moments()
     let (before, after) = (first.steps[0].train_loss, second.steps[0].train_loss);
     assert!(after < before, "{before} {after}");
 }
+
+#[test]
+fn a_messages_weight_is_a_factor_on_its_tokens_loss() {
+    let bench = Bench::new(2);
+    let row = |answer: &str, weight: f64| {
+        let messages = json!({"messages": [
+            {"role": "user", "content": "What?"},
+            {"role": "assistant", "content": answer, "weight": weight},
+        ]});
+        format!("{messages}\n")
+    };
+    let loss = |name: &str, rows: &str| {
+        let fields = json!({"batch_size": 2, "n_epochs": 1, "prompt_loss_weight": 0});
+        let request = bench.request(name, &fields);
+        fs::write(&request.training_file, rows).expect("data");
+        finish(&request).steps[0].train_loss
+    };
+    // Each letter is a token, and so is the end of the turn.
+    let (a, b) = (loss("a", &row("no", 1.0)), loss("b", &row("yes it is", 1.0)));
+    assert!((a - b).abs() > 1e-3, "{a} {b}");
+    let mixed = loss("mixed", &(row("no", 1.0) + &row("yes it is", 0.1)));
+    let expected = (3.0 * a + 0.1 * 10.0 * b) / (3.0 + 0.1 * 10.0);
+    assert!(close(mixed, expected), "{mixed} {expected}");
+}

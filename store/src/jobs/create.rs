@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use std::collections::BTreeMap;
+use tunesmith_core::hyperparameters::Method;
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, tuned_model_name};
 use tunesmith_core::state::JobStatus;
 
@@ -35,6 +36,8 @@ pub struct NewJob {
     pub seed: u64,
     /// The client's own notes.
     pub metadata: BTreeMap<String, String>,
+    /// What it learns from.
+    pub method: Method,
     /// The hyperparameters as the client gave them.
     pub hyperparameters: Map<String, Value>,
     /// Events after the first ones: warnings about values that are allowed and rarely meant.
@@ -176,8 +179,8 @@ async fn insert(
     sqlx::query(
         "INSERT INTO jobs (id, project_id, api_key_id, request_sha256, model, base_model_id,
              training_file, validation_file, suffix, seed, metadata, hyperparameters, model_name,
-             status)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+             status, method)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
     )
     .bind(id.as_str())
     .bind(caller.project_id.as_str())
@@ -193,6 +196,7 @@ async fn insert(
     .bind(Json(&new.hyperparameters))
     .bind(model_name)
     .bind(JobStatus::ValidatingFiles.as_str())
+    .bind(new.method.as_str())
     .execute(&mut *connection)
     .await?;
     if let Some(key) = &idempotency.key {

@@ -16,7 +16,7 @@ use sqlx::{FromRow, Row as _};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use tunesmith_core::errors::ApiError;
-use tunesmith_core::hyperparameters::ResolvedHyperparameters;
+use tunesmith_core::hyperparameters::{Method, ResolvedHyperparameters};
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, OrganizationId, ProjectId};
 use tunesmith_core::protocol::Started;
 use tunesmith_core::state::JobStatus;
@@ -46,6 +46,8 @@ pub struct Job {
     pub seed: u64,
     /// The client's own notes.
     pub metadata: BTreeMap<String, String>,
+    /// What it learns from.
+    pub method: Method,
     /// The hyperparameters as the client gave them.
     pub hyperparameters: Map<String, Value>,
     /// The same with nothing left to choose, once the files are validated.
@@ -91,7 +93,7 @@ macro_rules! job_columns {
     () => {
         "jobs.id, jobs.project_id, projects.organization_id, jobs.created_at, jobs.model,
          jobs.base_model_id, jobs.training_file, jobs.validation_file, jobs.suffix, jobs.seed,
-         jobs.metadata, jobs.hyperparameters, jobs.resolved, jobs.model_name, jobs.status,
+         jobs.metadata, jobs.method, jobs.hyperparameters, jobs.resolved, jobs.model_name, jobs.status,
          jobs.paused, jobs.cancel_requested, jobs.started_at, jobs.finished_at, jobs.error,
          jobs.attempt, jobs.run, jobs.last_step, jobs.resume_attempt, jobs.resume_step,
          jobs.trained_tokens, jobs.result_file"
@@ -122,6 +124,7 @@ impl FromRow<'_, PgRow> for Job {
             suffix: row.try_get("suffix")?,
             seed: rows::count(row, "seed")?,
             metadata: rows::json(row, "metadata")?,
+            method: rows::word(row, "method", Method::parse)?,
             hyperparameters: rows::json(row, "hyperparameters")?,
             resolved: rows::optional_json(row, "resolved")?,
             model_name: row.try_get("model_name")?,

@@ -300,9 +300,12 @@ async fn words_of(store: &Store, constraint: &str) -> BTreeSet<String> {
 async fn the_words_of_the_schema_are_those_of_the_code() {
     use crate::events::{EventType, Level};
     use crate::files::FileStatus;
+    use tunesmith_core::hyperparameters::Method;
     let world = World::new().await;
     let owned = |words: Vec<&'static str>| words.into_iter().map(str::to_owned).collect();
-    let cases: [(&str, BTreeSet<String>); 4] = [
+    let methods = owned(Method::ALL.map(Method::as_str).to_vec());
+    let cases: [(&str, BTreeSet<String>); 5] = [
+        ("jobs_method_check", methods),
         ("jobs_status_check", owned(super::words(&JobStatus::ALL))),
         ("files_status_check", owned(FileStatus::ALL.iter().map(|s| s.as_str()).collect())),
         ("job_events_level_check", owned(Level::ALL.iter().map(|s| s.as_str()).collect())),

@@ -101,7 +101,8 @@ impl Store {
                 INSERT INTO job_metrics (job_id, step, epoch, train_loss,
                     train_mean_token_accuracy, valid_loss, valid_mean_token_accuracy,
                     full_valid_loss, full_valid_mean_token_accuracy, learning_rate, grad_norm,
-                    tokens, tokens_per_second, elapsed_seconds)
+                    tokens, tokens_per_second, elapsed_seconds, train_reward_accuracy,
+                    train_reward_margin, valid_reward_accuracy, valid_reward_margin)
                 SELECT moved.id, step.* FROM moved, jsonb_to_recordset($6) AS step (
                     step bigint, epoch double precision, train_loss double precision,
                     train_mean_token_accuracy double precision, valid_loss double precision,
@@ -110,7 +111,9 @@ impl Store {
                     full_valid_mean_token_accuracy double precision,
                     learning_rate double precision, grad_norm double precision,
                     tokens bigint, tokens_per_second double precision,
-                    elapsed_seconds double precision)
+                    elapsed_seconds double precision,
+                    train_reward_accuracy double precision, train_reward_margin double precision,
+                    valid_reward_accuracy double precision, valid_reward_margin double precision)
                 ON CONFLICT (job_id, step) DO UPDATE SET
                     epoch = EXCLUDED.epoch, train_loss = EXCLUDED.train_loss,
                     train_mean_token_accuracy = EXCLUDED.train_mean_token_accuracy,
@@ -120,7 +123,11 @@ impl Store {
                     full_valid_mean_token_accuracy = EXCLUDED.full_valid_mean_token_accuracy,
                     learning_rate = EXCLUDED.learning_rate, grad_norm = EXCLUDED.grad_norm,
                     tokens = EXCLUDED.tokens, tokens_per_second = EXCLUDED.tokens_per_second,
-                    elapsed_seconds = EXCLUDED.elapsed_seconds
+                    elapsed_seconds = EXCLUDED.elapsed_seconds,
+                    train_reward_accuracy = EXCLUDED.train_reward_accuracy,
+                    train_reward_margin = EXCLUDED.train_reward_margin,
+                    valid_reward_accuracy = EXCLUDED.valid_reward_accuracy,
+                    valid_reward_margin = EXCLUDED.valid_reward_margin
              ) SELECT id FROM moved"
         )
         .bind(rows::bigint(last_step))

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters};
+use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, Method};
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, ProjectId};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::state::JobStatus;
@@ -75,6 +75,7 @@ impl World {
             suffix: None,
             seed: 7,
             metadata: BTreeMap::new(),
+            method: Method::Supervised,
             hyperparameters: serde_json::Map::new(),
             events: Vec::new(),
         };

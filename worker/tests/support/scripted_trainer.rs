@@ -203,6 +203,10 @@ fn metrics(script: &Script, state: State) -> StepMetrics {
         tokens: 10 * state.step,
         tokens_per_second: 10.0,
         elapsed_seconds: state.step as f64,
+        train_reward_accuracy: None,
+        train_reward_margin: None,
+        valid_reward_accuracy: None,
+        valid_reward_margin: None,
     }
 }
 

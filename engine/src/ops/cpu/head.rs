@@ -84,6 +84,32 @@ simd_kernels! {
     }
 }
 
+/// nll of one row of logits, which become dz = weight·(softmax − e_target), through the cap where
+/// there is one; and whether no logit is above the target's. `slopes` is scratch.
+pub(super) fn row_loss(
+    isa: Isa,
+    softcap: Option<f32>,
+    logits: &mut [f32],
+    slopes: &mut Vec<f32>,
+    target: u32,
+    weight: f32,
+) -> (f64, bool) {
+    let target = target as usize;
+    let Some(cap) = softcap else {
+        return cross_entropy_row(isa, logits, target, weight);
+    };
+    slopes.resize(logits.len(), 0.0);
+    soft_cap_row(isa, cap, logits, slopes);
+    let row = cross_entropy_row(isa, logits, target, weight);
+    multiply(isa, logits, slopes);
+    row
+}
+
+/// Rows of logits that are held at a time.
+pub(super) fn chunk_rows(vocabulary: usize) -> usize {
+    (CHUNK_LOGITS / vocabulary).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS)
+}
+
 pub(in crate::ops) fn head_with_loss(
     hidden: Tensor<2>,
     weight: Tensor<2>,
@@ -132,7 +158,7 @@ fn compute(
     let isa = Isa::detect();
     let ([tokens, width], [vocabulary, _]) = (dims(hidden), dims(weight));
     let weight_view = MatRef::new(values(weight), vocabulary, width);
-    let chunk_rows = (CHUNK_LOGITS / vocabulary).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS);
+    let chunk_rows = chunk_rows(vocabulary);
     let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
     let mut d_hidden = hidden_tracked.then(|| vec![0.0; tokens * width]);
     let mut d_weight = weight_tracked.then(|| vec![0.0; vocabulary * width]);
@@ -150,15 +176,7 @@ fn compute(
             .par_chunks_exact_mut(vocabulary)
             .zip(chunk)
             .map_init(Vec::new, |slopes, (logits, target)| {
-                let id = target.id as usize;
-                let Some(cap) = softcap else {
-                    return cross_entropy_row(isa, logits, id, target.weight);
-                };
-                slopes.resize(vocabulary, 0.0);
-                soft_cap_row(isa, cap, logits, slopes);
-                let row = cross_entropy_row(isa, logits, id, target.weight);
-                multiply(isa, logits, slopes);
-                row
+                row_loss(isa, softcap, logits, slopes, target.id, target.weight)
             })
             .collect();
         for (target, (nll, correct)) in chunk.iter().zip(losses) {

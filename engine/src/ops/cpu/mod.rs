@@ -20,3 +20,4 @@ pub(super) mod head_norm;
 pub(super) mod linear;
 pub(super) mod rms_norm;
 pub(super) mod squares;
+pub(super) mod token_nll;
