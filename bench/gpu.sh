@@ -6,8 +6,8 @@
 # beside PyTorch + PEFT on the same card. It prints the card's name, both sides' figures, and lines
 # `ratio NAME VALUE`, the engine's figure over the peer's.
 #
-# NOT YET RUN ON A GPU: it was written on a machine without one, where its parts were run on the CPU
-# with a tiny shape (DEVICE=cpu SHAPE=tiny SEQUENCE=128 bench/gpu.sh).
+# NOT YET RUN ON A GPU: it was written where there was none. `DEVICE=cpu SHAPE=tiny SEQUENCE=128
+# bench/gpu.sh` tries it on the CPU with a tiny shape.
 #
 # Needs: an NVIDIA driver, the CUDA toolkit's headers and NVRTC, Rust, Python 3; network access for
 # the build (which fetches an LLVM) and for PyTorch, unless PYTHON names a Python that has torch,
