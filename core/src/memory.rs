@@ -3,14 +3,12 @@
 //! The parts follow what the engine keeps: weights and optimiser state for the whole run, gradients
 //! for a step, activations for a pass. A test holds the sum against the peak that a trainer shows.
 
-use crate::hyperparameters::{AdapterType, ResolvedHyperparameters, TARGET_MODULES};
+use crate::hyperparameters::{AdapterType, Optimizer, ResolvedHyperparameters, TARGET_MODULES};
 use serde::Serialize;
 use std::fmt;
 
 /// Bytes of a value.
 const F32: u64 = 4;
-/// Values of AdamW's memory for each trained one: both moments.
-const ADAMW_MOMENTS: u64 = 2;
 /// The program, its tokenizer and its buffers.
 const PROCESS: u64 = 64 << 20;
 /// Logits that are held at a time.
@@ -89,7 +87,7 @@ impl MemoryEstimate {
         Self {
             weights: F32 * (weights + adapter),
             gradients: F32 * trained,
-            optimizer: F32 * ADAMW_MOMENTS * trained,
+            optimizer: F32 * size.optimizer_state(hyperparameters.optimizer, trained),
             activations: F32 * activations,
             process: PROCESS,
         }
@@ -149,10 +147,7 @@ impl ModelSize {
             inputs * outputs
         });
         let layer = projections.sum::<u64>() + 2 * self.hidden_size;
-        let matrices = if self.tie_word_embeddings { 1 } else { 2 };
-        self.num_hidden_layers * layer
-            + matrices * self.vocab_size * self.hidden_size
-            + self.hidden_size
+        self.num_hidden_layers * layer + self.vocabulary_matrices() + self.hidden_size
     }
 
     /// Values of a LoRA adapter of rank `r`.
@@ -162,6 +157,24 @@ impl ModelSize {
             r * (inputs + outputs)
         });
         self.num_hidden_layers * modules.sum::<u64>()
+    }
+
+    /// Values that the optimiser remembers of `trained` ones.
+    fn optimizer_state(&self, optimizer: Optimizer, trained: u64) -> u64 {
+        match optimizer {
+            // Both moments.
+            Optimizer::Adamw => 2 * trained,
+            // A value a row and one a column are too few to count.
+            Optimizer::Adafactor => 0,
+            // The momentum of the layers' matrices, and both moments of embedding and head.
+            Optimizer::Muon => trained + self.vocabulary_matrices(),
+        }
+    }
+
+    /// Values of the embedding, and of the head where it is another.
+    fn vocabulary_matrices(&self) -> u64 {
+        let matrices = if self.tie_word_embeddings { 1 } else { 2 };
+        matrices * self.vocab_size * self.hidden_size
     }
 
     /// Values that a pass holds at its peak.
@@ -226,6 +239,14 @@ mod tests {
         let lora = estimate("lora", 1, false);
         let adapter = 16 * 4_884_480;
         assert_eq!(lora.weights + lora.gradients + lora.optimizer, 4 * 134_515_008 + adapter);
+    }
+
+    #[test]
+    fn optimizers_remember_two_values_of_each_weight_or_fewer() {
+        let remembered = |optimizer| SMOLLM2_135M.optimizer_state(optimizer, 134_515_008);
+        assert_eq!(remembered(Optimizer::Adamw), 2 * 134_515_008);
+        assert_eq!(remembered(Optimizer::Muon), 134_515_008 + 49_152 * 576);
+        assert_eq!(remembered(Optimizer::Adafactor), 0);
     }
 
     #[test]

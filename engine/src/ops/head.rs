@@ -12,12 +12,12 @@
 //! CPU form goes through them in chunks, and takes a chunk's gradients while its logits are there,
 //! so that the `[tokens, vocabulary]` logits are never stored.
 
-use burn::tensor::{Int, Tensor, TensorData, activation};
+use burn::tensor::{Tensor, TensorData};
 
+use super::token_nll::{self, TokenNll};
 use super::{cpu, on_cpu};
 use crate::batch::Target;
 use crate::error::EngineError;
-use crate::parameter::read;
 
 /// The loss as a node of the graph, and as exact sums.
 #[derive(Debug)]
@@ -62,27 +62,15 @@ pub(super) fn portable(
     softcap: Option<f32>,
     targets: &[Target],
 ) -> Result<HeadLoss, EngineError> {
-    let device = hidden.device();
-    let count = targets.len();
-    let integers = |values: Vec<i32>| -> Tensor<1, Int> {
-        Tensor::from_data(TensorData::new(values, [count]), &device)
-    };
-    let rows = integers(targets.iter().map(|target| target.position as i32).collect());
-    let ids = integers(targets.iter().map(|target| target.id as i32).collect());
     let weights: Vec<f32> = targets.iter().map(|target| target.weight).collect();
-
-    let logits = soft_capped(hidden.select(0, rows).matmul(weight.transpose()), softcap);
-    let ids = ids.reshape([count, 1]);
-    let nll = activation::log_softmax(logits.clone(), 1).gather(1, ids.clone()).neg();
-    let margin = (logits.clone().gather(1, ids) - logits.max_dim(1)).inner();
-
-    let weighted = |values: Vec<f32>| -> f64 {
-        values.iter().zip(&weights).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum()
+    let TokenNll { nll, values, correct } = token_nll::portable(hidden, weight, softcap, targets)?;
+    let weighted = |values: &mut dyn Iterator<Item = f64>| -> f64 {
+        values.zip(&weights).map(|(x, &w)| x * f64::from(w)).sum()
     };
-    let weighted_nll = weighted(read(nll.clone())?);
-    let correct = read(margin)?.into_iter().map(|margin| f32::from(margin >= 0.0)).collect();
-    let weighted_correct = weighted(correct);
-    let weights: Tensor<2> = Tensor::from_data(TensorData::new(weights, [count, 1]), &device);
+    let weighted_nll = weighted(&mut values.into_iter());
+    let weighted_correct = weighted(&mut correct.into_iter().map(f64::from));
+    let weights = TensorData::new(weights, [targets.len()]);
+    let weights: Tensor<1> = Tensor::from_data(weights, &nll.device());
     Ok(HeadLoss { loss: (nll * weights).sum(), weighted_nll, weighted_correct })
 }
 
@@ -90,6 +78,7 @@ pub(super) fn portable(
 mod tests {
     use super::*;
     use crate::ops::testing::{Place, assert_close, on_flex, on_test_device, random};
+    use crate::parameter::read;
 
     /// Weights 0.1, 1 and, by the targets that are missing, 0.
     const TARGETS: [Target; 3] = [

@@ -154,29 +154,30 @@ mod tests {
         ResolvedHyperparameters { adapter, ..Hyperparameters::default().resolve(&facts) }
     }
 
-    fn plan(available: Option<u64>, fixed: Option<usize>) -> Result<Plan, EngineError> {
-        let hyperparameters = hyperparameters(AdapterConfig::default());
-        let planner = Planner {
+    /// What `ask` finds out from a planner of the tiny model.
+    fn planned<T>(
+        adapter: AdapterConfig,
+        available: Option<u64>,
+        ask: impl FnOnce(Planner<'_>) -> T,
+    ) -> T {
+        ask(Planner {
             config: &config(),
-            hyperparameters: &hyperparameters,
+            hyperparameters: &hyperparameters(adapter),
             replicas: 1,
             may_recompute: true,
             available,
-        };
-        planner.plan(2048, 300, fixed)
+        })
+    }
+
+    fn plan(available: Option<u64>, fixed: Option<usize>) -> Result<Plan, EngineError> {
+        planned(AdapterConfig::default(), available, |planner| planner.plan(2048, 300, fixed))
     }
 
     /// The bytes that a pass of so many tokens needs.
     fn needed(tokens: usize, recompute: bool) -> Option<u64> {
-        let hyperparameters = hyperparameters(AdapterConfig::default());
-        let planner = Planner {
-            config: &config(),
-            hyperparameters: &hyperparameters,
-            replicas: 1,
-            may_recompute: true,
-            available: None,
-        };
-        Some((planner.estimate(tokens, recompute).total() as f64 / USABLE) as u64 + 1)
+        let estimate =
+            planned(AdapterConfig::default(), None, |planner| planner.estimate(tokens, recompute));
+        Some((estimate.total() as f64 / USABLE) as u64 + 1)
     }
 
     #[test]
@@ -214,15 +215,9 @@ mod tests {
             assert!(error.message.contains(words), "{}", error.message);
         }
         assert!(!error.message.contains("adapter.type"));
-        let full = hyperparameters(AdapterConfig::full());
-        let planner = Planner {
-            config: &config(),
-            hyperparameters: &full,
-            replicas: 1,
-            may_recompute: true,
-            available: Some(70 << 20),
-        };
-        assert!(planner.check_weights().unwrap_err().to_string().contains("adapter.type"));
+        let full =
+            planned(AdapterConfig::full(), Some(70 << 20), |planner| planner.check_weights());
+        assert!(full.unwrap_err().to_string().contains("adapter.type"));
     }
 
     #[test]

@@ -106,8 +106,59 @@ pub(super) fn row_loss(
 }
 
 /// Rows of logits that are held at a time.
-pub(super) fn chunk_rows(vocabulary: usize) -> usize {
+fn chunk_rows(vocabulary: usize) -> usize {
     (CHUNK_LOGITS / vocabulary).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS)
+}
+
+/// A chunk of targets with their logits' gradients.
+pub(super) struct Chunk<'a> {
+    pub(super) targets: &'a [Target],
+    /// nll of each, and whether no token was more likely.
+    pub(super) losses: &'a [(f64, bool)],
+    /// Their hidden states `[targets, width]`.
+    pub(super) rows: MatRef<'a>,
+    /// factor·(softmax(z) − e_y) `[targets, vocabulary]`.
+    pub(super) dz: MatRef<'a>,
+    /// The head `[vocabulary, width]`.
+    pub(super) weight: MatRef<'a>,
+}
+
+/// Computes the logits chunk by chunk, so that never all are there; `factor` is that of a target and
+/// its index.
+pub(super) fn for_each_chunk(
+    hidden: &FlexTensor,
+    weight: &FlexTensor,
+    softcap: Option<f32>,
+    targets: &[Target],
+    factor: impl Fn(usize, &Target) -> f32 + Sync,
+    mut take: impl FnMut(Chunk<'_>),
+) {
+    let isa = Isa::detect();
+    let ([_, width], [vocabulary, _]) = (dims(hidden), dims(weight));
+    let weight = MatRef::new(values(weight), vocabulary, width);
+    let chunk_rows = chunk_rows(vocabulary);
+    let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
+    for (index, chunk) in targets.chunks(chunk_rows).enumerate() {
+        let mut rows = Vec::with_capacity(chunk.len() * width);
+        for target in chunk {
+            rows.extend_from_slice(&values(hidden)[target.position * width..][..width]);
+        }
+        let rows = MatRef::new(&rows, chunk.len(), width);
+        let logits = &mut logits[..chunk.len() * vocabulary];
+        let z = MatMut::new(logits, chunk.len(), vocabulary);
+        gemm(z, 1.0, rows, weight.t(), Threads::Shared);
+        let losses: Vec<(f64, bool)> = logits
+            .par_chunks_exact_mut(vocabulary)
+            .zip(chunk)
+            .enumerate()
+            .map_init(Vec::new, |slopes, (row, (logits, target))| {
+                let factor = factor(index * chunk_rows + row, target);
+                row_loss(isa, softcap, logits, slopes, target.id, factor)
+            })
+            .collect();
+        let dz = MatRef::new(logits, chunk.len(), vocabulary);
+        take(Chunk { targets: chunk, losses: &losses, rows, dz, weight });
+    }
 }
 
 pub(in crate::ops) fn head_with_loss(
@@ -155,48 +206,35 @@ fn compute(
     targets: &[Target],
     (hidden_tracked, weight_tracked): (bool, bool),
 ) -> (Sums, Saved) {
-    let isa = Isa::detect();
     let ([tokens, width], [vocabulary, _]) = (dims(hidden), dims(weight));
-    let weight_view = MatRef::new(values(weight), vocabulary, width);
-    let chunk_rows = chunk_rows(vocabulary);
-    let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
     let mut d_hidden = hidden_tracked.then(|| vec![0.0; tokens * width]);
     let mut d_weight = weight_tracked.then(|| vec![0.0; vocabulary * width]);
     let mut sums = Sums::default();
-    for chunk in targets.chunks(chunk_rows) {
-        let mut rows = Vec::with_capacity(chunk.len() * width);
-        for target in chunk {
-            rows.extend_from_slice(&values(hidden)[target.position * width..][..width]);
-        }
-        let rows = MatRef::new(&rows, chunk.len(), width);
-        let logits = &mut logits[..chunk.len() * vocabulary];
-        let z = MatMut::new(logits, chunk.len(), vocabulary);
-        gemm(z, 1.0, rows, weight_view.t(), Threads::Shared);
-        let losses: Vec<(f64, bool)> = logits
-            .par_chunks_exact_mut(vocabulary)
-            .zip(chunk)
-            .map_init(Vec::new, |slopes, (logits, target)| {
-                row_loss(isa, softcap, logits, slopes, target.id, target.weight)
-            })
-            .collect();
-        for (target, (nll, correct)) in chunk.iter().zip(losses) {
-            sums.nll += f64::from(target.weight) * nll;
-            sums.correct += if correct { f64::from(target.weight) } else { 0.0 };
-        }
-        let dz = MatRef::new(logits, chunk.len(), vocabulary);
-        if let Some(d_hidden) = &mut d_hidden {
-            let dh = product(1.0, dz, weight_view, Threads::Shared);
-            // Added, as several targets may follow one position.
-            for (target, dh) in chunk.iter().zip(dh.chunks_exact(width)) {
-                let sum = &mut d_hidden[target.position * width..][..width];
-                sum.iter_mut().zip(dh).for_each(|(sum, value)| *sum += value);
+    for_each_chunk(
+        hidden,
+        weight,
+        softcap,
+        targets,
+        |_, target| target.weight,
+        |chunk| {
+            for (target, &(nll, correct)) in chunk.targets.iter().zip(chunk.losses) {
+                sums.nll += f64::from(target.weight) * nll;
+                sums.correct += if correct { f64::from(target.weight) } else { 0.0 };
             }
-        }
-        if let Some(d_weight) = &mut d_weight {
-            let dw = MatMut::new(d_weight, vocabulary, width);
-            gemm_add(dw, 1.0, dz.t(), rows, Threads::Shared);
-        }
-    }
+            if let Some(d_hidden) = &mut d_hidden {
+                let dh = product(1.0, chunk.dz, chunk.weight, Threads::Shared);
+                // Added, as several targets may follow one position.
+                for (target, dh) in chunk.targets.iter().zip(dh.chunks_exact(width)) {
+                    let sum = &mut d_hidden[target.position * width..][..width];
+                    sum.iter_mut().zip(dh).for_each(|(sum, value)| *sum += value);
+                }
+            }
+            if let Some(d_weight) = &mut d_weight {
+                let dw = MatMut::new(d_weight, vocabulary, width);
+                gemm_add(dw, 1.0, chunk.dz.t(), chunk.rows, Threads::Shared);
+            }
+        },
+    );
     let saved = Saved {
         d_hidden: d_hidden.map(|values| from_values(values, [tokens, width])),
         d_weight: d_weight.map(|values| from_values(values, [vocabulary, width])),

@@ -7,11 +7,9 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
-use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product};
-use super::head::{chunk_rows, row_loss};
-use super::isa::Isa;
+use super::gemm::{MatMut, Threads, gemm_add, product};
+use super::head::for_each_chunk;
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 use crate::batch::Target;
 use crate::ops::token_nll::TokenNll;
@@ -39,7 +37,7 @@ pub(in crate::ops) fn token_nll(
         &weight,
         softcap,
         targets,
-        |_| 1.0,
+        |_, _| 1.0,
         |chunk| {
             losses.extend_from_slice(chunk.losses);
             if takes_rows {
@@ -63,55 +61,6 @@ pub(in crate::ops) fn token_nll(
         }),
         values: losses.iter().map(|&(nll, _)| nll).collect(),
         correct: losses.iter().map(|&(_, correct)| correct).collect(),
-    }
-}
-
-/// A chunk of targets with their logits' gradients.
-struct Chunk<'a> {
-    targets: &'a [Target],
-    /// nll of each, and whether no token was more likely.
-    losses: &'a [(f64, bool)],
-    /// Their hidden states `[targets, width]`.
-    rows: MatRef<'a>,
-    /// factor·(softmax(z) − e_y) `[targets, vocabulary]`.
-    dz: MatRef<'a>,
-    weight: MatRef<'a>,
-}
-
-/// Computes the logits chunk by chunk; `factor` is that of each target, by its index.
-fn for_each_chunk(
-    hidden: &FlexTensor,
-    weight: &FlexTensor,
-    softcap: Option<f32>,
-    targets: &[Target],
-    factor: impl Fn(usize) -> f32 + Sync,
-    mut take: impl FnMut(Chunk<'_>),
-) {
-    let isa = Isa::detect();
-    let ([_, width], [vocabulary, _]) = (dims(hidden), dims(weight));
-    let weight = MatRef::new(values(weight), vocabulary, width);
-    let chunk_rows = chunk_rows(vocabulary);
-    let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
-    for (index, chunk) in targets.chunks(chunk_rows).enumerate() {
-        let mut rows = Vec::with_capacity(chunk.len() * width);
-        for target in chunk {
-            rows.extend_from_slice(&values(hidden)[target.position * width..][..width]);
-        }
-        let rows = MatRef::new(&rows, chunk.len(), width);
-        let logits = &mut logits[..chunk.len() * vocabulary];
-        let z = MatMut::new(logits, chunk.len(), vocabulary);
-        gemm(z, 1.0, rows, weight.t(), Threads::Shared);
-        let losses: Vec<(f64, bool)> = logits
-            .par_chunks_exact_mut(vocabulary)
-            .zip(chunk)
-            .enumerate()
-            .map_init(Vec::new, |slopes, (row, (logits, target))| {
-                let factor = factor(index * chunk_rows + row);
-                row_loss(isa, softcap, logits, slopes, target.id, factor)
-            })
-            .collect();
-        let dz = MatRef::new(logits, chunk.len(), vocabulary);
-        take(Chunk { targets: chunk, losses: &losses, rows, dz, weight });
     }
 }
 
@@ -165,7 +114,7 @@ impl Backward<Flex, 2> for Head {
                 weight,
                 softcap,
                 &targets,
-                |index| upstream[index],
+                |index, _| upstream[index],
                 |chunk| {
                     if let Some(sum) = &mut to_hidden {
                         let rows = product(1.0, chunk.dz, chunk.weight, Threads::Shared);
