@@ -17,8 +17,8 @@ pub(crate) enum Format {
 /// What is logged without RUST_LOG: our own doings, and other crates' warnings. A statement that
 /// took more than a second would be logged with its whole text, pages of it for the schema's, on
 /// any machine that is busy for a moment: `RUST_LOG=sqlx::query=warn` is for who looks for these.
-const DEFAULT_FILTER: &str = "warn,sqlx::query=error,tunesmith=info,tunesmith_api=info,tunesmith_engine=info,\
-                              tunesmith_store=info,tunesmith_worker=info";
+const DEFAULT_FILTER: &str = "warn,sqlx::query=error,tunesmith=info,tunesmith_api=info,\
+                              tunesmith_engine=info,tunesmith_store=info,tunesmith_worker=info";
 
 /// Starts logging for this process.
 pub(crate) fn init(format: Format) {
