@@ -7,7 +7,9 @@ use actix_web::{FromRequest, HttpRequest, dev::Payload, web};
 use futures::future::LocalBoxFuture;
 use std::ops::Deref;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_store::tenants::Caller;
+use tunesmith_core::ids::ADMIN_KEY_PREFIX;
+use tunesmith_store::permissions::Granter;
+use tunesmith_store::tenants::{Administrator, Caller};
 
 /// A caller whose key is known. A handler that takes one is closed to everybody else.
 #[derive(Debug, Clone)]
@@ -34,10 +36,96 @@ impl FromRequest for Authenticated {
             let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
             match state.store.authenticate(secret).await? {
                 Some(caller) => Ok(Self(caller)),
+                None if administrator(&state, secret).await?.is_some() => {
+                    Err(admin_key_in_a_project().into())
+                }
                 None => Err(wrong_key(secret).into()),
             }
         })
     }
+}
+
+/// A caller with an admin key: to an organisation's projects and keys, not to what is in them.
+#[derive(Debug, Clone)]
+pub(crate) struct Admin(Administrator);
+
+impl Deref for Admin {
+    type Target = Administrator;
+
+    fn deref(&self) -> &Administrator {
+        &self.0
+    }
+}
+
+impl FromRequest for Admin {
+    type Error = Failure;
+    type Future = LocalBoxFuture<'static, Result<Self, Failure>>;
+
+    fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
+        let state = request.app_data::<web::Data<AppState>>().cloned();
+        let header = request.headers().get(AUTHORIZATION).cloned();
+        Box::pin(async move {
+            let secret = header.as_ref().and_then(|header| bearer(header.to_str().ok()?));
+            let Some(secret) = secret else { return Err(no_key().into()) };
+            let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
+            match administrator(&state, secret).await? {
+                Some(administrator) => Ok(Self(administrator)),
+                None if state.store.authenticate(secret).await?.is_some() => {
+                    Err(project_key_for_an_organization().into())
+                }
+                None => Err(wrong_key(secret).into()),
+            }
+        })
+    }
+}
+
+/// Whoever may share a model: its project, or who looks after the organisation.
+#[derive(Debug, Clone)]
+pub(crate) struct Sharer(pub(crate) Granter);
+
+impl FromRequest for Sharer {
+    type Error = Failure;
+    type Future = LocalBoxFuture<'static, Result<Self, Failure>>;
+
+    fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
+        let state = request.app_data::<web::Data<AppState>>().cloned();
+        let header = request.headers().get(AUTHORIZATION).cloned();
+        Box::pin(async move {
+            let secret = header.as_ref().and_then(|header| bearer(header.to_str().ok()?));
+            let Some(secret) = secret else { return Err(no_key().into()) };
+            let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
+            if let Some(administrator) = administrator(&state, secret).await? {
+                return Ok(Self(Granter::Organization(administrator.organization_id)));
+            }
+            match state.store.authenticate(secret).await? {
+                Some(caller) => Ok(Self(Granter::Project(caller.project_id))),
+                None => Err(wrong_key(secret).into()),
+            }
+        })
+    }
+}
+
+async fn administrator(state: &AppState, secret: &str) -> Result<Option<Administrator>, Failure> {
+    if !secret.starts_with(ADMIN_KEY_PREFIX) {
+        return Ok(None);
+    }
+    Ok(state.store.authenticate_administrator(secret).await?)
+}
+
+fn admin_key_in_a_project() -> ApiError {
+    ApiError::new(
+        ErrorCode::InsufficientPermissions,
+        "This is an admin key, which opens an organisation's projects and keys alone. Use a key \
+         of the project.",
+    )
+}
+
+fn project_key_for_an_organization() -> ApiError {
+    ApiError::new(
+        ErrorCode::InsufficientPermissions,
+        "This key opens a project alone, and this needs an admin key. Whoever runs this server \
+         makes one with `tunesmith keys create --admin`.",
+    )
 }
 
 /// The token of a `Bearer` header; the scheme's case does not matter (RFC 9110 §11.1).

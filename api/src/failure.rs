@@ -50,6 +50,23 @@ impl From<StoreError> for Failure {
             StoreError::NotFound { kind: "file", id } => no_such_file(id),
             StoreError::NotFound { kind: "job", id } => no_such_job(id),
             StoreError::NotFound { kind: "model", id } => no_such_model(id),
+            StoreError::NotFound { kind: "permission", id } => ApiError::new(
+                ErrorCode::PermissionNotFound,
+                format!("No such permission to use this checkpoint: {id}"),
+            )
+            .with_param("permission_id"),
+            StoreError::NotFound { kind: "project", id } => ApiError::new(
+                ErrorCode::ProjectNotFound,
+                format!("No such project in this organisation: {id}"),
+            )
+            .with_param("project_id"),
+            StoreError::NotFound { kind: "api key", id } => {
+                ApiError::new(ErrorCode::ApiKeyNotFound, format!("No such API key: {id}"))
+                    .with_param("key_id")
+            }
+            StoreError::AlreadyExists { kind: "project", name } => {
+                invalid_value("name", name, "a name that no other project of the organisation has")
+            }
             StoreError::UnknownCursor { after } => {
                 invalid_value("after", after, "the id of an entry of this list")
             }
@@ -71,6 +88,26 @@ impl From<StoreError> for Failure {
                 format!("Job {job} is {status}, and this cannot be done to it any more."),
             )
             .with_param("fine_tune_id"),
+            StoreError::NotFound { kind: "upload", id } => {
+                ApiError::new(ErrorCode::UploadNotFound, format!("No such Upload object: {id}"))
+                    .with_param("upload_id")
+            }
+            StoreError::UploadEnded { upload, status } => ApiError::new(
+                ErrorCode::InvalidUploadState,
+                format!(
+                    "Upload {upload} is {status}, and this cannot be done to it any more. Begin \
+                     a new one."
+                ),
+            )
+            .with_param("upload_id"),
+            StoreError::UploadParts { upload, reason } => ApiError::new(
+                ErrorCode::InvalidValue,
+                format!(
+                    "Upload {upload} cannot go on like this: {reason}. What has arrived stays; \
+                     send what is missing, then name the parts in their order."
+                ),
+            )
+            .with_param("part_ids"),
             StoreError::TooLarge { cap } => ApiError::new(
                 ErrorCode::PayloadTooLarge,
                 format!("The file is over the {cap} bytes that this server accepts."),
@@ -117,7 +154,10 @@ impl ResponseError for Failure {
 fn is_permanent_conflict(code: ErrorCode) -> bool {
     matches!(
         code,
-        ErrorCode::InvalidJobState | ErrorCode::FileInUse | ErrorCode::IdempotencyConflict
+        ErrorCode::InvalidJobState
+            | ErrorCode::InvalidUploadState
+            | ErrorCode::FileInUse
+            | ErrorCode::IdempotencyConflict
     )
 }
 

@@ -1,6 +1,7 @@
 //! The body of `POST /v1/fine_tuning/jobs`, field by field.
 
 use crate::failure::{invalid_value, missing};
+use crate::fields::{given, metadata, required, text};
 use crate::warnings;
 use rand::RngExt as _;
 use serde_json::{Map, Value};
@@ -24,9 +25,6 @@ const FIELDS: [&str; 9] = [
 ];
 const MAX_SUFFIX: usize = 64;
 const MAX_SEED: u64 = (1 << 31) - 1;
-const MAX_METADATA_PAIRS: usize = 16;
-const MAX_METADATA_KEY: usize = 64;
-const MAX_METADATA_VALUE: usize = 512;
 
 /// A job that a client asks for, checked as far as the request alone allows.
 #[derive(Debug, PartialEq)]
@@ -97,23 +95,6 @@ impl JobRequest {
     }
 }
 
-/// The field, unless it is absent or null.
-fn given<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    fields.get(name).filter(|value| !value.is_null())
-}
-
-fn text(fields: &Map<String, Value>, name: &str) -> Result<Option<String>, ApiError> {
-    match given(fields, name) {
-        None => Ok(None),
-        Some(Value::String(text)) if !text.is_empty() => Ok(Some(text.clone())),
-        Some(other) => Err(invalid_value(name, other, "a string that is not empty")),
-    }
-}
-
-fn required(fields: &Map<String, Value>, name: &str) -> Result<String, ApiError> {
-    text(fields, name)?.ok_or_else(|| missing(name))
-}
-
 /// OpenAI's word for reports to other services, of which there are none here.
 fn integrations(fields: &Map<String, Value>) -> Option<String> {
     let asked = given(fields, "integrations").filter(|value| **value != Value::Array(Vec::new()));
@@ -142,33 +123,6 @@ fn seed(fields: &Map<String, Value>) -> Result<u64, ApiError> {
             invalid_value("seed", value, &format!("a whole number between 0 and {MAX_SEED}"))
         }),
     }
-}
-
-fn metadata(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, ApiError> {
-    let Some(value) = given(fields, "metadata") else { return Ok(BTreeMap::new()) };
-    pairs(value).ok_or_else(|| {
-        // What is wrong may be long: the message says the rule and not the whole value.
-        ApiError::new(
-            ErrorCode::InvalidValue,
-            format!(
-                "Invalid value for 'metadata'. It must be an object of at most \
-                 {MAX_METADATA_PAIRS} pairs: keys of at most {MAX_METADATA_KEY} characters, \
-                 values strings of at most {MAX_METADATA_VALUE}."
-            ),
-        )
-        .with_param("metadata")
-    })
-}
-
-fn pairs(value: &Value) -> Option<BTreeMap<String, String>> {
-    let pairs = value.as_object().filter(|pairs| pairs.len() <= MAX_METADATA_PAIRS)?;
-    let pair = |(key, value): (&String, &Value)| {
-        let value = value.as_str()?;
-        let fits =
-            key.chars().count() <= MAX_METADATA_KEY && value.chars().count() <= MAX_METADATA_VALUE;
-        fits.then(|| (key.clone(), value.to_owned()))
-    };
-    pairs.iter().map(pair).collect()
 }
 
 /// The method that the request names; supervised where it names none.

@@ -7,6 +7,7 @@ mod archive;
 mod auth;
 mod body;
 mod failure;
+mod fields;
 mod job_request;
 mod maintenance;
 mod merged;

@@ -14,6 +14,11 @@ pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
             Ok(files) => tracing::info!(files, "expired files removed"),
             Err(error) => tracing::warn!(%error, "expired files could not be removed"),
         }
+        match store.purge_uploads().await {
+            Ok(0) => {}
+            Ok(uploads) => tracing::info!(uploads, "ended uploads cleared away"),
+            Err(error) => tracing::warn!(%error, "ended uploads could not be cleared away"),
+        }
         let _ = tokio::time::timeout(EVERY, stopped.changed()).await;
     }
 }

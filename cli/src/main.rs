@@ -42,6 +42,9 @@ enum Command {
     /// API keys
     #[command(subcommand)]
     Keys(commands::keys::Command),
+    /// Projects, the tenants of an installation
+    #[command(subcommand)]
+    Projects(commands::projects::Command),
     /// Base models and the weights of tuned ones
     #[command(subcommand)]
     Models(commands::models::Command),
@@ -91,6 +94,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Worker(args) => commands::worker::run(args).await,
             Command::Migrate(args) => commands::migrate::run(args).await,
             Command::Keys(command) => commands::keys::run(command).await,
+            Command::Projects(command) => commands::projects::run(command).await,
             Command::Models(command) => commands::models::run(command).await,
             Command::Jobs(command) => commands::jobs::run(command).await,
             Command::Files(command) => commands::files::run(command).await,

@@ -52,6 +52,8 @@ error_table! {
     NoSuchModel = "no_such_model", 404, "invalid_request_error";
     /// No such file.
     FileNotFound = "file_not_found", 404, "invalid_request_error";
+    /// No such upload.
+    UploadNotFound = "upload_not_found", 404, "invalid_request_error";
     /// No such job.
     FineTuneNotFound = "fine_tune_not_found", 404, "invalid_request_error";
     /// No such path.
@@ -60,6 +62,8 @@ error_table! {
     MethodNotAllowed = "method_not_allowed", 405, "invalid_request_error";
     /// The job is in a state that forbids what was asked.
     InvalidJobState = "invalid_job_state", 400, "invalid_request_error";
+    /// The upload has been completed or cancelled, or its hour is over.
+    InvalidUploadState = "invalid_upload_state", 400, "invalid_request_error";
     /// A file in use cannot go.
     FileInUse = "file_in_use", 400, "invalid_request_error";
     /// The same idempotency key came with another body.
@@ -68,6 +72,16 @@ error_table! {
     PayloadTooLarge = "payload_too_large", 413, "invalid_request_error";
     /// The range lies outside the content.
     RangeNotSatisfiable = "range_not_satisfiable", 416, "invalid_request_error";
+    /// The grader cannot be computed by this server.
+    GraderNotAvailable = "grader_not_available", 400, "invalid_request_error";
+    /// The key is known, but not for this.
+    InsufficientPermissions = "insufficient_permissions", 403, "invalid_request_error";
+    /// No such permission to use a checkpoint.
+    PermissionNotFound = "permission_not_found", 404, "invalid_request_error";
+    /// No such project of the organisation.
+    ProjectNotFound = "project_not_found", 404, "invalid_request_error";
+    /// No such API key.
+    ApiKeyNotFound = "api_key_not_found", 404, "invalid_request_error";
     /// The weights are not there in that form.
     WeightsNotAvailable = "weights_not_available", 400, "invalid_request_error";
     /// A fault of ours.

@@ -64,8 +64,16 @@ ids! {
     ProjectId = "proj_";
     /// An API key's row, not its secret.
     ApiKeyId = "key_";
+    /// The row of a key to an organisation's projects and keys.
+    AdminKeyId = "admkey_";
+    /// A project's leave to use another project's checkpoint.
+    PermissionId = "cp_";
     /// An uploaded or produced file.
     FileId = "file-";
+    /// A file that comes in parts.
+    UploadId = "upload_";
+    /// A part of one.
+    UploadPartId = "part_";
     /// A fine-tuning job.
     JobId = "ftjob-";
     /// An event of a job.
@@ -81,6 +89,14 @@ ids! {
 /// A secret API key: `sk-` and 48 random letters and digits. Only its hash is stored.
 pub fn generate_api_key(rng: &mut impl Rng) -> String {
     format!("sk-{}", random_text(rng, 48))
+}
+
+/// What every admin key begins with.
+pub const ADMIN_KEY_PREFIX: &str = "sk-admin-";
+
+/// A secret admin key: `sk-admin-` and 48 random letters and digits. Only its hash is stored.
+pub fn generate_admin_key(rng: &mut impl Rng) -> String {
+    format!("{ADMIN_KEY_PREFIX}{}", random_text(rng, 48))
 }
 
 /// The tuned model's name, `ft:<base>:<org>:<suffix>:<8>`; the suffix may be empty.

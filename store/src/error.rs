@@ -1,6 +1,6 @@
 //! What can go wrong in the store.
 
-use tunesmith_core::ids::{FileId, JobId};
+use tunesmith_core::ids::{FileId, JobId, UploadId};
 use tunesmith_core::state::JobStatus;
 
 /// An error of the store. Messages are for operators; what a client reads is the caller's choice.
@@ -46,6 +46,22 @@ pub enum StoreError {
         job: JobId,
         /// Where it stands.
         status: JobStatus,
+    },
+    /// The upload takes no parts and cannot be completed or cancelled any more.
+    #[error("upload {upload} is {status}")]
+    UploadEnded {
+        /// The upload.
+        upload: UploadId,
+        /// `completed`, `cancelled` or `expired`.
+        status: &'static str,
+    },
+    /// Parts do not make up what was announced.
+    #[error("upload {upload}: {reason}")]
+    UploadParts {
+        /// The upload.
+        upload: UploadId,
+        /// What does not fit, for the client.
+        reason: String,
     },
     /// Another validator, or the job's owner, was faster. What was found counts no more.
     #[error("job {job} is no longer being validated")]

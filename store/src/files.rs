@@ -5,7 +5,7 @@ use crate::page::{Order, Page, PageRequest};
 use crate::words::words;
 use crate::{Store, StoreError, database, rows};
 use sqlx::postgres::PgRow;
-use sqlx::{FromRow, Row as _};
+use sqlx::{FromRow, PgExecutor, Row as _};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tunesmith_core::ids::{FileId, JobId, ProjectId};
@@ -139,23 +139,7 @@ impl Store {
         facts: &FileFacts,
         stored: &Stored,
     ) -> Result<File, StoreError> {
-        sqlx::query_as(
-            "UPDATE files SET status = $2, filename = $3, purpose = $4, bytes = $5, sha256 = $6,
-                 expires_at = created_at + make_interval(secs => $7)
-             WHERE id = $1 AND status = $8
-             RETURNING id, filename, purpose, bytes, sha256, created_at, expires_at",
-        )
-        .bind(id.as_str())
-        .bind(FileStatus::Processed.as_str())
-        .bind(&facts.filename)
-        .bind(facts.purpose.as_str())
-        .bind(rows::bigint(stored.bytes))
-        .bind(&stored.sha256)
-        .bind(facts.expires_after.map(|duration| duration.as_secs_f64()))
-        .bind(FileStatus::Uploading.as_str())
-        .fetch_optional(&self.pool)
-        .await?
-        .ok_or_else(|| StoreError::not_found("upload", id))
+        finish(&self.pool, id, facts, stored).await
     }
 
     /// Forgets a file whose upload failed, and its content if there is any.
@@ -307,6 +291,32 @@ impl Store {
             tracing::warn!(%error, file = %id, "the content of a deleted file stays in the object store");
         }
     }
+}
+
+/// [`Store::finish_file`], in a transaction or not.
+pub(crate) async fn finish(
+    executor: impl PgExecutor<'_>,
+    id: &FileId,
+    facts: &FileFacts,
+    stored: &Stored,
+) -> Result<File, StoreError> {
+    sqlx::query_as(
+        "UPDATE files SET status = $2, filename = $3, purpose = $4, bytes = $5, sha256 = $6,
+             expires_at = created_at + make_interval(secs => $7)
+         WHERE id = $1 AND status = $8
+         RETURNING id, filename, purpose, bytes, sha256, created_at, expires_at",
+    )
+    .bind(id.as_str())
+    .bind(FileStatus::Processed.as_str())
+    .bind(&facts.filename)
+    .bind(facts.purpose.as_str())
+    .bind(rows::bigint(stored.bytes))
+    .bind(&stored.sha256)
+    .bind(facts.expires_after.map(|duration| duration.as_secs_f64()))
+    .bind(FileStatus::Uploading.as_str())
+    .fetch_optional(executor)
+    .await?
+    .ok_or_else(|| StoreError::not_found("file being uploaded", id))
 }
 
 #[cfg(test)]

@@ -20,10 +20,12 @@ pub mod models;
 pub mod notify;
 pub mod objects;
 pub mod page;
+pub mod permissions;
 mod rows;
 pub mod tenants;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_db;
+pub mod uploads;
 pub mod validation;
 mod words;
 

@@ -78,10 +78,10 @@ impl Store {
         .await?)
     }
 
-    /// The tuned model or the checkpoint `name` of `project`.
+    /// The tuned model or the checkpoint `name` of `project`, or one that it was given leave to use.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], also for a model of another project.
+    /// [`StoreError::NotFound`], also for any other model of another project.
     pub async fn model(&self, project: &ProjectId, name: &str) -> Result<Model, StoreError> {
         sqlx::query_as(
             "SELECT found.name, projects.organization_id, found.job_id, found.attempt,
@@ -94,7 +94,11 @@ impl Store {
              ) AS found
              JOIN jobs ON jobs.id = found.job_id
              JOIN projects ON projects.id = jobs.project_id
-             WHERE found.name = $1 AND jobs.project_id = $2",
+             WHERE found.name = $1
+               AND (jobs.project_id = $2
+                    OR EXISTS (SELECT 1 FROM checkpoint_permissions AS permission
+                               WHERE permission.model_name = found.name
+                                 AND permission.project_id = $2))",
         )
         .bind(name)
         .bind(project.as_str())

@@ -1,5 +1,9 @@
 //! Organisations, projects and API keys.
 
+mod admin;
+
+pub use admin::{AdminKey, Administrator, ApiKey, NewAdminKey, Project};
+
 use crate::{Store, StoreError, rows};
 use sha2::{Digest as _, Sha256};
 use tunesmith_core::ids::{ApiKeyId, OrganizationId, ProjectId, generate_api_key};
@@ -92,18 +96,20 @@ impl Store {
             secret: generate_api_key(&mut rand::rng()),
         };
         sqlx::query(
-            "INSERT INTO api_keys (id, project_id, name, secret_sha256) VALUES ($1, $2, $3, $4)",
+            "INSERT INTO api_keys (id, project_id, name, secret_sha256, redacted)
+             VALUES ($1, $2, $3, $4, $5)",
         )
         .bind(key.id.as_str())
         .bind(project.as_str())
         .bind(name)
         .bind(hash(&key.secret))
+        .bind(redacted("sk-", &key.secret))
         .execute(&self.pool)
         .await?;
         Ok(key)
     }
 
-    /// Whose key `secret` is, if it is one.
+    /// Whose key `secret` is, if it is one that was not revoked, to a project that is not archived.
     ///
     /// # Errors
     /// Those of the database.
@@ -111,7 +117,8 @@ impl Store {
         let row = sqlx::query(
             "SELECT api_keys.id, projects.id AS project_id, projects.organization_id
              FROM api_keys JOIN projects ON projects.id = api_keys.project_id
-             WHERE api_keys.secret_sha256 = $1",
+             WHERE api_keys.secret_sha256 = $1 AND api_keys.revoked_at IS NULL
+               AND projects.archived_at IS NULL",
         )
         .bind(hash(secret))
         .fetch_optional(&self.pool)
@@ -127,6 +134,12 @@ impl Store {
 
 fn hash(secret: &str) -> Vec<u8> {
     Sha256::digest(secret.as_bytes()).to_vec()
+}
+
+/// Enough of a secret to tell it from another, too little to use it.
+fn redacted(prefix: &str, secret: &str) -> String {
+    let tail = secret.len().saturating_sub(4);
+    format!("{prefix}...{}", secret.get(tail..).unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -17,12 +17,12 @@ use tunesmith_store::objects::{ObjectKey, Stored};
 
 /// The name that the SDKs send for raw bytes; also that of a part without one.
 const UNNAMED: &str = "upload";
-const MAX_FILENAME: usize = 255;
+pub(crate) const MAX_FILENAME: usize = 255;
 /// The largest field beside the file.
 const MAX_FIELD_BYTES: usize = 64 << 10;
 const MAX_FIELDS: usize = 64;
 /// OpenAI's limits: an hour to thirty days.
-const EXPIRES_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
+pub(crate) const EXPIRES_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 /// A refused upload is read on to this many bytes past the cap: a client that is still sending
 /// would not see the reply if the connection were closed at once.
 const MAX_DRAIN_BYTES: usize = 64 << 20;
@@ -45,7 +45,7 @@ pub(crate) async fn create(
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
     if !is_form(&request) {
-        return Err(not_a_form());
+        return Err(not_a_form("the fields 'file' and 'purpose'"));
     }
     let mut upload = Upload { id: state.store.begin_file(&caller.project_id).await?, stored: None };
     let mut form = Multipart::new(request.headers(), payload.into_inner());
@@ -149,7 +149,11 @@ impl Fields {
     }
 }
 
-fn purpose(word: &str) -> Result<Purpose, ApiError> {
+/// What a client may upload a file for.
+///
+/// # Errors
+/// `invalid_value` with the words there are.
+pub(crate) fn purpose(word: &str) -> Result<Purpose, ApiError> {
     Purpose::parse(word.trim()).filter(|purpose| UPLOAD_PURPOSES.contains(purpose)).ok_or_else(
         || {
             let words = UPLOAD_PURPOSES.map(Purpose::as_str).join(", ");
@@ -170,31 +174,32 @@ async fn text_of(mut part: Field, name: &str) -> Result<String, Failure> {
         .map_err(|_| invalid_value(name, "not UTF-8", "text in UTF-8").into())
 }
 
-/// The last part of the name that the client gave: some send a whole path.
 fn filename_of(part: &Field) -> String {
     let given = part.content_disposition().and_then(|disposition| disposition.get_filename());
-    let name = given.and_then(|name| name.rsplit(['/', '\\']).next()).unwrap_or_default();
+    filename(given.unwrap_or_default())
+}
+
+/// The last part of the name that the client gave: some send a whole path.
+pub(crate) fn filename(given: &str) -> String {
+    let name = given.rsplit(['/', '\\']).next().unwrap_or_default();
     let name: String = name.chars().filter(|c| !c.is_control()).take(MAX_FILENAME).collect();
     if name.is_empty() { UNNAMED.to_owned() } else { name }
 }
 
 /// Whether the body is what [`Multipart`] can read; it cannot be asked for more once it has said no.
-fn is_form(request: &HttpRequest) -> bool {
+pub(crate) fn is_form(request: &HttpRequest) -> bool {
     let mime = request.mime_type().ok().flatten();
     mime.is_some_and(|m| m.type_() == "multipart" && m.get_param("boundary").is_some())
 }
 
-fn not_a_form() -> Failure {
-    ApiError::new(
-        ErrorCode::InvalidBody,
-        "The request is not a form. Send multipart/form-data with the fields 'file' and \
-         'purpose'.",
-    )
-    .into()
+/// The reply to a body that is no form with `fields`.
+pub(crate) fn not_a_form(fields: &str) -> Failure {
+    let message = format!("The request is not a form. Send multipart/form-data with {fields}.");
+    ApiError::new(ErrorCode::InvalidBody, message).into()
 }
 
 /// Reads on, so that the client comes to the end of what it sends and to the reply.
-async fn drain(form: &mut Multipart) {
+pub(crate) async fn drain(form: &mut Multipart) {
     let mut read = 0;
     while let Some(Ok(mut part)) = form.next().await {
         while let Ok(Some(piece)) = part.try_next().await {

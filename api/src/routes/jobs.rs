@@ -1,7 +1,7 @@
 //! `/v1/fine_tuning/jobs` once a job is there: retrieve, list, cancel, pause, resume.
 
 use crate::auth::Authenticated;
-use crate::failure::Failure;
+use crate::failure::{Failure, invalid_value};
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
@@ -14,7 +14,7 @@ use tunesmith_core::errors::ApiError;
 use tunesmith_core::hyperparameters::Hyperparameters;
 use tunesmith_core::ids::JobId;
 use tunesmith_core::state::JobStatus;
-use tunesmith_store::jobs::Job;
+use tunesmith_store::jobs::{Job, MetadataFilter};
 
 /// OpenAI's default; the maximum is ours.
 const DEFAULT_LIST: u64 = 20;
@@ -122,11 +122,7 @@ pub(crate) async fn list(
     caller: Authenticated,
     query: Query,
 ) -> Result<web::Json<Page<JobObject>>, Failure> {
-    let metadata = query
-        .bracketed("metadata")
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .collect();
+    let metadata = metadata_filter(&query)?;
     let request = query.page(DEFAULT_LIST, MAX_LIST)?;
     let page = state.store.list_jobs(&caller.project_id, &metadata, &request).await?;
     let mut jobs = Vec::with_capacity(page.items.len());
@@ -134,6 +130,22 @@ pub(crate) async fn list(
         jobs.push(shown(&state, job).await?);
     }
     Ok(web::Json(Page::new(jobs, page.has_more, |job| &job.id)))
+}
+
+/// `metadata[key]=value` pairs that a job's notes must hold, or `metadata=null` for jobs without any.
+fn metadata_filter(query: &Query) -> Result<MetadataFilter, ApiError> {
+    let pairs: BTreeMap<String, String> = query
+        .bracketed("metadata")
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
+    match query.text("metadata") {
+        None => Ok(MetadataFilter::Holds(pairs)),
+        Some("null") if pairs.is_empty() => Ok(MetadataFilter::Empty),
+        Some(other) => {
+            Err(invalid_value("metadata", other, "metadata[key]=value, or metadata=null alone"))
+        }
+    }
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}`

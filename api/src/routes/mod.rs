@@ -1,13 +1,17 @@
 //! The paths of the API. One file a group of routes; its tests lie beside it.
 
+mod checkpoint_permissions;
 mod dashboard;
 mod file_upload;
 mod files;
+mod graders;
 mod health;
 mod job_create;
 mod job_parts;
 mod jobs;
 mod models;
+mod organization;
+mod uploads;
 mod weights;
 
 use crate::failure::Failure;
@@ -26,6 +30,10 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .service(path("/v1/files").get(files::list).post(file_upload::create))
         .service(path("/v1/files/{id}").get(files::retrieve).delete(files::delete))
         .service(path("/v1/files/{id}/content").get(files::content))
+        .service(path("/v1/uploads").post(uploads::create))
+        .service(path("/v1/uploads/{id}/parts").post(uploads::add_part))
+        .service(path("/v1/uploads/{id}/complete").post(uploads::complete))
+        .service(path("/v1/uploads/{id}/cancel").post(uploads::cancel))
         .service(path("/v1/fine_tuning/jobs").get(jobs::list).post(job_create::create))
         .service(path("/v1/fine_tuning/jobs/{id}").get(jobs::retrieve))
         .service(path("/v1/fine_tuning/jobs/{id}/cancel").post(jobs::cancel))
@@ -38,6 +46,19 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
                 .get(job_parts::metrics)
                 .wrap(Compress::default()),
         )
+        // The name of a checkpoint may hold slashes too.
+        .service(
+            path("/v1/fine_tuning/checkpoints/{name:.+}/permissions/{permission}")
+                .delete(checkpoint_permissions::delete),
+        )
+        .service(
+            path("/v1/fine_tuning/checkpoints/{name:.+}/permissions")
+                .get(checkpoint_permissions::list)
+                .post(checkpoint_permissions::create),
+        )
+        .service(path("/v1/fine_tuning/alpha/graders/run").post(graders::run))
+        .service(path("/v1/fine_tuning/alpha/graders/validate").post(graders::validate))
+        .configure(organization::configure)
         .service(path("/v1/models").get(models::list))
         // A base model's name may hold slashes, and so may the names made of it.
         .service(path("/v1/models/{name:.+}/weights").get(weights::download))

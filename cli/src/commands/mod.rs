@@ -7,6 +7,7 @@ pub(crate) mod jobs;
 pub(crate) mod keys;
 pub(crate) mod migrate;
 pub(crate) mod models;
+pub(crate) mod projects;
 pub(crate) mod train;
 pub(crate) mod up;
 pub(crate) mod worker;

@@ -144,6 +144,15 @@ impl FromRow<'_, PgRow> for Job {
     }
 }
 
+/// Which jobs of a list are wanted, by the client's own notes on them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetadataFilter {
+    /// Those whose notes hold all of these; all jobs, if these are none.
+    Holds(BTreeMap<String, String>),
+    /// Those without notes.
+    Empty,
+}
+
 impl Store {
     /// A job of `project`.
     ///
@@ -163,14 +172,14 @@ impl Store {
         .ok_or_else(|| StoreError::not_found("job", id))
     }
 
-    /// The jobs of `project`, newest first; only those whose metadata hold all of `metadata`.
+    /// The jobs of `project` that `metadata` lets through, newest first.
     ///
     /// # Errors
     /// [`StoreError::UnknownCursor`] if `after` is no job of the project.
     pub async fn list_jobs(
         &self,
         project: &ProjectId,
-        metadata: &BTreeMap<String, String>,
+        metadata: &MetadataFilter,
         request: &PageRequest,
     ) -> Result<Page<Job>, StoreError> {
         let after = request
@@ -180,18 +189,24 @@ impl Store {
                 project.as_str(),
             )
             .await?;
+        let held = match metadata {
+            MetadataFilter::Holds(notes) => notes.clone(),
+            MetadataFilter::Empty => BTreeMap::new(),
+        };
         let found = sqlx::query_as(concat!(
             "SELECT ",
             job_columns!(),
             " FROM jobs JOIN projects ON projects.id = jobs.project_id
               WHERE jobs.project_id = $1 AND jobs.metadata @> $2
+                AND (NOT $5 OR jobs.metadata = '{}')
                 AND ($3::bigint IS NULL OR jobs.sequence < $3)
               ORDER BY jobs.sequence DESC LIMIT $4"
         ))
         .bind(project.as_str())
-        .bind(Json(metadata))
+        .bind(Json(held))
         .bind(after)
         .bind(request.fetch())
+        .bind(*metadata == MetadataFilter::Empty)
         .fetch_all(&self.pool)
         .await?;
         Ok(Page::cut(found, request))

@@ -36,7 +36,11 @@ async fn a_file_that_is_not_the_callers_makes_no_job() {
         assert!(matches!(&error, StoreError::NotFound { id, .. } if *id == foreign.id.as_str()));
     }
     let page = store
-        .list_jobs(&world.caller.project_id, &BTreeMap::new(), &PageRequest::first(10))
+        .list_jobs(
+            &world.caller.project_id,
+            &MetadataFilter::Holds(BTreeMap::new()),
+            &PageRequest::first(10),
+        )
         .await
         .expect("list");
     assert_eq!(page.items, []);
@@ -153,7 +157,7 @@ async fn jobs_page_newest_first_and_filter_by_metadata() {
         let made = store.create_job(&world.caller, &new, &once(0)).await.expect("job");
         ids.insert(0, made.job.id);
     }
-    let all = BTreeMap::new();
+    let all = MetadataFilter::Holds(BTreeMap::new());
     let first = store.list_jobs(project, &all, &PageRequest::first(2)).await.expect("page");
     assert!(first.has_more);
     let mut request = PageRequest::first(3);
@@ -163,13 +167,20 @@ async fn jobs_page_newest_first_and_filter_by_metadata() {
     let seen: Vec<JobId> = first.items.into_iter().chain(rest.items).map(|job| job.id).collect();
     assert_eq!(seen, ids);
 
-    let odd = BTreeMap::from([
+    let odd = MetadataFilter::Holds(BTreeMap::from([
         ("parity".to_owned(), "1".to_owned()),
         ("team".to_owned(), "a".to_owned()),
-    ]);
+    ]));
     let page = store.list_jobs(project, &odd, &PageRequest::first(10)).await.expect("page");
     let seen: Vec<JobId> = page.items.into_iter().map(|job| job.id).collect();
     assert_eq!(seen, [ids[1].clone(), ids[3].clone()]);
+
+    let mut bare = world.new_job();
+    bare.metadata.clear();
+    let bare = store.create_job(&world.caller, &bare, &once(0)).await.expect("job").job.id;
+    let page = store.list_jobs(project, &MetadataFilter::Empty, &PageRequest::first(10)).await;
+    let seen: Vec<JobId> = page.expect("page").items.into_iter().map(|job| job.id).collect();
+    assert_eq!(seen, [bare]);
 }
 
 #[tokio::test]
@@ -189,7 +200,10 @@ async fn another_project_sees_and_moves_nothing() {
     missing(store.list_events(&other, &job, &page).await.map(drop));
     missing(store.list_checkpoints(&other, &job, &page).await.map(drop));
     missing(store.metrics(&other, &job, 0).await.map(drop));
-    let listed = store.list_jobs(&other, &BTreeMap::new(), &page).await.expect("list");
+    let listed = store
+        .list_jobs(&other, &MetadataFilter::Holds(BTreeMap::new()), &page)
+        .await
+        .expect("list");
     assert_eq!(listed.items, []);
     assert_eq!(world.status(&job).await, JobStatus::Queued);
 }

@@ -2,7 +2,7 @@
 
 use object_store::path::Path;
 use std::fmt;
-use tunesmith_core::ids::{BaseModelId, FileId, JobId};
+use tunesmith_core::ids::{BaseModelId, FileId, JobId, UploadId};
 
 /// A checkpoint's place: which attempt of which job wrote it, after how many steps.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -22,6 +22,8 @@ pub enum ObjectPrefix {
     BaseModel(BaseModelId),
     /// What people download of a checkpoint: a PEFT adapter or a Hugging Face directory.
     CheckpointWeights(CheckpointPlace),
+    /// Parts of a file that is still coming.
+    UploadParts(UploadId),
     /// What a run resumes from: optimiser, schedule and sampler position.
     CheckpointState(CheckpointPlace),
 }
@@ -36,6 +38,7 @@ impl ObjectPrefix {
     pub(crate) fn path(&self) -> Path {
         match self {
             Self::BaseModel(id) => Path::from_iter(["models", id.as_str()]),
+            Self::UploadParts(id) => Path::from_iter(["uploads", id.as_str()]),
             Self::CheckpointWeights(place) => place.path("weights"),
             Self::CheckpointState(place) => place.path("state"),
         }

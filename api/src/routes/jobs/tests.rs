@@ -179,6 +179,13 @@ async fn jobs_are_found_by_their_metadata() {
     assert_eq!(found["data"][0]["id"], id);
     let none = api.get(&format!("{JOBS}?metadata[team]=a+b&metadata[run]=2")).await.ok();
     assert_eq!(none["data"], json!([]));
+    let bare = api.get(&format!("{JOBS}?metadata=null")).await.ok();
+    assert_eq!(bare["data"].as_array().expect("data").len(), 1);
+    assert_ne!(bare["data"][0]["id"], id);
+    for query in ["metadata=x", "metadata=null&metadata[run]=1"] {
+        let error = api.get(&format!("{JOBS}?{query}")).await.error(400);
+        assert_eq!(error["param"], "metadata", "{query}");
+    }
 }
 
 #[tokio::test]

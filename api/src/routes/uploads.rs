@@ -1,0 +1,221 @@
+//! `/v1/uploads`: files that come in parts, for what is too large or too slow for one request.
+
+use crate::auth::Authenticated;
+use crate::body::read_json;
+use crate::failure::{Failure, broken_body, invalid_value, missing};
+use crate::fields::{self, given, required, text};
+use crate::routes::file_upload::{self, EXPIRES_AFTER_SECONDS, drain, is_form, not_a_form};
+use crate::routes::files::FileObject;
+use crate::server::AppState;
+use crate::warnings;
+use actix_multipart::Multipart;
+use actix_web::{HttpRequest, HttpResponse, web};
+use futures::{StreamExt as _, TryStreamExt as _};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use std::time::Duration;
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::ids::UploadId;
+use tunesmith_store::StoreError;
+use tunesmith_store::files::FileFacts;
+use tunesmith_store::tenants::Caller;
+use tunesmith_store::uploads::{NewUpload, Upload, UploadPart};
+
+/// OpenAI's limit for a file in parts: 8 GB.
+const MAX_UPLOAD_BYTES: u64 = 8 << 30;
+const MAX_MIME_TYPE: usize = 255;
+/// What a client may send to begin one.
+const FIELDS: [&str; 5] = ["bytes", "filename", "mime_type", "purpose", "expires_after"];
+
+/// An upload on the wire.
+#[derive(Debug, Serialize)]
+pub(crate) struct UploadObject {
+    id: String,
+    object: &'static str,
+    bytes: u64,
+    created_at: i64,
+    expires_at: i64,
+    filename: String,
+    purpose: &'static str,
+    status: &'static str,
+    file: Option<FileObject>,
+}
+
+/// A part on the wire.
+#[derive(Debug, Serialize)]
+pub(crate) struct PartObject {
+    id: String,
+    object: &'static str,
+    created_at: i64,
+    upload_id: String,
+}
+
+impl From<UploadPart> for PartObject {
+    fn from(part: UploadPart) -> Self {
+        Self {
+            id: part.id.to_string(),
+            object: "upload.part",
+            created_at: part.created_at.unix_timestamp(),
+            upload_id: part.upload_id.to_string(),
+        }
+    }
+}
+
+/// The upload with the file that came of it.
+async fn shown(state: &AppState, caller: &Caller, upload: Upload) -> Result<UploadObject, Failure> {
+    let file = match &upload.file_id {
+        None => None,
+        Some(id) => match state.store.file(&caller.project_id, id).await {
+            Ok(file) => Some(FileObject::from(&file)),
+            // Deleted since.
+            Err(StoreError::NotFound { .. }) => None,
+            Err(other) => return Err(other.into()),
+        },
+    };
+    Ok(UploadObject {
+        id: upload.id.to_string(),
+        object: "upload",
+        bytes: upload.bytes,
+        created_at: upload.created_at.unix_timestamp(),
+        expires_at: upload.expires_at.unix_timestamp(),
+        filename: upload.filename,
+        purpose: upload.purpose.as_str(),
+        status: upload.status.as_str(),
+        file,
+    })
+}
+
+/// `POST /v1/uploads`
+pub(crate) async fn create(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    payload: web::Payload,
+) -> Result<HttpResponse, Failure> {
+    let body = read_json(payload).await?;
+    let new = new_upload(&body.fields)?;
+    let upload = state.store.create_upload(&caller.project_id, &new).await?;
+    let mut reply = HttpResponse::Ok();
+    let unknown = warnings::unknown_fields(&fields::unknown(&body.fields, &FIELDS));
+    warnings::add(&mut reply, unknown.as_slice());
+    Ok(reply.json(shown(&state, &caller, upload).await?))
+}
+
+fn new_upload(fields: &Map<String, Value>) -> Result<NewUpload, ApiError> {
+    let bytes = fields::integer(fields, "bytes", 0..=MAX_UPLOAD_BYTES)?;
+    let mime_type = required(fields, "mime_type")?;
+    if mime_type.len() > MAX_MIME_TYPE {
+        let rule = format!("at most {MAX_MIME_TYPE} bytes");
+        return Err(invalid_value("mime_type", "too long", &rule));
+    }
+    Ok(NewUpload {
+        file: FileFacts {
+            filename: file_upload::filename(&required(fields, "filename")?),
+            purpose: file_upload::purpose(&required(fields, "purpose")?)?,
+            expires_after: expires_after(fields)?,
+        },
+        mime_type,
+        bytes: bytes.ok_or_else(|| missing("bytes"))?,
+    })
+}
+
+/// `expires_after` of a JSON body: how long the file is kept.
+pub(crate) fn expires_after(fields: &Map<String, Value>) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = given(fields, "expires_after") else { return Ok(None) };
+    let (low, high) = EXPIRES_AFTER_SECONDS.into_inner();
+    let seconds = value["seconds"].as_u64().filter(|seconds| (low..=high).contains(seconds));
+    match (value["anchor"].as_str(), seconds) {
+        (Some("created_at"), Some(seconds)) => Ok(Some(Duration::from_secs(seconds))),
+        _ => {
+            let rule = format!(
+                "{{\"anchor\": \"created_at\", \"seconds\": …}} with a whole number of seconds \
+                 between {low} and {high}"
+            );
+            Err(invalid_value("expires_after", value, &rule))
+        }
+    }
+}
+
+/// `POST /v1/uploads/{id}/parts`: a form whose field `data` streams into the object store.
+pub(crate) async fn add_part(
+    request: HttpRequest,
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+    payload: web::Payload,
+) -> Result<web::Json<PartObject>, Failure> {
+    if !is_form(&request) {
+        return Err(not_a_form("the field 'data'"));
+    }
+    let upload = UploadId::from(id.into_inner());
+    let mut form = Multipart::new(request.headers(), payload.into_inner());
+    match receive(&state, &caller, &upload, &mut form).await {
+        Ok(part) => {
+            // Fields that nothing reads.
+            drain(&mut form).await;
+            Ok(web::Json(part.into()))
+        }
+        Err(failure) => {
+            drain(&mut form).await;
+            Err(failure)
+        }
+    }
+}
+
+async fn receive(
+    state: &AppState,
+    caller: &Caller,
+    upload: &UploadId,
+    form: &mut Multipart,
+) -> Result<UploadPart, Failure> {
+    while let Some(part) = form.next().await {
+        let part = part.map_err(broken_body)?;
+        if part.name() != Some("data") {
+            continue;
+        }
+        // The form's own error cannot cross threads; its words can.
+        let content = part.map_err(|error| error.to_string());
+        return match state.store.add_upload_part(&caller.project_id, upload, content).await {
+            Err(StoreError::TooLarge { cap }) => Err(ApiError::new(
+                ErrorCode::PayloadTooLarge,
+                format!("The part is over the {cap} bytes that the whole upload was to have."),
+            )
+            .with_param("data")
+            .into()),
+            other => Ok(other?),
+        };
+    }
+    Err(missing("data").into())
+}
+
+/// `POST /v1/uploads/{id}/complete`
+pub(crate) async fn complete(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+    payload: web::Payload,
+) -> Result<web::Json<UploadObject>, Failure> {
+    let body = read_json(payload).await?;
+    let parts = fields::texts(&body.fields, "part_ids")?.ok_or_else(|| missing("part_ids"))?;
+    let md5 = text(&body.fields, "md5")?;
+    let md5 = md5.as_deref();
+    if let Some(wrong) = md5.filter(|md5| hex::decode(md5).map_or(true, |sum| sum.len() != 16)) {
+        return Err(invalid_value("md5", wrong, "32 hexadecimal digits").into());
+    }
+    let id = UploadId::from(id.into_inner());
+    let upload = state.store.complete_upload(&caller.project_id, &id, &parts, md5).await?;
+    Ok(web::Json(shown(&state, &caller, upload).await?))
+}
+
+/// `POST /v1/uploads/{id}/cancel`
+pub(crate) async fn cancel(
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    id: web::Path<String>,
+) -> Result<web::Json<UploadObject>, Failure> {
+    let id = UploadId::from(id.into_inner());
+    let upload = state.store.cancel_upload(&caller.project_id, &id).await?;
+    Ok(web::Json(shown(&state, &caller, upload).await?))
+}
+
+#[cfg(test)]
+mod tests;
