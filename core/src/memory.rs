@@ -3,12 +3,15 @@
 //! The parts follow what the engine keeps: weights and optimiser state for the whole run, gradients
 //! for a step, activations for a pass. A test holds the sum against the peak that a trainer shows.
 
-use crate::hyperparameters::{AdapterType, Optimizer, ResolvedHyperparameters, TARGET_MODULES};
+use crate::hyperparameters::{
+    AdapterType, Optimizer, Precision, ResolvedHyperparameters, TARGET_MODULES,
+};
 use serde::Serialize;
 use std::fmt;
 
 /// Bytes of a value.
 const F32: u64 = 4;
+const BF16: u64 = 2;
 /// The program, its tokenizer and its buffers.
 const PROCESS: u64 = 64 << 20;
 /// Logits that are held at a time.
@@ -76,19 +79,22 @@ impl MemoryEstimate {
             AdapterType::Full => 0,
         };
         let trained = if adapter > 0 { adapter } else { weights };
-        let activations = size.activations(hyperparameters.adapter.kind, pass);
+        let gradients = F32 * trained;
+        let bf16 = hyperparameters.precision == Precision::Bf16;
+        let activations = size.activations(hyperparameters.adapter.kind, bf16, pass);
         // Going back, a pass's gradients take the place of its activations, which is the more of
         // the two; recomputed layers add theirs to the step's sum one by one.
         let activations = match (pass.recompute, pass.several) {
             (true, _) => activations,
-            (false, false) => activations.saturating_sub(trained),
-            (false, true) => activations.max(trained),
+            (false, false) => activations.saturating_sub(gradients),
+            (false, true) => activations.max(gradients),
         };
+        let frozen = if bf16 { BF16 } else { F32 };
         Self {
-            weights: F32 * (weights + adapter),
-            gradients: F32 * trained,
+            weights: if adapter > 0 { frozen * weights + F32 * adapter } else { F32 * weights },
+            gradients,
             optimizer: F32 * size.optimizer_state(hyperparameters.optimizer, trained),
-            activations: F32 * activations,
+            activations,
             process: PROCESS,
         }
     }
@@ -177,27 +183,44 @@ impl ModelSize {
         matrices * self.vocab_size * self.hidden_size
     }
 
-    /// Values that a pass holds at its peak.
-    fn activations(&self, kind: AdapterType, pass: PassSize) -> u64 {
+    /// Bytes that a pass holds at its peak.
+    fn activations(&self, kind: AdapterType, bf16: bool, pass: PassSize) -> u64 {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let qkv = self.query_width + 2 * self.key_value_width;
-        // Of each token: the layer's input, both norms' outputs, the middle of the residual stream;
-        // queries, keys and values, and what attention makes of them; gate, up and their product.
-        let layer = 4 * hidden + qkv + self.query_width + 3 * inner;
+        // Of each token: the layer's input and the middle of the residual stream; queries, keys
+        // and values, and what attention makes of them.
+        let numbers = 2 * hidden + qkv + self.query_width;
+        // Both norms' outputs; gate, up and their product.
+        let operands = 2 * hidden + 3 * inner;
+        let layer = match bf16 {
+            false => F32 * (numbers + operands),
+            // What attention makes is kept once as it is, and once as the next projection's input.
+            true => F32 * numbers + BF16 * (operands + self.query_width),
+        };
         let kept = if pass.recompute {
-            self.num_hidden_layers * hidden + layer
+            self.num_hidden_layers * F32 * hidden + layer
         } else {
             self.num_hidden_layers * layer
         };
         // Going back through the feed-forward block: the gradients of gate, up and their product.
-        let gradients = 2 * hidden + 3 * inner;
+        let gradients = F32 * (2 * hidden + 3 * inner);
         // A chunk's logits; the head's gradient is made while the chunks are.
-        let head = CHUNK_LOGITS.min(pass.tokens * self.vocab_size);
-        let head_gradient = match kind {
+        let head = F32 * CHUNK_LOGITS.min(pass.tokens * self.vocab_size);
+        let of_weights = match kind {
             AdapterType::Lora => 0,
-            AdapterType::Full => self.vocab_size * hidden,
+            AdapterType::Full => {
+                let rounded = if bf16 { BF16 * self.rounded_weights(pass) } else { 0 };
+                F32 * self.vocab_size * hidden + rounded
+            }
         };
-        pass.tokens * (kept + gradients) + head + head_gradient
+        pass.tokens * (kept + gradients) + head + of_weights
+    }
+
+    /// Weights of which a pass holds a copy in bf16 while what trains is f32.
+    fn rounded_weights(&self, pass: PassSize) -> u64 {
+        let head = self.vocab_size * self.hidden_size;
+        let layers = self.parameters() - self.vocabulary_matrices();
+        head + if pass.recompute { layers / self.num_hidden_layers.max(1) } else { layers }
     }
 }
 
@@ -217,7 +240,11 @@ mod tests {
     };
 
     fn estimate(kind: &str, tokens: u64, recompute: bool) -> MemoryEstimate {
-        let fields = serde_json::json!({"adapter": {"type": kind}});
+        estimate_in("fp32", kind, tokens, recompute)
+    }
+
+    fn estimate_in(precision: &str, kind: &str, tokens: u64, recompute: bool) -> MemoryEstimate {
+        let fields = serde_json::json!({"adapter": {"type": kind}, "precision": precision});
         let (parsed, _) =
             Hyperparameters::parse(fields.as_object().expect("object"), "").expect("valid");
         let resolved = parsed.resolve(&DataFacts { examples: 100, context_length: 2048 });
@@ -253,6 +280,17 @@ mod tests {
     fn recomputing_leaves_one_layers_activations_and_the_inputs_of_all() {
         let (kept, recomputed) = (estimate("lora", 2048, false), estimate("lora", 2048, true));
         assert!(recomputed.activations * 3 < kept.activations, "{recomputed} {kept}");
+    }
+
+    #[test]
+    fn bf16_halves_frozen_weights_and_leaves_what_trains_as_it_is() {
+        let (single, half) =
+            (estimate("lora", 1024, false), estimate_in("bf16", "lora", 1024, false));
+        assert_eq!(single.weights - half.weights, 2 * 134_515_008);
+        assert_eq!((single.gradients, single.optimizer), (half.gradients, half.optimizer));
+        assert!(half.activations * 4 < single.activations * 3, "{single} {half}");
+        let (single, half) = (estimate("full", 1, false), estimate_in("bf16", "full", 1, false));
+        assert_eq!(single.weights, half.weights);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! [`ToTrainer::Stop`], its worker is gone and it exits at once.
 
 use crate::errors::ErrorCode;
+use crate::hyperparameters::Precision;
 use crate::ids::JobId;
 use crate::job::TrainSpec;
 use crate::metrics::{BestStep, StepMetrics};
@@ -130,6 +131,9 @@ pub struct Started {
     pub initial_valid_loss: Option<f64>,
     /// The device, in words.
     pub device: String,
+    /// The numbers that products multiply on it: never `auto`.
+    #[serde(default = "Precision::before_there_was_a_choice")]
+    pub precision: Precision,
 }
 
 /// A complete checkpoint on the trainer's disk.

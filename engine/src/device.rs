@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use tunesmith_core::hyperparameters::Precision;
+
 use crate::error::EngineError;
+use crate::ops;
 
 /// A device that is known to be there.
 ///
@@ -110,6 +113,21 @@ impl Device {
         matches!(self.kind, Kind::Cpu | Kind::Portable)
     }
 
+    /// What `asked` means here, never `Auto`: by itself, bf16 where the device multiplies bf16.
+    #[must_use]
+    pub fn precision(&self, asked: Precision) -> Precision {
+        let multiplies_bf16 = match self.kind {
+            Kind::Cpu | Kind::Portable => ops::cpu_multiplies_bf16(),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => true,
+        };
+        match asked {
+            Precision::Auto if multiplies_bf16 => Precision::Bf16,
+            Precision::Auto => Precision::Fp32,
+            asked => asked,
+        }
+    }
+
     /// burn's device, without autodiff.
     pub(crate) fn burn(&self) -> &burn::tensor::Device {
         &self.burn
@@ -150,6 +168,15 @@ mod tests {
         for names in ["", "cpu,", "cpu,tpu"] {
             assert!(Device::parse_list(names).is_err(), "{names:?}");
         }
+    }
+
+    #[test]
+    fn precision_is_what_was_asked_for_or_the_devices_own_choice() {
+        let cpu = Device::cpu();
+        assert_eq!(cpu.precision(Precision::Fp32), Precision::Fp32);
+        assert_eq!(cpu.precision(Precision::Bf16), Precision::Bf16);
+        let own = if ops::cpu_multiplies_bf16() { Precision::Bf16 } else { Precision::Fp32 };
+        assert_eq!(cpu.precision(Precision::Auto), own);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use tunesmith_core::hyperparameters::{
-    AdapterConfig, MuonLearningRate, Optimizer as OptimizerKind,
+    AdapterConfig, MuonLearningRate, Optimizer as OptimizerKind, Precision,
 };
 
 use crate::batch::{Batch, BatchOutcome};
@@ -34,7 +34,8 @@ pub struct OptimizerState {
 
 /// A decoder with what training needs: gradients, an optimiser, and names for the outside.
 ///
-/// All numbers are f32, except sums of losses and of squared gradients, which are f64. The same
+/// All numbers are f32, except sums of losses and of squared gradients, which are f64, and what
+/// [`TrainableModel::load_with_precision`] keeps in bf16. The same
 /// calls on the same device with the same number of threads give bit-equal results.
 #[derive(Debug)]
 pub struct TrainableModel {
@@ -46,7 +47,7 @@ pub struct TrainableModel {
 
 impl TrainableModel {
     /// Reads a Hugging Face model directory (`config.json` and safetensors) and prepares it for
-    /// what `adapter` trains. `seed` draws the A matrices of LoRA.
+    /// what `adapter` trains, in f32. `seed` draws the A matrices of LoRA.
     ///
     /// # Errors
     /// [`EngineError::Model`] for an architecture this engine does not know, or for a weight that
@@ -58,7 +59,26 @@ impl TrainableModel {
         seed: u64,
         device: &Device,
     ) -> Result<Self, EngineError> {
-        let (decoder, parameters) = load::load(dir, adapter, seed, device)?;
+        Self::load_with_precision(dir, adapter, seed, device, Precision::Fp32)
+    }
+
+    /// As [`TrainableModel::load`], in the precision that `device` makes of `precision`.
+    ///
+    /// In bf16, products of the base model's matrices multiply bf16 and add in f32; frozen matrices
+    /// are stored in bf16, and so are the inputs that projections keep for the backward pass. What
+    /// trains, its gradients and the optimiser's memory stay f32.
+    ///
+    /// # Errors
+    /// As [`TrainableModel::load`].
+    pub fn load_with_precision(
+        dir: &Path,
+        adapter: &AdapterConfig,
+        seed: u64,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self, EngineError> {
+        let bf16 = device.precision(precision) == Precision::Bf16;
+        let (decoder, parameters) = load::load(dir, adapter, seed, device, bf16)?;
         Ok(Self {
             decoder: Arc::new(decoder),
             parameters,

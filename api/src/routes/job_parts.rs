@@ -8,6 +8,7 @@ use crate::server::AppState;
 use actix_web::web;
 use serde::Serialize;
 use serde_json::Value;
+use tunesmith_core::hyperparameters::Precision;
 use tunesmith_core::ids::JobId;
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_store::checkpoints::Checkpoint;
@@ -125,6 +126,7 @@ pub(crate) struct Curve {
     valid_rows: Option<u64>,
     truncated_rows: Option<u64>,
     device: Option<String>,
+    precision: Option<Precision>,
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/events`
@@ -176,6 +178,7 @@ pub(crate) async fn metrics(
         valid_rows: run.map(|run| run.valid_rows),
         truncated_rows: run.map(|run| run.truncated_rows),
         device: run.map(|run| run.device.clone()),
+        precision: run.map(|run| run.precision),
     }))
 }
 

@@ -5,7 +5,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
-use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters};
+use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, Precision};
 use tunesmith_core::ids::{JobId, WorkerId};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::Started;
@@ -149,6 +149,7 @@ impl TestApi {
             truncated_rows: 1,
             initial_valid_loss: Some(5.5),
             device: "cpu".to_owned(),
+            precision: Precision::Fp32,
         };
         self.store.record_started(&claimed.lease, &started).await.expect("started");
         let metrics: Vec<StepMetrics> = (1..=steps).map(step_metrics).collect();

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 mod adapter;
 mod method;
 mod optimization;
+mod precision;
 mod reader;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ mod tests;
 pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of};
 pub use method::{Method, PreferenceLoss};
 pub use optimization::{LrScheduler, MuonLearningRate, OnDivergence, Optimizer};
+pub use precision::Precision;
 
 use method::PREFERENCE_NAMES;
 use reader::{Reader, above, closed};
@@ -149,6 +151,10 @@ hyperparameters! {
     /// Whether a pass computes all its rows at once, laid end to end, or one after another. The
     /// numbers are the same; packing is faster and takes more memory.
     packing: bool = boolean();
+    /// The numbers that matrix products multiply: `bf16`, which halves the memory of frozen
+    /// weights and is faster where the device multiplies bf16, or `fp32`. `auto` stays as it is
+    /// until a worker knows its device, and then holds for the whole job.
+    precision: Precision = word();
     /// Steps between evaluations on the validation rows.
     eval_steps: u64 = integer(closed(1.0, 10_000_000.0));
     /// Steps between checkpoints.
@@ -327,6 +333,7 @@ impl Hyperparameters {
                 Method::Dpo => 0.0,
             }),
             packing: self.packing.unwrap_or_else(|| true),
+            precision: self.precision.unwrap_or_else(Precision::default),
             eval_steps: 1,
             checkpoint_steps: 1,
             validation_split: self.validation_split.unwrap_or_else(|| 0.0),

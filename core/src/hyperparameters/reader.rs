@@ -142,6 +142,7 @@ impl Reader<'_> {
 /// `"auto", "a", "b" or "c"`.
 fn one_of(words: &[&str]) -> String {
     let mut text = "\"auto\"".to_owned();
+    let words: Vec<&str> = words.iter().copied().filter(|&word| word != "auto").collect();
     for (index, word) in words.iter().enumerate() {
         let before = if index + 1 == words.len() { " or " } else { ", " };
         text.push_str(&format!("{before}\"{word}\""));

@@ -43,6 +43,8 @@ fn a_value_out_of_range_is_refused_naming_parameter_value_and_range() {
         json!({"adam_beta2": 1}),
         json!({"adam_epsilon": 0}),
         json!({"optimizer": "muon", "muon_adjust_lr_fn": "none", "adapter": {"type": "full"}}),
+        json!({"precision": "fp16"}),
+        json!({"precision": 16}),
         json!({"prompt_loss_weight": 2}),
         json!({"validation_split": 0.9}),
         json!({"adapter": "lora"}),
@@ -106,6 +108,18 @@ fn early_stopping_keeps_the_best_checkpoint_unless_told_otherwise() {
 fn an_adapters_error_names_its_whole_path() {
     let error = parse(&json!({"adapter": {"dropout": 2}})).expect_err("over the range");
     assert_eq!(error.param.as_deref(), Some("method.supervised.hyperparameters.adapter.dropout"));
+}
+
+#[test]
+fn auto_precision_stays_auto_for_the_workers_device_to_decide() {
+    assert_eq!(resolve(&json!({}), 100).precision, Precision::Auto);
+    assert_eq!(resolve(&json!({"precision": "auto"}), 100).precision, Precision::Auto);
+    assert_eq!(resolve(&json!({"precision": "bf16"}), 100).precision, Precision::Bf16);
+    assert_eq!(resolve(&json!({"precision": "fp32"}), 100).precision, Precision::Fp32);
+    let wire = serde_json::to_value(resolve(&json!({"precision": "bf16"}), 100)).expect("json");
+    assert_eq!(wire["precision"], "bf16");
+    let asked = parse(&json!({"precision": "fp32"})).expect("valid").to_wire();
+    assert_eq!(asked["precision"], "fp32");
 }
 
 #[test]

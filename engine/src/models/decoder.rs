@@ -178,7 +178,7 @@ impl Decoder {
         batch: &Batch,
     ) -> Result<HeadLoss, EngineError> {
         let targets: Vec<Target> = batch.targets().collect();
-        let head = parameters[self.head].clone();
+        let head = parameters.weight(self.head);
         head_with_loss(hidden, head, self.final_softcap(), &targets)
     }
 
@@ -195,7 +195,7 @@ impl Decoder {
         dropout: Option<DropoutKey>,
     ) -> Result<TokenNll, EngineError> {
         let hidden = self.hidden(parameters, batch, dropout, |_| {});
-        token_nll(hidden, parameters[self.head].clone(), self.final_softcap(), targets)
+        token_nll(hidden, parameters.weight(self.head), self.final_softcap(), targets)
     }
 
     /// Hidden states `[tokens, hidden_size]` after the final norm. `observe` sees the embeddings,
@@ -247,7 +247,7 @@ impl Decoder {
         let rows: Vec<i32> = positions.iter().map(|&position| position as i32).collect();
         let rows = TensorData::new(rows, [positions.len()]);
         let rows = Tensor::<1, Int>::from_data(rows, &hidden.device());
-        let logits = linear(hidden.select(0, rows), parameters[self.head].clone(), None, None);
+        let logits = linear(hidden.select(0, rows), parameters.weight(self.head), None, None);
         soft_capped(logits, self.final_softcap())
     }
 
@@ -269,7 +269,7 @@ impl Decoder {
         };
         let project = |projection: &Projection, x, residual| {
             let low_rank = self.low_rank(parameters, projection, dropout);
-            let y = linear(x, parameters[projection.weight].clone(), residual, low_rank);
+            let y = linear(x, parameters.weight(projection.weight), residual, low_rank);
             match projection.bias {
                 Some(bias) => add_bias(y, parameters[bias].clone()),
                 None => y,
@@ -287,7 +287,7 @@ impl Decoder {
         }
         let x = add(x, &layer.output, attend(qkv), layer.post_attention_norm);
         let gate_up = project(&layer.gate_up, norm(x.clone(), layer.feed_forward_norm), None);
-        let activated = gated_activation(gate_up, self.config.activation);
+        let activated = gated_activation(gate_up, self.config.activation, parameters.bf16());
         add(x, &layer.down, activated, layer.post_feed_forward_norm)
     }
 

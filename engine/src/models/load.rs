@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
+use half::bf16;
 use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, target_modules_of};
 
 use super::config::ModelConfig;
@@ -11,14 +12,17 @@ use super::weights::WeightFiles;
 use crate::adapters::lora::{Lora, tensor_name};
 use crate::device::Device;
 use crate::error::EngineError;
+use crate::ops::bf16::is_bf16;
 use crate::parameter::{NamedRows, ParameterId, Parameters};
 
-/// Builds the decoder of `dir`, and what `adapter` trains of it.
+/// Builds the decoder of `dir`, and what `adapter` trains of it. With `bf16`, products multiply
+/// that, and frozen matrices are stored so.
 pub(crate) fn load(
     dir: &Path,
     adapter: &AdapterConfig,
     seed: u64,
     device: &Device,
+    bf16: bool,
 ) -> Result<(Decoder, Parameters), EngineError> {
     let config = ModelConfig::read(dir)?;
     let lora = match adapter.kind {
@@ -27,9 +31,10 @@ pub(crate) fn load(
     };
     let mut loader = Loader {
         weights: WeightFiles::open(dir)?,
-        parameters: Parameters::default(),
+        parameters: Parameters::new(bf16),
         lora,
         device,
+        bf16,
     };
     let decoder = loader.decoder(config)?;
     loader.weights.finish()?;
@@ -42,6 +47,7 @@ struct Loader<'a> {
     /// None for full fine-tuning.
     lora: Option<Lora>,
     device: &'a Device,
+    bf16: bool,
 }
 
 /// One projection inside a stored matrix.
@@ -231,8 +237,12 @@ impl Loader<'_> {
         if !self.weights.contains(HEAD) {
             return Ok(());
         }
-        let head = self.weights.take(HEAD, &shape)?;
-        if crate::parameter::read(self.parameters[embedding].clone())? == head {
+        let mut head = self.weights.take(HEAD, &shape)?;
+        let embedding = &self.parameters[embedding];
+        if is_bf16(embedding) {
+            head.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+        }
+        if crate::parameter::read(embedding.clone())? == head {
             return Ok(());
         }
         Err(EngineError::Model(format!(
@@ -247,7 +257,14 @@ impl Loader<'_> {
         trainable: bool,
         names: Vec<NamedRows>,
     ) -> ParameterId {
-        let value = Tensor::from_data(TensorData::new(values, shape), self.device.burn());
+        // What trains stays f32, and so do vectors: norms are one row, biases one column.
+        let value = if self.bf16 && !trainable && shape[0] > 1 && shape[1] > 1 {
+            let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+            let options = (self.device.burn(), DType::BF16);
+            Tensor::from_data(TensorData::new(values, shape), options)
+        } else {
+            Tensor::from_data(TensorData::new(values, shape), self.device.burn())
+        };
         self.parameters.push(value, trainable, names)
     }
 }

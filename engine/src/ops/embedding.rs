@@ -9,7 +9,7 @@
 //! config's `pad_token_id`. It matters where padding is also a real token, such as the end of a
 //! turn: full fine-tuning would part from Hugging Face's in the first step.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{FloatDType, Int, Tensor, TensorData};
 
 use super::{cpu, on_cpu};
 
@@ -37,7 +37,7 @@ pub(super) fn portable(
     let device = weight.device();
     let rows: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
     let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [ids.len()]), &device);
-    let y = weight.select(0, rows).mul_scalar(scale);
+    let y = weight.select(0, rows).cast(FloatDType::F32).mul_scalar(scale);
     let Some(padding) = padding.filter(|padding| ids.contains(padding)) else { return y };
     let learns: Vec<f32> = ids.iter().map(|&id| f32::from(id != padding)).collect();
     let learns: Tensor<2> = Tensor::from_data(TensorData::new(learns, [ids.len(), 1]), &device);

@@ -24,10 +24,15 @@ pub(super) const GELU_SCALE: f32 = 0.797_884_6;
 /// The factor on x³.
 pub(super) const GELU_CUBIC: f32 = 0.044_715;
 
-/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`.
-pub(crate) fn gated_activation(gate_up: Tensor<2>, activation: Activation) -> Tensor<2> {
+/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`. With `keep_bf16` the CPU's
+/// backward pass reads gate and up rounded to bf16.
+pub(crate) fn gated_activation(
+    gate_up: Tensor<2>,
+    activation: Activation,
+    keep_bf16: bool,
+) -> Tensor<2> {
     if on_cpu(&gate_up) {
-        cpu::gated_activation::gated_activation(gate_up, activation)
+        cpu::gated_activation::gated_activation(gate_up, activation, keep_bf16)
     } else {
         portable(gate_up, activation)
     }
@@ -50,8 +55,11 @@ pub(super) fn portable(gate_up: Tensor<2>, activation: Activation) -> Tensor<2> 
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::FloatDType;
+
     use super::*;
     use crate::ops::testing::{assert_gradients_equal, random};
+    use cpu::gated_activation::gated_activation as cpu_form;
 
     #[test]
     fn cpu_form_equals_the_portable_form() {
@@ -59,10 +67,23 @@ mod tests {
             for (tokens, width) in [(1, 1), (3, 17), (40, 32)] {
                 assert_gradients_equal(
                     &[random([tokens, 2 * width], 3).mul_scalar(4.0)],
-                    |inputs| cpu::gated_activation::gated_activation(inputs[0].clone(), activation),
+                    |inputs| cpu_form(inputs[0].clone(), activation, false),
                     |inputs| portable(inputs[0].clone(), activation),
                 );
             }
+        }
+    }
+
+    #[test]
+    fn values_that_bf16_holds_lose_nothing_by_being_kept_in_it() {
+        let gate_up = random([40, 64], 3).mul_scalar(4.0);
+        let gate_up = gate_up.cast(FloatDType::BF16).cast(FloatDType::F32);
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            assert_gradients_equal(
+                std::slice::from_ref(&gate_up),
+                |inputs| cpu_form(inputs[0].clone(), activation, true),
+                |inputs| portable(inputs[0].clone(), activation),
+            );
         }
     }
 }

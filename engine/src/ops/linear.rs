@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Tensor, TensorData};
 
+use super::bf16::matmul;
 use super::dropout::Dropout;
 use super::{cpu, on_cpu};
 
@@ -77,7 +78,7 @@ pub(super) fn portable(
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
-    let mut y = x.clone().matmul(weight.transpose());
+    let mut y = matmul(x.clone(), weight.transpose());
     if let Some(residual) = residual {
         y = residual + y;
     }

@@ -9,6 +9,7 @@ mod cpu;
 pub(crate) mod adafactor;
 pub(crate) mod adamw;
 pub(crate) mod attention;
+pub(crate) mod bf16;
 pub(crate) mod bias;
 pub(crate) mod dropout;
 pub(crate) mod embedding;
@@ -40,6 +41,11 @@ static PORTABLE_ON_CPU: AtomicBool = AtomicBool::new(false);
 /// what a GPU runs where there is none.
 pub(crate) fn take_portable_forms() {
     PORTABLE_ON_CPU.store(true, Ordering::Relaxed);
+}
+
+/// Whether the CPU has an instruction that multiplies bf16.
+pub(crate) fn cpu_multiplies_bf16() -> bool {
+    cpu::multiplies_bf16()
 }
 
 /// Whether the hand-written CPU forms apply to `tensor`.

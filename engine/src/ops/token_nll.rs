@@ -15,6 +15,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
+use super::bf16::matmul;
 use super::head::soft_capped;
 use super::{cpu, on_cpu};
 use crate::batch::Target;
@@ -65,7 +66,7 @@ pub(super) fn portable(
     let rows = integers(targets.iter().map(|target| target.position as i32).collect());
     let ids = integers(targets.iter().map(|target| target.id as i32).collect());
 
-    let logits = soft_capped(hidden.select(0, rows).matmul(weight.transpose()), softcap);
+    let logits = soft_capped(matmul(hidden.select(0, rows), weight.transpose()), softcap);
     let ids = ids.reshape([count, 1]);
     let nll = activation::log_softmax(logits.clone(), 1).gather(1, ids.clone()).neg();
     let nll: Tensor<1> = nll.reshape([count]);

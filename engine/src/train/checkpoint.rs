@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tunesmith_core::diagnosis::{FindingKind, LossCurve};
-use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_core::hyperparameters::{AdapterType, Precision};
 use tunesmith_core::metrics::BestStep;
 use tunesmith_core::protocol::TrainRequest;
 use tunesmith_core::protocol::{STATE_DIR, WEIGHTS_DIR};
@@ -71,7 +71,35 @@ struct TrainerFile {
     format: u32,
     fingerprint: String,
     optimizer_step: u64,
+    /// What the run computes in, never `Auto`.
+    #[serde(default = "Precision::before_there_was_a_choice")]
+    precision: Precision,
     progress: Progress,
+}
+
+impl TrainerFile {
+    fn read(dir: &Path) -> Result<Self, EngineError> {
+        let json = read_json(&Self::path(dir))?;
+        if json["format"] != FORMAT {
+            return Err(Self::broken(
+                dir,
+                format!(
+                    "the checkpoint has format {}, and this version reads format {FORMAT}: start \
+                     the job afresh",
+                    json["format"]
+                ),
+            ));
+        }
+        serde_json::from_value(json).map_err(|error| Self::broken(dir, error.to_string()))
+    }
+
+    fn path(dir: &Path) -> PathBuf {
+        dir.join(STATE_DIR).join(TRAINER_FILE)
+    }
+
+    fn broken(dir: &Path, problem: String) -> EngineError {
+        EngineError::Checkpoint(format!("{}: {problem}", Self::path(dir).display()))
+    }
 }
 
 /// What two runs must share for one to go on where the other stopped: a hash over the job's
@@ -113,6 +141,7 @@ fn hash_file(path: &Path) -> Result<Vec<u8>, EngineError> {
 pub(super) struct Writer<'a> {
     pub(super) request: &'a TrainRequest,
     pub(super) fingerprint: &'a str,
+    pub(super) precision: Precision,
 }
 
 impl Writer<'_> {
@@ -147,6 +176,7 @@ impl Writer<'_> {
             format: FORMAT,
             fingerprint: self.fingerprint.to_owned(),
             optimizer_step: optimizer.step,
+            precision: self.precision,
             progress: progress.clone(),
         };
         let path = state.join(TRAINER_FILE);
@@ -159,6 +189,11 @@ impl Writer<'_> {
         sync(output_dir)?;
         Ok(dir)
     }
+}
+
+/// The precision of the run that wrote the checkpoint in `dir`.
+pub(super) fn precision(dir: &Path) -> Result<Precision, EngineError> {
+    TrainerFile::read(dir).map(|trainer| trainer.precision)
 }
 
 /// Brings `model` to where the checkpoint in `dir` was written. For full fine-tuning, whose
@@ -206,21 +241,10 @@ fn load_optimizer(dir: &Path, step: u64, model: &mut TrainableModel) -> Result<(
 
 /// Reads `trainer.json`, which must be of this run.
 fn read_trainer_file(dir: &Path, fingerprint: &str) -> Result<TrainerFile, EngineError> {
-    let path = dir.join(STATE_DIR).join(TRAINER_FILE);
-    let broken =
-        |problem: String| EngineError::Checkpoint(format!("{}: {problem}", path.display()));
-    let json = read_json(&path)?;
-    if json["format"] != FORMAT {
-        return Err(broken(format!(
-            "the checkpoint has format {}, and this version reads format {FORMAT}: start the job \
-             afresh",
-            json["format"]
-        )));
-    }
-    let trainer: TrainerFile =
-        serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
+    let trainer = TrainerFile::read(dir)?;
     if trainer.fingerprint != fingerprint {
-        return Err(broken(
+        return Err(TrainerFile::broken(
+            dir,
             "the checkpoint belongs to other hyperparameters, another base model or other files: \
              going on from it would be neither job"
                 .to_owned(),

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Instant;
 
 use tunesmith_core::dataset::{TokenizedPair, TokenizedRow};
-use tunesmith_core::hyperparameters::{AdapterType, Method, ResolvedHyperparameters};
+use tunesmith_core::hyperparameters::{AdapterType, Method, Precision, ResolvedHyperparameters};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainRequest};
 
@@ -39,6 +39,8 @@ pub(super) struct Run<'a> {
     pub(super) fingerprint: String,
     /// The first is the lead's.
     devices: Vec<Device>,
+    /// Never `Auto`.
+    precision: Precision,
     pub(super) model: Replicas,
     /// Empty where pairs train.
     train: Vec<TokenizedRow>,
@@ -89,6 +91,12 @@ impl<'a> Run<'a> {
         let hyperparameters = &spec.hyperparameters;
         let devices = Device::parse_list(&request.device)?;
         let fingerprint = checkpoint::fingerprint(request, options)?;
+        // A run goes on in the precision it began in, also on another device.
+        let precision = match &request.resume_from {
+            Some(dir) => checkpoint::precision(dir)?,
+            None => devices[0].precision(hyperparameters.precision),
+        };
+        let hyperparameters = &ResolvedHyperparameters { precision, ..hyperparameters.clone() };
         let model_dir = checkpoint::model_dir(request);
         let config = ModelConfig::read(&model_dir)?;
         // What a GPU has free, nobody tells.
@@ -102,8 +110,13 @@ impl<'a> Run<'a> {
         // Making tokens keeps one core busy, and reading weights mostly waits for memory.
         let (data, model) = thread::scope(|scope| {
             let data = scope.spawn(|| load_data(request));
-            let model =
-                TrainableModel::load(&model_dir, &hyperparameters.adapter, spec.seed, &devices[0]);
+            let model = TrainableModel::load_with_precision(
+                &model_dir,
+                &hyperparameters.adapter,
+                spec.seed,
+                &devices[0],
+                precision,
+            );
             (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.
@@ -143,6 +156,7 @@ impl<'a> Run<'a> {
             fingerprint,
             model: Replicas::new(model, &devices),
             devices,
+            precision,
             valid_rows: preference.as_ref().map_or(data.valid.len(), Preference::valid_rows),
             truncated_rows: preference.as_ref().map_or(data.truncated(), Preference::truncated),
             validation: ValidationSet::new(&data.valid, plan.tokens_per_pass),
@@ -363,6 +377,7 @@ impl<'a> Run<'a> {
             truncated_rows: self.truncated_rows as u64,
             initial_valid_loss: self.progress.initial_valid_loss,
             device: self.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(","),
+            precision: self.precision,
         }
     }
 
@@ -385,7 +400,11 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn write_checkpoint(&self) -> Result<PathBuf, EngineError> {
-        let writer = checkpoint::Writer { request: self.request, fingerprint: &self.fingerprint };
+        let writer = checkpoint::Writer {
+            request: self.request,
+            fingerprint: &self.fingerprint,
+            precision: self.precision,
+        };
         let facts = JobFacts {
             job: self.request.job_id.as_str(),
             spec: &self.request.spec,

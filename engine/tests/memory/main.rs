@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tunesmith_core::hyperparameters::{AdapterConfig, DataFacts, Hyperparameters};
+use tunesmith_core::hyperparameters::{AdapterConfig, Auto, DataFacts, Hyperparameters, Precision};
 use tunesmith_core::memory::{MemoryEstimate, PassSize};
 use tunesmith_engine::models::config::ModelConfig;
 use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
@@ -18,15 +18,23 @@ fn model_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-models/SmolLM2-135M-Instruct")
 }
 
-/// What a case trains, and whether it computes layers again.
-fn case(name: &str) -> (AdapterConfig, bool) {
-    match name {
-        "lora" => (AdapterConfig::default(), false),
-        "lora-recomputed" => (AdapterConfig::default(), true),
-        "full" => (AdapterConfig::full(), false),
-        "full-recomputed" => (AdapterConfig::full(), true),
-        other => panic!("no case {other:?}"),
-    }
+const CASES: [&str; 8] = [
+    "lora",
+    "lora-recomputed",
+    "lora-bf16",
+    "lora-bf16-recomputed",
+    "full",
+    "full-recomputed",
+    "full-bf16",
+    "full-bf16-recomputed",
+];
+
+/// What a case trains and in which numbers, and whether it computes layers again.
+fn case(name: &str) -> (AdapterConfig, Precision, bool) {
+    let adapter =
+        if name.starts_with("full") { AdapterConfig::full() } else { AdapterConfig::default() };
+    let precision = if name.contains("bf16") { Precision::Bf16 } else { Precision::Fp32 };
+    (adapter, precision, name.ends_with("recomputed"))
 }
 
 /// The greatest resident size of this process so far, in bytes.
@@ -40,8 +48,10 @@ fn peak() -> u64 {
 #[test]
 #[ignore = "a process that the test below starts"]
 fn helper_trains_two_steps() {
-    let (adapter, recompute) = case(&std::env::var(CASE).unwrap());
-    let mut model = TrainableModel::load(&model_dir(), &adapter, 7, &Device::cpu()).unwrap();
+    let (adapter, precision, recompute) = case(&std::env::var(CASE).unwrap());
+    let cpu = Device::cpu();
+    let mut model =
+        TrainableModel::load_with_precision(&model_dir(), &adapter, 7, &cpu, precision).unwrap();
     model.set_gradient_checkpointing(recompute);
     let ids: Vec<u32> = (0..TOKENS as u32).map(|token| 17 + token * 7919 % 49_000).collect();
     let mut batch = Batch { weights: vec![1.0; TOKENS], ids, ..Batch::default() };
@@ -63,7 +73,7 @@ fn helper_trains_two_steps() {
 fn peak_of_a_run_is_within_a_fifth_of_its_estimate() {
     let config = ModelConfig::read(&model_dir()).unwrap();
     let mut failures = Vec::new();
-    for name in ["lora", "lora-recomputed", "full", "full-recomputed"] {
+    for name in CASES {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "helper_trains_two_steps", "--nocapture"])
             .env(CASE, name)
@@ -74,8 +84,9 @@ fn peak_of_a_run_is_within_a_fifth_of_its_estimate() {
         let (_, rest) = text.split_once("peak ").unwrap();
         let peak: u64 = rest.split_whitespace().next().unwrap().parse().unwrap();
 
-        let (adapter, recompute) = case(name);
-        let hyperparameters = Hyperparameters { adapter, ..Hyperparameters::default() }
+        let (adapter, precision, recompute) = case(name);
+        let precision = Auto::Value(precision);
+        let hyperparameters = Hyperparameters { adapter, precision, ..Hyperparameters::default() }
             .resolve(&DataFacts { examples: 4, context_length: 2048 });
         let pass = PassSize { tokens: TOKENS as u64, several: false, recompute };
         let estimate = MemoryEstimate::new(&config.size(), &hyperparameters, pass);

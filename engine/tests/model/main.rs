@@ -8,6 +8,7 @@ mod invariants;
 mod loading;
 mod parallel;
 mod portable;
+mod precision;
 mod preference;
 mod reference;
 mod reference_training;

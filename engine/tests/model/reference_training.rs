@@ -15,13 +15,17 @@ const NORM_TOLERANCE: f64 = 1e-4;
 
 /// SmolLM2 with the references' adapter: r 8, alpha 16, A from the file, B zero.
 pub(crate) fn lora_model(targets: &[&str], use_rslora: bool) -> TrainableModel {
-    let mut model = load_smollm2(&AdapterConfig {
+    start_from_reference(load_smollm2(&AdapterConfig {
         r: 8,
         alpha: 16.0,
         target_modules: targets.iter().map(|&target| target.to_owned()).collect(),
         use_rslora,
         ..AdapterConfig::default()
-    });
+    }))
+}
+
+/// A from the references' file, B zero.
+pub(crate) fn start_from_reference(mut model: TrainableModel) -> TrainableModel {
     let mut initial = read_safetensors(&reference_path("lora_init_A.safetensors"));
     let tensors = model
         .trainable_tensors()

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
+use tunesmith_core::hyperparameters::Precision;
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::TrainRequest;
 use tunesmith_engine::EngineError;
@@ -115,6 +116,41 @@ fn noise_and_a_schedule_in_three_parts_go_on_bit_equal() {
     fields["warmup_ratio"] = json!(0.2);
     fields["min_lr_ratio"] = json!(0.1);
     ten_straight_equal_four_and_six_with(fields);
+}
+
+#[test]
+fn lora_in_bf16_goes_on_bit_equal_in_the_middle_of_an_epoch() {
+    let bench = Bench::new(13);
+    let mut fields = ten_steps(json!({"r": 3}));
+    fields["precision"] = json!("bf16");
+    let straight = finish(&bench.request("straight", &fields));
+    assert_eq!(straight.started().precision, Precision::Bf16);
+    let (first, _) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(5));
+    let second = finish(&resumed(&bench, "second", &fields, first.checkpoint(4)));
+    check_equal(&straight, &first, &second, 4);
+}
+
+#[test]
+fn a_run_goes_on_in_the_precision_of_its_checkpoint_whatever_the_device_would_choose() {
+    let bench = Bench::new(13);
+    let fields = ten_steps(json!({"type": "full"}));
+    let (first, _) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(4));
+    let chosen = first.started().precision;
+    assert_ne!(chosen, Precision::Auto);
+    let path = first.checkpoint(4).join("state/trainer.json");
+    let mut trainer: Value =
+        serde_json::from_slice(&fs::read(&path).expect("state")).expect("json");
+    assert_eq!(trainer["precision"], json!(chosen));
+    // As if another device had begun the run.
+    let other = if chosen == Precision::Bf16 { Precision::Fp32 } else { Precision::Bf16 };
+    trainer["precision"] = json!(other);
+    fs::write(&path, trainer.to_string()).expect("state");
+    let request = resumed(&bench, "second", &fields, first.checkpoint(4));
+    let (second, _) = run(&request, &TrainOptions::default(), Some(6));
+    assert_eq!(second.started().precision, other);
+    let written = second.checkpoint(6).join("state/trainer.json");
+    let trainer: Value = serde_json::from_slice(&fs::read(&written).expect("state")).expect("json");
+    assert_eq!(trainer["precision"], json!(other));
 }
 
 #[test]

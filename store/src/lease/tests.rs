@@ -4,6 +4,7 @@ use crate::fixtures::{World, checkpoint, resolved, step, step_event, trainer_fai
 use crate::objects::CheckpointPlace;
 use crate::page::PageRequest;
 use std::collections::BTreeSet;
+use tunesmith_core::hyperparameters::Precision;
 use tunesmith_core::protocol::Started;
 
 fn started(initial_valid_loss: Option<f64>) -> Started {
@@ -15,6 +16,7 @@ fn started(initial_valid_loss: Option<f64>) -> Started {
         truncated_rows: 0,
         initial_valid_loss,
         device: "cpu".to_owned(),
+        precision: Precision::Fp32,
     }
 }
 

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::hyperparameters::Precision;
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::{
     CheckpointWritten, Finished, FromTrainer, Note, NoteLevel, Started, ToTrainer, TrainRequest,
@@ -130,6 +131,7 @@ fn train(script: &Script, request: &TrainRequest) -> io::Result<()> {
         truncated_rows: 0,
         initial_valid_loss: script.validation.then_some(9.0),
         device: "script".to_owned(),
+        precision: Precision::Fp32,
     }))?;
     while state.step < script.total_steps {
         if script.fail_at_step == Some(state.step + 1) {

@@ -148,7 +148,8 @@ async fn the_curve_comes_whole_with_what_a_picture_needs() {
       "train_rows": 10,
       "valid_rows": 2,
       "truncated_rows": 1,
-      "device": "cpu"
+      "device": "cpu",
+      "precision": "fp32"
     }
     "#);
     let rest = api.get(&format!("{path}?after=1")).await.ok();

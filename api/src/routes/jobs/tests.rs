@@ -73,6 +73,7 @@ async fn a_new_job_is_shown_as_the_sdks_declare_it() {
             "max_seq_length": "auto",
             "prompt_loss_weight": "auto",
             "packing": "auto",
+            "precision": "auto",
             "eval_steps": "auto",
             "checkpoint_steps": "auto",
             "validation_split": "auto",

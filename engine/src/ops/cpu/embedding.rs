@@ -8,7 +8,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::Tensor;
 use std::sync::Arc;
 
-use super::step::{contiguous, dims, from_values, node, tensor, values};
+use super::gemm::Elements;
+use super::step::{contiguous, dims, elements, from_values, node, tensor, values};
 
 pub(in crate::ops) fn embedding(
     weight: Tensor<2>,
@@ -20,10 +21,15 @@ pub(in crate::ops) fn embedding(
     let step = Embedding.prepare::<NoCheckpointing>([weight.node()]).compute_bound();
     let weight = contiguous(weight.into_primitive());
     let [vocabulary, width] = dims(&weight);
-    let table = values(&weight);
     let mut y = Vec::with_capacity(ids.len() * width);
-    for &id in ids {
-        y.extend(table[id as usize * width..][..width].iter().map(|value| scale * value));
+    let row = |id: u32| id as usize * width..(id as usize + 1) * width;
+    match elements(&weight) {
+        Elements::Bf16(table) => ids.iter().for_each(|&id| {
+            y.extend(table[row(id)].iter().map(|value| scale * value.to_f32()));
+        }),
+        _ => ids.iter().for_each(|&id| {
+            y.extend(values(&weight)[row(id)].iter().map(|value| scale * value));
+        }),
     }
     let y = from_values(y, [ids.len(), width]);
     tensor(match step.stateful() {

@@ -9,6 +9,7 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use super::bf16::{rounded, widened_part};
 use super::isa::{Isa, simd_kernels};
 use super::math::{exp, tanh};
 use super::step::{contiguous, dims, from_values, node, tensor, values};
@@ -74,7 +75,11 @@ fn forward_row(isa: Isa, activation: Activation, gate: &[f32], up: &[f32], y: &m
     }
 }
 
-pub(in crate::ops) fn gated_activation(gate_up: Tensor<2>, activation: Activation) -> Tensor<2> {
+pub(in crate::ops) fn gated_activation(
+    gate_up: Tensor<2>,
+    activation: Activation,
+    keep_bf16: bool,
+) -> Tensor<2> {
     let isa = Isa::detect();
     let gate_up = node(gate_up);
     let step = GatedActivation.prepare::<NoCheckpointing>([gate_up.node()]).compute_bound();
@@ -92,7 +97,10 @@ pub(in crate::ops) fn gated_activation(gate_up: Tensor<2>, activation: Activatio
         });
     let y = from_values(y, [rows, width]);
     tensor(match step.stateful() {
-        OpsKind::Tracked(step) => step.finish((gate_up, activation), y),
+        OpsKind::Tracked(step) => {
+            let kept = if keep_bf16 { rounded(&gate_up) } else { gate_up };
+            step.finish((kept, activation), y)
+        }
         OpsKind::UnTracked(step) => step.finish(y),
     })
 }
@@ -101,7 +109,7 @@ pub(in crate::ops) fn gated_activation(gate_up: Tensor<2>, activation: Activatio
 struct GatedActivation;
 
 impl Backward<Flex, 1> for GatedActivation {
-    /// The gate and up values.
+    /// The gate and up values, in f32 or bf16.
     type State = (FlexTensor, Activation);
 
     fn backward(
@@ -123,9 +131,11 @@ impl Backward<Flex, 1> for GatedActivation {
         let mut d_gate_up = vec![0.0; rows * doubled];
         d_gate_up
             .par_chunks_mut(BLOCK_ROWS * doubled)
-            .zip(values(&gate_up).par_chunks(BLOCK_ROWS * doubled))
             .zip(values(&dy).par_chunks(BLOCK_ROWS * width))
-            .for_each(|((d_gate_up, gate_up), dy)| {
+            .enumerate()
+            .for_each_init(Vec::new, |scratch, (block, (d_gate_up, dy))| {
+                let start = block * BLOCK_ROWS * doubled;
+                let gate_up = widened_part(&gate_up, start..start + d_gate_up.len(), scratch);
                 let rows = d_gate_up
                     .chunks_exact_mut(doubled)
                     .zip(gate_up.chunks_exact(doubled))

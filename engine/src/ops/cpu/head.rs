@@ -5,14 +5,15 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product};
+use super::bf16::rounded_values;
+use super::gemm::{Elements, MatMut, MatRef, Threads, gemm, gemm_add, product};
 use super::isa::{Isa, simd_kernels};
 use super::math::{exp, max, tanh};
-use super::step::{contiguous, dims, from_values, node, tensor, values};
+use super::step::{contiguous, dims, from_values, matrix, node, tensor, values};
 use crate::batch::Target;
 use crate::ops::head::HeadLoss;
 
@@ -135,7 +136,8 @@ pub(super) fn for_each_chunk(
 ) {
     let isa = Isa::detect();
     let ([_, width], [vocabulary, _]) = (dims(hidden), dims(weight));
-    let weight = MatRef::new(values(weight), vocabulary, width);
+    let rounds = weight.dtype() == DType::BF16;
+    let weight = matrix(weight);
     let chunk_rows = chunk_rows(vocabulary);
     let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
     for (index, chunk) in targets.chunks(chunk_rows).enumerate() {
@@ -143,7 +145,9 @@ pub(super) fn for_each_chunk(
         for target in chunk {
             rows.extend_from_slice(&values(hidden)[target.position * width..][..width]);
         }
-        let rows = MatRef::new(&rows, chunk.len(), width);
+        let rounded = if rounds { rounded_values(&rows) } else { Vec::new() };
+        let rows = if rounds { Elements::Bf16(&rounded) } else { Elements::F32(&rows) };
+        let rows = MatRef::of(rows, chunk.len(), width);
         let logits = &mut logits[..chunk.len() * vocabulary];
         let z = MatMut::new(logits, chunk.len(), vocabulary);
         gemm(z, 1.0, rows, weight.t(), Threads::Shared);

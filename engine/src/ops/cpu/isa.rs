@@ -54,9 +54,13 @@ impl Isa {
     }
 
     /// Whether the CPU multiplies pairs of bf16 beside AVX-512.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn multiplies_bf16(self) -> bool {
-        self.0 == Level::Avx512 && is_x86_feature_detected!("avx512bf16")
+        #[cfg(target_arch = "x86_64")]
+        {
+            self.0 == Level::Avx512 && is_x86_feature_detected!("avx512bf16")
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 }
 

@@ -5,14 +5,15 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::bf16::{rounded, widened_values};
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
-use super::step::{absent, contiguous, dims, from_values, node, tensor, values};
+use super::step::{absent, contiguous, dims, from_values, matrix, node, tensor, values};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::{LowRank, LowRankPart};
 
@@ -40,6 +41,8 @@ pub(in crate::ops) fn linear(
         .compute_bound();
 
     let (x, weight) = (contiguous(x.into_primitive()), contiguous(weight.into_primitive()));
+    // Beside a weight in bf16, the input is rounded once, for the backward pass too.
+    let x = if weight.dtype() == DType::BF16 { rounded(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));
     let ([tokens, _], [outputs, _]) = (dims(&x), dims(&weight));
     let (x_view, weight_view) = (matrix(&x), matrix(&weight));
@@ -230,12 +233,6 @@ impl Branch {
     }
 }
 
-/// A matrix's values as a view.
-fn matrix(tensor: &FlexTensor) -> MatRef<'_> {
-    let [rows, columns] = dims(tensor);
-    MatRef::new(values(tensor), rows, columns)
-}
-
 /// `values` as a view of the shape of `tensor`.
 fn like<'a>(values: &'a [f32], tensor: &FlexTensor) -> MatRef<'a> {
     let [rows, columns] = dims(tensor);
@@ -244,7 +241,7 @@ fn like<'a>(values: &'a [f32], tensor: &FlexTensor) -> MatRef<'a> {
 
 /// drop∘x.
 fn dropped(x: &FlexTensor, dropout: Option<Dropout>) -> Vec<f32> {
-    let mut dropped = values(x).to_vec();
+    let mut dropped = widened_values(x);
     if let Some(dropout) = dropout {
         drop_elements(&mut dropped, dropout, dims(x)[1]);
     }

@@ -12,6 +12,7 @@ mod step;
 pub(super) mod adafactor;
 pub(super) mod adamw;
 pub(super) mod attention;
+pub(super) mod bf16;
 pub(super) mod bias;
 pub(super) mod embedding;
 pub(super) mod gated_activation;
@@ -21,3 +22,8 @@ pub(super) mod linear;
 pub(super) mod rms_norm;
 pub(super) mod squares;
 pub(super) mod token_nll;
+
+/// Whether this CPU has an instruction that multiplies bf16.
+pub(super) fn multiplies_bf16() -> bool {
+    isa::Isa::detect().multiplies_bf16()
+}

@@ -5,6 +5,8 @@ use burn::backend::{Autodiff, Flex};
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 use burn_flex::{FlexTensor, Layout};
 
+use super::gemm::{Elements, MatRef};
+
 /// A tensor on the CPU with its place in the autodiff graph.
 pub(super) type Node = FloatTensor<Autodiff<Flex>>;
 
@@ -32,6 +34,21 @@ pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
 /// The values of a tensor that went through [`contiguous`].
 pub(super) fn values(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice::<f32>().expect("a contiguous f32 tensor")
+}
+
+/// The elements of a contiguous tensor of f32 or bf16, for a product.
+pub(super) fn elements(tensor: &FlexTensor) -> Elements<'_> {
+    if tensor.dtype() == DType::BF16 {
+        Elements::Bf16(tensor.as_slice().expect("a contiguous bf16 tensor"))
+    } else {
+        Elements::F32(values(tensor))
+    }
+}
+
+/// A contiguous matrix of f32 or bf16 as a view.
+pub(super) fn matrix(tensor: &FlexTensor) -> MatRef<'_> {
+    let [rows, columns] = dims(tensor);
+    MatRef::of(elements(tensor), rows, columns)
 }
 
 /// Rows and columns of a matrix.

@@ -47,7 +47,6 @@ const PARALLEL_MIN_MULTIPLY_ADDS: usize = 4_000_000;
 #[derive(Clone, Copy)]
 pub(in crate::ops) enum Elements<'a> {
     F32(&'a [f32]),
-    #[cfg_attr(not(test), expect(dead_code, reason = "the precision is not a setting yet"))]
     Bf16(&'a [bf16]),
     #[cfg_attr(not(test), expect(dead_code, reason = "no weight is quantised yet"))]
     /// Decoded while the operand is packed.
