@@ -60,17 +60,42 @@ fn three_turns_with_thoughts_are_rendered_as_hugging_face_renders_them() {
 }
 
 #[test]
-fn earlier_thoughts_that_the_template_drops_are_refused_and_never_masked_in_silence() {
+fn each_answer_with_thoughts_is_a_sequence_with_the_tokens_hugging_face_gives() {
     let reference = reference();
     let (tokenizer, messages) = (tokenizer(&reference), messages(&reference));
-    let error = tokenize_row(&tokenizer, &row(&messages), &OPTIONS, "training_file")
-        .expect_err("the first answer is rendered in two ways");
-    assert!(
-        error.message.starts_with("Line 3: messages[1] is rendered in another way"),
-        "{}",
-        error.message
-    );
-    assert!(error.message.ends_with("Write one row for each answer, ending with it."));
+    let ids = |count: usize, generation: bool| -> Vec<u32> {
+        let renderings = reference["renderings"].as_array().expect("renderings");
+        let rendering = renderings.iter().find(|rendering| {
+            rendering["messages"] == count && rendering["add_generation_prompt"] == generation
+        });
+        let ids = rendering.expect("every beginning")["ids"].as_array().expect("ids");
+        ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+    };
+    for prompt_loss_weight in [0.0, 0.1] {
+        let options = TokenizeOptions { prompt_loss_weight, ..OPTIONS };
+        let tokens =
+            tokenize_row(&tokenizer, &row(&messages), &options, "training_file").expect("tokens");
+        let sequences: Vec<_> = tokens.sequences().collect();
+        assert_eq!(sequences.len(), 3);
+        let mut prompts = String::new();
+        for (sequence, index) in sequences.into_iter().zip([1, 3, 5]) {
+            let (before, up_to) = (ids(index, true), ids(index + 1, false));
+            let (found, weights) = (&tokens.ids[sequence.clone()], &tokens.weights[sequence]);
+            // The template's last newline is behind the end of the turn.
+            assert_eq!(found, &up_to[..up_to.len() - 1], "{index}");
+            assert_eq!(found[..before.len()], before, "{index}");
+            assert!(weights[before.len()..].iter().all(|&weight| weight == 1.0), "{index}");
+            let all = before.iter().zip(weights);
+            let counted: Vec<u32> =
+                all.filter(|(_, weight)| **weight > 0.0).map(|(&id, _)| id).collect();
+            prompts += &tokenizer.decode_with_special(&counted).expect("decode");
+        }
+        // Each question once, and no answer.
+        let expected = "user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n\n\
+                        <|im_start|>user\nAnd twice that?<|im_end|>\n<|im_start|>assistant\n\n\
+                        <|im_start|>user\nMinus one?<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(prompts, if prompt_loss_weight > 0.0 { expected } else { "" });
+    }
 }
 
 #[test]

@@ -20,7 +20,8 @@ pub struct Batch {
     pub weights: Vec<f32>,
     /// The segments, consecutive in `ids` and covering `0..T`.
     pub segments: Vec<Segment>,
-    /// The rows (numbers in the data set, from 0) that the batch was made of.
+    /// The rows (numbers in the data set, from 0) that the batch was made of, one entry for each
+    /// sequence.
     pub rows: Vec<usize>,
 }
 

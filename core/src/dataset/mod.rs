@@ -22,6 +22,7 @@ mod template;
 mod testing;
 mod tojson;
 mod tokenize;
+mod tokenize_chat;
 mod tokenize_pair;
 mod tokenizer;
 mod tokenizer_files;

@@ -5,17 +5,17 @@
 //! assistant's turn, from where the model would begin to write up to the token that ends the turn.
 
 use super::fault::Fault;
-use super::message::{Message, Role};
 use super::row::{Example, Row};
+use super::tokenize_chat::chat;
 use super::tokenizer::{ChatTokenizer, Encoded, TokenizerError};
 use crate::errors::ApiError;
 use crate::hyperparameters::ResolvedHyperparameters;
-use serde_json::Value;
+use std::ops::Range;
 
 /// How rows become tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenizeOptions {
-    /// Rows are cut at this many tokens.
+    /// Sequences are cut at this many tokens.
     pub max_seq_length: usize,
     /// The weight of a prompt token.
     pub prompt_loss_weight: f32,
@@ -37,11 +37,28 @@ pub struct TokenizedRow {
     pub line: usize,
     /// Its tokens.
     pub ids: Vec<u32>,
-    /// For each token the weight of predicting it, within 0 to 1; the first is 0, since nothing
-    /// predicts it. At least one completion token has a weight.
+    /// For each token the weight of predicting it, within 0 to 1; the first of a sequence is 0,
+    /// since nothing predicts it. At least one completion token of each sequence has a weight.
     pub weights: Vec<f32>,
-    /// Whether it was cut at `max_seq_length`.
+    /// Where its sequences begin in `ids`, in order; the first is 0. A row is one sequence, unless
+    /// the model's chat template writes the same turn in more than one way.
+    pub starts: Vec<usize>,
+    /// Whether a sequence was cut at `max_seq_length`.
     pub truncated: bool,
+}
+
+impl TokenizedRow {
+    /// Where its sequences lie in `ids` and `weights`, end to end. Each is computed on its own.
+    pub fn sequences(&self) -> impl Iterator<Item = Range<usize>> {
+        let ends = self.starts.iter().skip(1).copied().chain([self.ids.len()]);
+        self.starts.iter().zip(ends).map(|(&start, end)| start..end)
+    }
+
+    /// Tokens of its longest sequence.
+    #[must_use]
+    pub fn longest_sequence(&self) -> usize {
+        self.sequences().map(|sequence| sequence.len()).max().unwrap_or(0)
+    }
 }
 
 /// Turns a row into tokens; `param` is the job's parameter that names its file.
@@ -63,16 +80,13 @@ fn tokenize(
     row: &Row,
     options: &TokenizeOptions,
 ) -> Result<TokenizedRow, Fault> {
-    let tokens = match &row.example {
-        Example::Chat { messages, tools } => {
-            let is_learned = |_, message: &Message| message.role == Role::Assistant;
-            chat(tokenizer, messages, tools.as_ref(), options, is_learned)?
-        }
+    let parts = match &row.example {
+        Example::Chat { messages, tools } => chat(tokenizer, messages, tools.as_ref(), options)?,
         Example::PromptCompletion { prompt, completion } => {
-            two_parts(tokenizer, prompt, completion).map_err(|error| from_tokenizer(&error))?
+            vec![two_parts(tokenizer, prompt, completion).map_err(|error| from_tokenizer(&error))?]
         }
         Example::Text { text } => {
-            two_parts(tokenizer, "", text).map_err(|error| from_tokenizer(&error))?
+            vec![two_parts(tokenizer, "", text).map_err(|error| from_tokenizer(&error))?]
         }
         Example::ChatPair { .. } | Example::TextPair { .. } => {
             return Err(Fault::new(
@@ -81,41 +95,80 @@ fn tokenize(
             ));
         }
     };
-    let Tokens { mut ids, completion } = tokens;
-    let mut weights: Vec<f32> =
-        completion.iter().map(|weight| weight.unwrap_or(options.prompt_loss_weight)).collect();
-    if let Some(first) = weights.first_mut() {
-        *first = 0.0;
+    let whole = parts.iter().map(|part| part.ids.len()).max().unwrap_or(0);
+    let mut tokenized = TokenizedRow {
+        line: row.line,
+        ids: Vec::new(),
+        weights: Vec::new(),
+        starts: Vec::new(),
+        truncated: whole > options.max_seq_length,
+    };
+    for Tokens { ids, weights } in parts {
+        let kept = ids.len().min(options.max_seq_length);
+        let weights = &weights[..kept];
+        if !weights.iter().skip(1).any(|weight| weight.is_target()) {
+            continue;
+        }
+        tokenized.starts.push(tokenized.ids.len());
+        tokenized.ids.extend_from_slice(&ids[..kept]);
+        let predicted = weights[1..].iter().map(|weight| weight.value(options));
+        tokenized.weights.extend([0.0].into_iter().chain(predicted));
     }
-    let whole = ids.len();
-    ids.truncate(options.max_seq_length);
-    weights.truncate(options.max_seq_length);
-    let is_target = |weight: &Option<f32>| weight.is_some_and(|weight| weight > 0.0);
-    if !completion.iter().take(ids.len()).skip(1).any(is_target) {
-        return Err(if whole > ids.len() {
-            Fault::new(
-                format!(
-                    "the row has {whole} tokens and is cut at {}, before anything that the model \
-                     should learn.",
-                    ids.len()
-                ),
-                "Shorten what stands before the answer, or raise max_seq_length.",
-            )
-        } else {
-            Fault::new(
-                "no token of the row is left to learn when the model's chat template has \
-                 rendered it.",
-                "Check the assistant's messages, or choose another model.",
-            )
-        });
+    if !tokenized.starts.is_empty() {
+        return Ok(tokenized);
     }
-    Ok(TokenizedRow { line: row.line, truncated: whole > ids.len(), ids, weights })
+    Err(if tokenized.truncated {
+        Fault::new(
+            format!(
+                "the row has {whole} tokens and is cut at {}, before anything that the model \
+                 should learn.",
+                options.max_seq_length
+            ),
+            "Shorten what stands before the answer, or raise max_seq_length.",
+        )
+    } else {
+        Fault::new(
+            "no token of the row is left to learn when the model's chat template has \
+             rendered it.",
+            "Check the assistant's messages, or choose another model.",
+        )
+    })
 }
 
-/// A row's tokens, and for those of a completion their weight.
+/// One sequence of a row.
 pub(super) struct Tokens {
     pub(super) ids: Vec<u32>,
-    pub(super) completion: Vec<Option<f32>>,
+    pub(super) weights: Vec<Weight>,
+}
+
+/// What the weight of a token comes from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Weight {
+    /// The prompt's.
+    Prompt,
+    /// A completion's: its message's weight.
+    Completion(f32),
+    /// Of what an earlier sequence of the row has counted, or has no weight anywhere: 0.
+    Counted,
+}
+
+impl Weight {
+    pub(super) const fn is_completion(self) -> bool {
+        matches!(self, Self::Completion(_))
+    }
+
+    /// Whether it is what the row is there for.
+    fn is_target(self) -> bool {
+        matches!(self, Self::Completion(weight) if weight > 0.0)
+    }
+
+    fn value(self, options: &TokenizeOptions) -> f32 {
+        match self {
+            Self::Prompt => options.prompt_loss_weight,
+            Self::Completion(weight) => weight,
+            Self::Counted => 0.0,
+        }
+    }
 }
 
 /// Prompt and completion as one text, and the end token as the last target.
@@ -127,100 +180,20 @@ pub(super) fn two_parts(
     let whole = [prompt, completion].concat();
     let (marked, boundary) = tokenizer.protector().mark_with_boundary(&whole, prompt.len());
     let Encoded { ids, offsets } = tokenizer.encode_marked(&marked)?;
-    let weights = offsets.into_iter().map(|(start, _)| (start >= boundary).then_some(1.0));
+    let weights = offsets.into_iter().map(|(start, _)| match start >= boundary {
+        true => Weight::Completion(1.0),
+        false => Weight::Prompt,
+    });
     Ok(Tokens {
-        completion: tokenizer
+        weights: tokenizer
             .begin_id()
-            .map(|_| None)
+            .map(|_| Weight::Prompt)
             .into_iter()
             .chain(weights)
-            .chain([Some(1.0)])
+            .chain([Weight::Completion(1.0)])
             .collect(),
         ids: tokenizer.begin_id().into_iter().chain(ids).chain([tokenizer.end_id()]).collect(),
     })
-}
-
-/// A conversation, rendered once. Where a turn that is learned lies in it is found by rendering
-/// the messages before the turn, and those up to it.
-pub(super) fn chat(
-    tokenizer: &ChatTokenizer,
-    messages: &[Message],
-    tools: Option<&Value>,
-    options: &TokenizeOptions,
-    is_learned: impl Fn(usize, &Message) -> bool,
-) -> Result<Tokens, Fault> {
-    let conversation =
-        tokenizer.conversation(messages, tools).map_err(|error| from_tokenizer(&error))?;
-    let mentions = |name: &str| conversation.template_mentions(name);
-    if let Some(index) = messages.iter().position(Message::has_tool_calls)
-        && !mentions("tool_calls")
-    {
-        return Err(no_place_for(&format!("messages[{index}].tool_calls")));
-    }
-    if tools.is_some() && !mentions("tools") {
-        return Err(no_place_for("tools"));
-    }
-    let render = |count, add_generation_prompt| {
-        conversation.render(count, add_generation_prompt).map_err(|error| from_tokenizer(&error))
-    };
-    let whole = render(messages.len(), false)?;
-    let Encoded { ids, offsets } =
-        tokenizer.encode_marked(&whole).map_err(|error| from_tokenizer(&error))?;
-    // Turns past the cut are not looked for, so a row of any length renders no more prefixes than
-    // its kept tokens can have turns.
-    let cut = match offsets.get(options.max_seq_length) {
-        Some(&(start, _)) => start,
-        None => whole.len(),
-    };
-    let mut completion = vec![None; ids.len()];
-    for (index, message) in messages.iter().enumerate() {
-        if !is_learned(index, message) {
-            continue;
-        }
-        let before = render(index, true)?;
-        if !whole.starts_with(&before) {
-            return Err(not_a_prefix(index));
-        }
-        if before.len() >= cut {
-            break;
-        }
-        let end = if index + 1 == messages.len() {
-            whole.len()
-        } else {
-            let up_to = render(index + 1, false)?;
-            if !whole.starts_with(&up_to) {
-                return Err(not_a_prefix(index));
-            }
-            up_to.len()
-        };
-        let from = offsets.partition_point(|&(start, _)| start < before.len());
-        let to = from + offsets[from..].partition_point(|&(_, token_end)| token_end <= end);
-        // What a template writes after the token that ends the turn is never generated.
-        let turn = &ids[from..to];
-        let length = turn
-            .iter()
-            .rposition(|&id| tokenizer.is_special(id))
-            .map_or(turn.len(), |last| last + 1);
-        completion[from..from + length].fill(Some(message.weight));
-    }
-    Ok(Tokens { ids, completion })
-}
-
-fn no_place_for(path: &str) -> Fault {
-    Fault::new(
-        format!("{path} is given, but the model's chat template has no place for it."),
-        "Choose a model that was made for tools, or leave it out.",
-    )
-}
-
-fn not_a_prefix(index: usize) -> Fault {
-    Fault::new(
-        format!(
-            "messages[{index}] is rendered in another way by the model's chat template when more \
-             messages follow, so its tokens cannot be told from the rest."
-        ),
-        "Write one row for each answer, ending with it.",
-    )
 }
 
 pub(super) fn from_tokenizer(error: &TokenizerError) -> Fault {
@@ -232,9 +205,10 @@ pub(super) fn from_tokenizer(error: &TokenizerError) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use super::super::message::{Message, Role};
     use super::super::testing::{END, byte_tokenizer, chatml};
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     const OPTIONS: TokenizeOptions =
         TokenizeOptions { max_seq_length: 1000, prompt_loss_weight: 0.1 };
@@ -374,20 +348,6 @@ mod tests {
         assert_eq!(row.ids[0], 258);
         assert_eq!(row.ids.iter().filter(|&&id| id == 258).count(), 1);
         assert_eq!(row.weights, [0.0, 1.0, 1.0, 1.0, 1.0]);
-    }
-
-    #[test]
-    fn a_template_that_rewrites_earlier_turns_is_refused_with_a_way_out() {
-        let template = "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}think{% endif %}\
-                        {{ m.content }}<|im_end|>{% endfor %}";
-        let tokenizer = byte_tokenizer(&json!({}), &json!({"chat_template": template}));
-        let row = conversation(vec![user("a"), assistant("b"), user("c"), assistant("d")]);
-        let error =
-            tokenize_row(&tokenizer, &row, &OPTIONS, "training_file").expect_err("rewritten");
-        assert!(error.message.starts_with("Line 7: messages[1] is rendered in another way"));
-        assert!(error.message.ends_with("Write one row for each answer, ending with it."));
-        let single = conversation(vec![user("a"), assistant("b")]);
-        assert!(tokenize_row(&tokenizer, &single, &OPTIONS, "training_file").is_ok());
     }
 
     #[test]

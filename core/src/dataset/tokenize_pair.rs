@@ -7,7 +7,8 @@
 use super::fault::Fault;
 use super::message::Message;
 use super::row::{Example, Row};
-use super::tokenize::{TokenizeOptions, Tokens, chat, from_tokenizer, two_parts};
+use super::tokenize::{TokenizeOptions, Tokens, from_tokenizer, two_parts};
+use super::tokenize_chat::last_turn;
 use super::tokenizer::ChatTokenizer;
 use crate::errors::ApiError;
 use std::ops::Range;
@@ -60,8 +61,7 @@ pub fn tokenize_pair(
         Example::ChatPair { messages, tools, chosen, rejected } => {
             let tokenize = |name: &str, answer: &Message| {
                 let conversation: Vec<Message> = messages.iter().chain([answer]).cloned().collect();
-                let is_last = |index, _: &Message| index == messages.len();
-                chat(tokenizer, &conversation, tools.as_ref(), options, is_last)
+                last_turn(tokenizer, &conversation, tools.as_ref(), options)
                     .and_then(|tokens| answer_of(tokens, name, options))
             };
             pair(tokenize("preferred", chosen), tokenize("non-preferred", rejected))
@@ -87,10 +87,10 @@ fn answer_of(
     name: &str,
     options: &TokenizeOptions,
 ) -> Result<TokenizedAnswer, Fault> {
-    let Tokens { mut ids, completion } = tokens;
+    let Tokens { mut ids, weights } = tokens;
     let whole = ids.len();
     ids.truncate(options.max_seq_length);
-    let is_answer = |index: &usize| *index > 0 && completion[*index].is_some();
+    let is_answer = |index: &usize| *index > 0 && weights[*index].is_completion();
     let first = (0..ids.len()).find(is_answer);
     let Some(first) = first else {
         return Err(if whole > ids.len() {
@@ -112,7 +112,7 @@ fn answer_of(
             )
         });
     };
-    let length = (first..ids.len()).take_while(|&index| completion[index].is_some()).count();
+    let length = (first..ids.len()).take_while(|&index| weights[index].is_completion()).count();
     Ok(TokenizedAnswer { truncated: whole > ids.len(), ids, completion: first..first + length })
 }
 

@@ -1,7 +1,7 @@
 //! A base model's tokenizer with its chat template.
 
 use super::message::{Message, Role};
-use super::protect::{Protector, keep_marks, unmark};
+use super::protect::{BLANK, Protector, keep_marks, unmark};
 use super::template::{ChatTemplate, to_template};
 use super::tokenizer_files::{begins_every_text, chat_templates, named_special_tokens, prepare};
 use serde_json::{Map, Value};
@@ -332,9 +332,33 @@ impl Conversation<'_> {
         count: usize,
         add_generation_prompt: bool,
     ) -> Result<String, TokenizerError> {
-        let messages = self.messages[..count].iter().cloned().collect();
+        self.render_all(self.messages[..count].to_vec(), add_generation_prompt)
+    }
+
+    /// The first `count` messages with [`BLANK`] in the place of what the assistant says in those
+    /// of the numbers `blank`.
+    pub(super) fn render_with_blanks(
+        &self,
+        count: usize,
+        blank: &[usize],
+    ) -> Result<String, TokenizerError> {
+        let mut messages = self.messages[..count].to_vec();
+        for &index in blank {
+            messages[index] = minijinja::context! {
+                role => Role::Assistant.as_str(),
+                content => BLANK,
+            };
+        }
+        self.render_all(messages, false)
+    }
+
+    fn render_all(
+        &self,
+        messages: Vec<minijinja::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, TokenizerError> {
         self.template
-            .render(messages, self.tools.clone(), add_generation_prompt)
+            .render(messages.into(), self.tools.clone(), add_generation_prompt)
             .map_err(|error| TokenizerError::Template(unmark(&describe(&error))))
     }
 

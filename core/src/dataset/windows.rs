@@ -10,8 +10,8 @@ use super::tokenize::{TokenizeOptions, TokenizedRow, tokenize_row};
 use super::tokenizer::ChatTokenizer;
 use crate::errors::ApiError;
 
-/// Turns a row into tokens: a text into as many windows as it needs, any other row into one
-/// sequence, which is cut.
+/// Turns a row into tokens: a text into as many windows as it needs; any other row stays one, and
+/// is cut.
 ///
 /// # Errors
 /// As [`tokenize_row`].
@@ -35,7 +35,8 @@ pub fn tokenize_windows(
         let mut weights = whole.weights[start..end].to_vec();
         weights[0] = 0.0;
         let ids = whole.ids[start..end].to_vec();
-        windows.push(TokenizedRow { line: whole.line, ids, weights, truncated: false });
+        let starts = vec![0];
+        windows.push(TokenizedRow { line: whole.line, ids, weights, starts, truncated: false });
         if end == whole.ids.len() {
             return Ok(windows);
         }

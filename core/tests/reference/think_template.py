@@ -47,8 +47,11 @@ def main():
             text = tokenizer.apply_chat_template(
                 MESSAGES[:count], chat_template=TEMPLATE, tokenize=False, add_generation_prompt=generation
             )
-            renderings.append({"messages": count, "add_generation_prompt": generation, "text": text})
-    json.dump({"template": TEMPLATE, "messages": MESSAGES, "renderings": renderings}, sys.stdout, indent=1)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            renderings.append(
+                {"messages": count, "add_generation_prompt": generation, "text": text, "ids": ids}
+            )
+    json.dump({"template": TEMPLATE, "messages": MESSAGES, "renderings": renderings}, sys.stdout)
     print()
 
 

@@ -13,6 +13,9 @@ pub(crate) const MIN_SHARED_TOKENS: usize = 16;
 
 /// How a step's rows are cut into passes. No choice changes a step's loss or gradient but for
 /// rounding and for which inputs LoRA dropout hits, since sums are normalised once a step.
+///
+/// A row may be several sequences, as where a chat template drops earlier thoughts; these are laid
+/// out one by one, and may part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Batching {
     /// The most rows in one pass.
@@ -34,12 +37,12 @@ impl Batching {
         let batch_size = if self.packing { self.batch_size } else { 1 };
         let mut passes: Vec<Pass<'_>> = Vec::new();
         for group in numbers.chunks(batch_size) {
-            let mut pass = Pass::new(rows, self.share_prefixes);
-            for &number in group {
-                if !pass.is_empty() && pass.tokens_with(number) > self.tokens_per_pass {
-                    passes.push(std::mem::replace(&mut pass, Pass::new(rows, self.share_prefixes)));
+            let mut pass = Pass::new(self.share_prefixes);
+            for sequence in group.iter().flat_map(|&number| Sequence::all(rows, number)) {
+                if !pass.is_empty() && pass.tokens_with(&sequence) > self.tokens_per_pass {
+                    passes.push(std::mem::replace(&mut pass, Pass::new(self.share_prefixes)));
                 }
-                pass.push(number);
+                pass.push(sequence);
             }
             passes.push(pass);
         }
@@ -47,68 +50,84 @@ impl Batching {
     }
 }
 
-/// The rows of one pass, by their beginnings.
+/// The sequences of one pass, by their beginnings.
 struct Pass<'a> {
-    rows: &'a [TokenizedRow],
     share_prefixes: bool,
-    families: Vec<Family>,
+    families: Vec<Family<'a>>,
 }
 
-/// Rows that begin alike.
-struct Family {
+/// A sequence of a row; most rows are one.
+struct Sequence<'a> {
+    row: usize,
+    ids: &'a [u32],
+    weights: &'a [f32],
+}
+
+/// Sequences that begin alike.
+struct Family<'a> {
     /// Never empty.
-    members: Vec<usize>,
+    members: Vec<Sequence<'a>>,
     /// How many first tokens all members have in common; each member has at least one more.
     shared: usize,
 }
 
+impl<'a> Sequence<'a> {
+    /// Those of row `number`.
+    fn all(rows: &'a [TokenizedRow], number: usize) -> impl Iterator<Item = Self> {
+        let row = &rows[number];
+        row.sequences().map(move |range| Self {
+            row: number,
+            ids: &row.ids[range.clone()],
+            weights: &row.weights[range],
+        })
+    }
+}
+
 impl<'a> Pass<'a> {
-    fn new(rows: &'a [TokenizedRow], share_prefixes: bool) -> Self {
-        Self { rows, share_prefixes, families: Vec::new() }
+    fn new(share_prefixes: bool) -> Self {
+        Self { share_prefixes, families: Vec::new() }
     }
 
     fn is_empty(&self) -> bool {
         self.families.is_empty()
     }
 
-    /// The family that row `number` belongs to, and what its members would then share.
-    fn family_of(&self, number: usize) -> Option<(usize, usize)> {
+    /// The family that a sequence belongs to, and what its members would then share.
+    fn family_of(&self, sequence: &Sequence<'_>) -> Option<(usize, usize)> {
         if !self.share_prefixes {
             return None;
         }
-        let ids = &self.rows[number].ids;
+        let ids = sequence.ids;
         self.families.iter().enumerate().find_map(|(index, family)| {
-            let first = &self.rows[family.members[0]].ids;
+            let first = family.members[0].ids;
             let longest = family.shared.min(ids.len().saturating_sub(1));
             let shared = first.iter().zip(ids).take(longest).take_while(|(a, b)| a == b).count();
             (shared >= MIN_SHARED_TOKENS).then_some((index, shared))
         })
     }
 
-    /// Tokens to compute, with row `number` added.
-    fn tokens_with(&self, number: usize) -> usize {
-        let joined = self.family_of(number);
-        let mut tokens = self.rows[number].ids.len();
+    /// Tokens to compute, with a sequence added.
+    fn tokens_with(&self, sequence: &Sequence<'_>) -> usize {
+        let joined = self.family_of(sequence);
+        let mut tokens = sequence.ids.len();
         for (index, family) in self.families.iter().enumerate() {
             tokens += match joined {
-                Some((joined, shared)) if joined == index => {
-                    family.tokens(self.rows, shared) - shared
-                }
-                _ => family.tokens(self.rows, family.shared),
+                Some((joined, shared)) if joined == index => family.tokens(shared) - shared,
+                _ => family.tokens(family.shared),
             };
         }
         tokens
     }
 
-    fn push(&mut self, number: usize) {
-        match self.family_of(number) {
+    fn push(&mut self, sequence: Sequence<'a>) {
+        match self.family_of(&sequence) {
             Some((index, shared)) => {
-                self.families[index].members.push(number);
+                self.families[index].members.push(sequence);
                 self.families[index].shared = shared;
             }
             None => {
-                let shared = self.rows[number].ids.len().saturating_sub(1);
-                self.families.push(Family { members: vec![number], shared });
+                let shared = sequence.ids.len().saturating_sub(1);
+                self.families.push(Family { members: vec![sequence], shared });
             }
         }
     }
@@ -120,32 +139,31 @@ impl<'a> Pass<'a> {
             let mut prefix = 0..0;
             if shared > 0 {
                 prefix = batch.ids.len()..batch.ids.len() + shared;
-                batch.ids.extend_from_slice(&self.rows[members[0]].ids[..shared]);
+                batch.ids.extend_from_slice(&members[0].ids[..shared]);
                 // In f64, so that the sum over many rows is rounded once.
                 batch.weights.extend((0..shared).map(|token| {
-                    let weights =
-                        members.iter().map(|&row| f64::from(self.rows[row].weights[token]));
+                    let weights = members.iter().map(|member| f64::from(member.weights[token]));
                     weights.sum::<f64>() as f32
                 }));
                 batch.segments.push(Segment::whole(prefix.clone()));
             }
-            for &number in members {
-                let (row, start) = (&self.rows[number], batch.ids.len());
-                batch.ids.extend_from_slice(&row.ids[shared..]);
-                batch.weights.extend_from_slice(&row.weights[shared..]);
+            for member in members {
+                let start = batch.ids.len();
+                batch.ids.extend_from_slice(&member.ids[shared..]);
+                batch.weights.extend_from_slice(&member.weights[shared..]);
                 let tokens = start..batch.ids.len();
                 batch.segments.push(Segment { tokens, prefix: prefix.clone() });
-                batch.rows.push(number);
+                batch.rows.push(member.row);
             }
         }
         batch
     }
 }
 
-impl Family {
+impl Family<'_> {
     /// Tokens to compute when the members share their first `shared` ones.
-    fn tokens(&self, rows: &[TokenizedRow], shared: usize) -> usize {
-        let all: usize = self.members.iter().map(|&row| rows[row].ids.len()).sum();
+    fn tokens(&self, shared: usize) -> usize {
+        let all: usize = self.members.iter().map(|member| member.ids.len()).sum();
         all - (self.members.len() - 1) * shared
     }
 }
@@ -159,6 +177,7 @@ mod tests {
             line: index + 1,
             ids: vec![index as u32; length],
             weights: vec![1.0; length],
+            starts: vec![0],
             truncated: false,
         };
         lengths.iter().enumerate().map(row).collect()
@@ -174,7 +193,7 @@ mod tests {
             let own = std::iter::repeat_n(1000 + index as u32, own);
             let ids: Vec<u32> = (0..shared as u32).chain(own).collect();
             let weights = vec![0.5 + index as f32; ids.len()];
-            TokenizedRow { line: index + 1, ids, weights, truncated: false }
+            TokenizedRow { line: index + 1, ids, weights, starts: vec![0], truncated: false }
         };
         own.iter().enumerate().map(row).collect()
     }
@@ -225,6 +244,27 @@ mod tests {
         let apart = apart.micro_batches(&rows, &[2, 0, 1]);
         assert_eq!((apart[0].tokens(), apart[0].row_tokens()), (66, 66));
         assert!((apart[0].total_weight() - batch.total_weight()).abs() < 1e-5);
+    }
+
+    #[test]
+    fn sequences_of_one_row_are_segments_that_do_not_meet_but_may_share_their_beginning() {
+        let mut row = rows_after(20, &[2]).remove(0);
+        row.ids.extend(0..20);
+        row.ids.extend([7, 8, 9]);
+        row.weights.extend([0.0; 20]);
+        row.weights.extend([1.0; 3]);
+        row.starts.push(22);
+        let rows = vec![row];
+        let batches = batching(8, 100).micro_batches(&rows, &[0]);
+        assert_eq!(row_numbers(&batches), [[0, 0]]);
+        let continued = |tokens| Segment { tokens, prefix: 0..20 };
+        assert_eq!(batches[0].segments[1..], [20..22, 22..25].map(continued));
+        assert_eq!(batches[0].ids[22..], [7, 8, 9]);
+        assert_eq!(batches[0].row_tokens(), 45);
+        let apart = Batching { share_prefixes: false, ..batching(8, 100) };
+        let apart = apart.micro_batches(&rows, &[0]);
+        assert_eq!(apart[0].segments, [0..22, 22..45].map(Segment::whole));
+        assert!((apart[0].total_weight() - batches[0].total_weight()).abs() < 1e-6);
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //!
 //! L is the row's own length: there is no padding here that could stretch it. The noise is a pure
 //! function of the seed, the step, the row's number and the element, made on the host: it is the
-//! same on every device, after a resume, and however rows are packed.
+//! same on every device, after a resume, and however rows are packed. Sequences of one row have the
+//! same u, as they would if what they have in common were computed once.
 
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;

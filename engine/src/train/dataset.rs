@@ -32,9 +32,9 @@ impl Dataset<TokenizedRow> {
         Self::load_with(request, tokenize_windows)
     }
 
-    /// Tokens of the longest row.
+    /// Tokens of the longest sequence of a row: what cannot be parted.
     pub(super) fn longest_row(&self) -> usize {
-        self.train.iter().chain(&self.valid).map(|row| row.ids.len()).max().unwrap_or(0)
+        self.train.iter().chain(&self.valid).map(TokenizedRow::longest_sequence).max().unwrap_or(0)
     }
 
     /// Rows that were cut at the sequence length.

@@ -473,6 +473,7 @@ fn has_token_noise(hyperparameters: &ResolvedHyperparameters) -> bool {
 
 fn lines_in_words(mut lines: Vec<usize>) -> String {
     lines.sort_unstable();
+    lines.dedup();
     let listed: Vec<String> = lines.iter().take(LISTED_LINES).map(usize::to_string).collect();
     let noun = if lines.len() == 1 { "line" } else { "lines" };
     let more = match lines.len().saturating_sub(LISTED_LINES) {
@@ -489,7 +490,7 @@ mod tests {
     #[test]
     fn many_lines_are_listed_in_order_and_then_counted() {
         assert_eq!(lines_in_words(vec![7]), "line 7 of the training file");
-        assert_eq!(lines_in_words(vec![9, 2]), "lines 2, 9 of the training file");
+        assert_eq!(lines_in_words(vec![9, 2, 9]), "lines 2, 9 of the training file");
         assert_eq!(
             lines_in_words((1..=12).rev().collect()),
             "lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more of the training file"

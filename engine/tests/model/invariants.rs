@@ -105,7 +105,7 @@ fn rows_that_share_their_beginning_have_the_loss_and_gradient_of_rows_apart() {
     let row = |(line, own): (usize, Vec<u32>)| {
         let ids = [beginning.clone(), own].concat();
         let weights = (0..ids.len()).map(|i| [0.1, 1.0, 0.0][(i + line) % 3]).collect();
-        TokenizedRow { line, ids, weights, truncated: false }
+        TokenizedRow { line, ids, weights, starts: vec![0], truncated: false }
     };
     let own = [tiny_ids(7, 1), tiny_ids(1, 2), tiny_ids(12, 3)];
     let rows: Vec<TokenizedRow> = own.into_iter().enumerate().map(row).collect();
