@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import struct
@@ -55,6 +56,13 @@ def environment():
     return kept | {"HF_HUB_OFFLINE": "1", "RUST_LOG": "warn"}
 
 
+def trainer_environment():
+    """What a worker starts its trainer with (`TRAINER_MEMORY` in core/src/protocol.rs)."""
+    source = (ROOT / "core/src/protocol.rs").read_text()
+    found = re.search(r'TRAINER_MEMORY[^(]*\(&str, &str\) = \(\s*"(\w+)",\s*"([^"]+)"', source)
+    return {found[1]: re.sub(r"\\\n\s*", "", found[2])}
+
+
 class Runner:
     """Starts programs one after another, with real-time priority where asked for."""
 
@@ -93,7 +101,7 @@ class Runner:
             [*self.prefix, TARGET / "tunesmith", "train"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(),
+            env=environment() | trainer_environment(),
         ) as child:
             child.stdin.write(struct.pack(">I", len(body)) + body)
             child.stdin.flush()
@@ -131,7 +139,8 @@ def train_request(rows, output_dir, **hyperparameters):
 
 def our_step(runner, mode, ids, warmup, steps):
     """Steps on fixed token ids."""
-    return runner.json([TARGET / "examples/bench_step", MODEL, mode, ids, warmup, steps])
+    command = [TARGET / "examples/bench_step", MODEL, mode, ids, warmup, steps]
+    return runner.json(command, **trainer_environment())
 
 
 def their_step(runner, python, mode, ids, warmup, steps, setting):
@@ -145,7 +154,9 @@ def our_chats(runner, rows):
     """One epoch of chat rows."""
     with tempfile.TemporaryDirectory() as output_dir:
         request = train_request(rows, output_dir, n_epochs=1, max_steps=0)
-        result = runner.json([TARGET / "examples/bench_chats"], stdin=json.dumps(request))
+        result = runner.json(
+            [TARGET / "examples/bench_chats"], stdin=json.dumps(request), **trainer_environment()
+        )
         adapter = next(Path(output_dir).rglob("adapter_model.safetensors"))
         return result | {"trainable": parameters(adapter)}
 

@@ -9,6 +9,7 @@ mod body;
 mod failure;
 mod fields;
 mod job_request;
+mod live;
 mod maintenance;
 mod merged;
 mod observe;

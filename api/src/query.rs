@@ -67,6 +67,14 @@ impl Query {
         }
     }
 
+    /// `true` or `false`, which is the default.
+    ///
+    /// # Errors
+    /// `invalid_value` naming the parameter and the value.
+    pub(crate) fn flag(&self, name: &str) -> Result<bool, ApiError> {
+        Ok(self.word(name, &["false", "true"])? == "true")
+    }
+
     /// The page that `limit` and `after` ask for, newest first.
     ///
     /// # Errors

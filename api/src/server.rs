@@ -1,5 +1,6 @@
 //! The server: it builds itself on any address, port 0 included, and stops when it is told.
 
+use crate::live::Live;
 use crate::observe::observe;
 use crate::{maintenance, routes, validator};
 use actix_web::dev::Server;
@@ -40,6 +41,7 @@ impl ApiConfig {
 pub(crate) struct AppState {
     pub(crate) store: Store,
     pub(crate) max_file_bytes: u64,
+    pub(crate) live: Live,
 }
 
 /// The REST API on an address of its own, with the validator of uploaded files beside it.
@@ -47,6 +49,9 @@ pub struct ApiServer {
     server: Server,
     local_addr: SocketAddr,
     store: Store,
+    live: Live,
+    /// Turns true when the server is told to stop.
+    stop: watch::Sender<bool>,
 }
 
 impl ApiServer {
@@ -58,9 +63,12 @@ impl ApiServer {
     pub fn bind(config: &ApiConfig, store: Store) -> io::Result<Self> {
         let listener = TcpListener::bind(&config.listen)?;
         let local_addr = listener.local_addr()?;
+        let (stop, stopped) = watch::channel(false);
+        let live = Live::new(store.clone(), stopped);
         let state = web::Data::new(AppState {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
+            live: live.clone(),
         });
         let server = HttpServer::new(move || {
             App::new().app_data(state.clone()).configure(routes::configure).wrap(from_fn(observe))
@@ -71,7 +79,7 @@ impl ApiServer {
         .disable_signals()
         .listen(listener)?
         .run();
-        Ok(Self { server, local_addr, store })
+        Ok(Self { server, local_addr, store, live, stop })
     }
 
     /// Where it listens.
@@ -89,18 +97,18 @@ impl ApiServer {
     /// # Errors
     /// The server broke down.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> io::Result<()> {
-        let (stop, stopped) = watch::channel(false);
-        let store = self.store.clone();
+        let (store, stopped) = (self.store.clone(), self.stop.subscribe());
         let maintenance = tokio::spawn(maintenance::run(store.clone(), stopped.clone()));
+        let live = tokio::spawn(self.live.clone().run());
         let mut validator = tokio::spawn(validator::run(store, stopped));
         let served = self.serve(shutdown).await;
-        stop.send_replace(true);
         let limit = Duration::from_secs(SHUTDOWN_SECONDS);
         if tokio::time::timeout(limit, &mut validator).await.is_err() {
             // Another validator takes the job up when the claim runs out.
             validator.abort();
         }
         maintenance.abort();
+        live.abort();
         served
     }
 
@@ -111,6 +119,8 @@ impl ApiServer {
         tokio::select! {
             served = &mut server => served,
             () = shutdown => {
+                // Streams end first, or the server would wait for them in vain.
+                self.stop.send_replace(true);
                 // Together: the server obeys only while it is polled.
                 tokio::join!(handle.stop(true), server).1
             }

@@ -13,6 +13,16 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
+/// How glibc keeps a trainer's memory. A step asks for the same large matrices again and again; as
+/// it comes, glibc gives each back to the system when it is freed, and clearing its pages anew
+/// takes a sixth of a step. So large blocks stay in one heap, on huge pages where the system has
+/// them. Other C libraries ignore this; what the user has set himself comes first.
+pub const TRAINER_MEMORY: (&str, &str) = (
+    "GLIBC_TUNABLES",
+    "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4294967296:\
+     glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1",
+);
+
 /// The largest frame either side accepts.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
 

@@ -27,6 +27,7 @@ pub mod tenants;
 pub mod test_db;
 pub mod uploads;
 pub mod validation;
+pub mod watch;
 mod words;
 
 pub use error::StoreError;

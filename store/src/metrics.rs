@@ -9,13 +9,14 @@ use tunesmith_core::metrics::StepMetrics;
 /// Selects steps of the job `$1`.
 macro_rules! steps_of_job {
     () => {
-        "SELECT step, epoch, train_loss, train_mean_token_accuracy, valid_loss,
+        "SELECT sequence, step, epoch, train_loss, train_mean_token_accuracy, valid_loss,
              valid_mean_token_accuracy, full_valid_loss, full_valid_mean_token_accuracy,
              learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds,
              train_reward_accuracy, train_reward_margin, valid_reward_accuracy, valid_reward_margin
          FROM job_metrics WHERE job_id = $1"
     };
 }
+pub(crate) use steps_of_job;
 
 impl Store {
     /// The metrics of a job's steps after `after_step`, in their order; 0 for all.
@@ -55,7 +56,7 @@ impl Store {
     }
 }
 
-fn step_metrics(row: &PgRow) -> sqlx::Result<StepMetrics> {
+pub(crate) fn step_metrics(row: &PgRow) -> sqlx::Result<StepMetrics> {
     Ok(StepMetrics {
         step: rows::count(row, "step")?,
         epoch: row.try_get("epoch")?,

@@ -1,7 +1,7 @@
 //! Waking who waits: PostgreSQL's LISTEN and NOTIFY.
 //!
-//! A notification carries no data and may be lost when a connection breaks, so a waiter also
-//! looks from time to time; it only makes that look come sooner.
+//! A notification may be lost when a connection breaks, so a waiter also looks from time to time;
+//! it only makes that look come sooner. What it says is at most whose turn it is to be looked at.
 
 use crate::{Store, StoreError};
 use sqlx::postgres::PgListener;
@@ -14,6 +14,8 @@ pub enum Channel {
     Validation,
     /// A job was queued.
     Queue,
+    /// A job has new events or metrics; the notification says which job. A trigger sends it.
+    Progress,
 }
 
 impl Channel {
@@ -22,8 +24,19 @@ impl Channel {
         match self {
             Self::Validation => "tunesmith_validation",
             Self::Queue => "tunesmith_queue",
+            Self::Progress => "tunesmith_progress",
         }
     }
+}
+
+/// Why a waiter woke.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Woken {
+    /// By a notification that said this.
+    By(String),
+    /// The time is over, or the connection broke and was made again, so that notifications may
+    /// have been lost.
+    Unsure,
 }
 
 /// One who waits. Holds a connection of its own for as long as it lives.
@@ -39,9 +52,18 @@ impl Listener {
     /// # Errors
     /// The connection broke and could not be made again; wait a little before another try.
     pub async fn wait(&mut self, at_most: Duration) -> Result<(), StoreError> {
+        self.next(at_most).await.map(drop)
+    }
+
+    /// The same, with what the notification said.
+    ///
+    /// # Errors
+    /// As for [`wait`](Self::wait).
+    pub async fn next(&mut self, at_most: Duration) -> Result<Woken, StoreError> {
         match tokio::time::timeout(at_most, self.listener.try_recv()).await {
-            Ok(woken) => woken.map(drop).map_err(StoreError::from),
-            Err(_elapsed) => Ok(()),
+            Ok(Ok(Some(notification))) => Ok(Woken::By(notification.payload().to_owned())),
+            Ok(Ok(None)) | Err(_) => Ok(Woken::Unsure),
+            Ok(Err(error)) => Err(error.into()),
         }
     }
 }

@@ -12,7 +12,9 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 use tokio_util::task::AbortOnDropHandle;
 use tunesmith_core::ids::JobId;
-use tunesmith_core::protocol::{self, FromTrainer, MAX_FRAME_BYTES, ToTrainer, TrainRequest};
+use tunesmith_core::protocol::{
+    self, FromTrainer, MAX_FRAME_BYTES, TRAINER_MEMORY, ToTrainer, TrainRequest,
+};
 
 /// What goes wrong between a worker and its trainer. None of it is the job's fault as far as the
 /// worker can tell, so each costs the job an attempt.
@@ -61,8 +63,10 @@ impl Trainer {
         let job_id = request.job_id.clone();
         let start_error =
             |source| TrainerError::Start { program: command.program.display().to_string(), source };
+        let (name, value) = TRAINER_MEMORY;
         let mut child = Command::new(&command.program)
             .args(&command.args)
+            .env(name, std::env::var_os(name).unwrap_or_else(|| value.into()))
             .envs(command.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

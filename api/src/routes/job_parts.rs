@@ -1,11 +1,11 @@
 //! What belongs to a job: its events, its checkpoints and its loss curve.
 
 use crate::auth::Authenticated;
-use crate::failure::Failure;
+use crate::failure::{Failure, invalid_value};
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
-use actix_web::web;
+use actix_web::{Either, HttpRequest, HttpResponse, web};
 use serde::Serialize;
 use serde_json::Value;
 use tunesmith_core::hyperparameters::Precision;
@@ -13,6 +13,7 @@ use tunesmith_core::ids::JobId;
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_store::checkpoints::Checkpoint;
 use tunesmith_store::events::Event;
+use tunesmith_store::watch::Topic;
 
 /// OpenAI's defaults; the maximum is ours.
 const DEFAULT_EVENTS: u64 = 20;
@@ -129,18 +130,25 @@ pub(crate) struct Curve {
     precision: Option<Precision>,
 }
 
-/// `GET /v1/fine_tuning/jobs/{id}/events`
+/// `GET /v1/fine_tuning/jobs/{id}/events`: a page, newest first; with `stream=true` all of them,
+/// oldest first, and then each as it comes.
 pub(crate) async fn events(
     state: web::Data<AppState>,
     caller: Authenticated,
     id: web::Path<String>,
     query: Query,
-) -> Result<web::Json<Page<EventObject>>, Failure> {
-    let request = query.page(DEFAULT_EVENTS, MAX_LIST)?;
+    request: HttpRequest,
+) -> Result<Either<web::Json<Page<EventObject>>, HttpResponse>, Failure> {
     let id = JobId::from(id.into_inner());
+    if query.flag("stream")? {
+        let last = last_event_id(&request).or(query.text("after"));
+        let place = state.store.place_of_event(&caller.project_id, &id, last).await?;
+        return Ok(Either::Right(state.live.reply(id, Topic::Events, place)));
+    }
+    let request = query.page(DEFAULT_EVENTS, MAX_LIST)?;
     let page = state.store.list_events(&caller.project_id, &id, &request).await?;
     let events = page.items.into_iter().map(EventObject::from).collect();
-    Ok(web::Json(Page::new(events, page.has_more, |event| &event.id)))
+    Ok(Either::Left(web::Json(Page::new(events, page.has_more, |event| &event.id))))
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/checkpoints`
@@ -157,18 +165,30 @@ pub(crate) async fn checkpoints(
     Ok(web::Json(Page::new(checkpoints, page.has_more, |checkpoint| &checkpoint.id)))
 }
 
-/// `GET /v1/fine_tuning/jobs/{id}/metrics`: the whole curve, or the steps after `after`.
+/// `GET /v1/fine_tuning/jobs/{id}/metrics`: the whole curve, or the steps after `after`; with
+/// `stream=true` each step as it comes, too. A resumed run may send a step again: the last holds.
 pub(crate) async fn metrics(
     state: web::Data<AppState>,
     caller: Authenticated,
     id: web::Path<String>,
     query: Query,
-) -> Result<web::Json<Curve>, Failure> {
+    request: HttpRequest,
+) -> Result<Either<web::Json<Curve>, HttpResponse>, Failure> {
+    if query.flag("stream")? {
+        let job = state.store.job(&caller.project_id, &JobId::from(id.into_inner())).await?;
+        let place = match last_event_id(&request) {
+            None => 0,
+            Some(text) => text.parse().map_err(|_| {
+                invalid_value("Last-Event-ID", text, "the id of an event of this stream")
+            })?,
+        };
+        return Ok(Either::Right(state.live.reply(job.id, Topic::Metrics, place)));
+    }
     let after = query.integer("after", 0..=u64::from(u32::MAX), 0)?;
     let job = state.store.job(&caller.project_id, &JobId::from(id.into_inner())).await?;
     let data = state.store.metrics(&caller.project_id, &job.id, after).await?;
     let run = job.run.as_ref();
-    Ok(web::Json(Curve {
+    Ok(Either::Left(web::Json(Curve {
         object: "list",
         data,
         has_more: false,
@@ -179,7 +199,12 @@ pub(crate) async fn metrics(
         truncated_rows: run.map(|run| run.truncated_rows),
         device: run.map(|run| run.device.clone()),
         precision: run.map(|run| run.precision),
-    }))
+    })))
+}
+
+/// Where a stream that broke off goes on.
+fn last_event_id(request: &HttpRequest) -> Option<&str> {
+    request.headers().get("last-event-id")?.to_str().ok().filter(|id| !id.is_empty())
 }
 
 #[cfg(test)]

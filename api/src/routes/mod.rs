@@ -14,6 +14,8 @@ mod organization;
 mod uploads;
 mod weights;
 
+pub(crate) use job_parts::EventObject;
+
 use crate::failure::Failure;
 use actix_web::middleware::Compress;
 use actix_web::web::{self, ServiceConfig};

@@ -24,7 +24,7 @@ pub(crate) struct TestApi {
     url: String,
     client: Client,
     // The server stops when this is dropped, before the database.
-    _running: oneshot::Sender<()>,
+    running: Option<oneshot::Sender<()>>,
     _db: TestDb,
 }
 
@@ -76,7 +76,12 @@ impl TestApi {
         });
         let key = store.create_api_key(&project, "test").await.expect("key").secret;
         let client = Client { url: url.clone(), key: Some(key), http: reqwest::Client::new() };
-        Self { store, project, url, client, _running: running, _db: db }
+        Self { store, project, url, client, running: Some(running), _db: db }
+    }
+
+    /// Tells the server to stop.
+    pub(crate) fn stop(&mut self) {
+        self.running = None;
     }
 
     /// A client with the key of another project.

@@ -115,6 +115,7 @@ impl Store {
                     train_reward_accuracy double precision, train_reward_margin double precision,
                     valid_reward_accuracy double precision, valid_reward_margin double precision)
                 ON CONFLICT (job_id, step) DO UPDATE SET
+                    sequence = EXCLUDED.sequence,
                     epoch = EXCLUDED.epoch, train_loss = EXCLUDED.train_loss,
                     train_mean_token_accuracy = EXCLUDED.train_mean_token_accuracy,
                     valid_loss = EXCLUDED.valid_loss,
