@@ -20,6 +20,7 @@ mod routes;
 mod server;
 mod stored;
 mod streaming;
+mod telemetry;
 #[cfg(test)]
 mod testing;
 mod validator;

@@ -23,6 +23,7 @@ use tunesmith_store::watch::{News, Said, Topic};
 use tunesmith_store::{Store, StoreError};
 
 use crate::routes::EventObject;
+use crate::telemetry::Telemetry;
 
 /// A notification may be lost: look this often without one.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -189,6 +190,12 @@ impl Live {
             // A compressor would hold events back.
             .insert_header((CONTENT_ENCODING, HeaderValue::from_static("identity")))
             .streaming(watcher.stream())
+    }
+
+    /// Counts the open streams that wait for news.
+    pub(crate) fn count_streams(&self, telemetry: &Telemetry) {
+        let streams = self.feeds().values().map(|feed| feed.sender.receiver_count()).sum();
+        telemetry.set_open_streams(streams);
     }
 
     fn feeds(&self) -> std::sync::MutexGuard<'_, Feeds> {

@@ -2,13 +2,15 @@
 //! wrong, a panic included.
 
 use crate::failure::{self, Failure};
+use crate::server::AppState;
+use crate::telemetry::Telemetry;
 use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::error::InternalError;
 use actix_web::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use actix_web::http::{Method, StatusCode};
 use actix_web::middleware::Next;
-use actix_web::{Error, HttpResponse};
+use actix_web::{Error, HttpResponse, web};
 use futures::FutureExt as _;
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
@@ -26,6 +28,8 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
         id: format!("req_{}", random_text(&mut rand::rng(), 24)),
         method: request.method().clone(),
         path: request.path().to_owned(),
+        route: request.match_pattern(),
+        telemetry: request.app_data::<web::Data<AppState>>().map(|state| state.telemetry.clone()),
         started: Instant::now(),
     };
     // A handler owns nothing that outlives it but what the store guards by transactions.
@@ -44,14 +48,21 @@ struct Line {
     id: String,
     method: Method,
     path: String,
+    /// The path as it was configured, so that its figures do not grow with the ids.
+    route: Option<String>,
+    telemetry: Option<Telemetry>,
     started: Instant,
 }
 
 impl Line {
     fn log(&self, status: StatusCode, error: Option<&Error>) {
-        let Self { id, method, path, started } = self;
-        let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let Self { id, method, path, route, telemetry, started } = self;
+        let elapsed = started.elapsed();
+        let milliseconds = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let status = status.as_u16();
+        if let Some(telemetry) = telemetry {
+            telemetry.count_request(method, route.as_deref(), status, elapsed);
+        }
         match error {
             Some(error) if status >= 500 => tracing::error!(
                 request_id = id, %method, path, status, milliseconds, %error, "request failed"
@@ -117,9 +128,9 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use actix_web::App;
     use actix_web::middleware::from_fn;
     use actix_web::test::{TestRequest, init_service, try_call_service};
-    use actix_web::{App, web};
 
     async fn reply_of(path: &str) -> (StatusCode, Option<String>, serde_json::Value) {
         let app = init_service(

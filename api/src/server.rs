@@ -2,6 +2,7 @@
 
 use crate::live::Live;
 use crate::observe::observe;
+use crate::telemetry::Telemetry;
 use crate::{maintenance, routes, validator};
 use actix_web::dev::Server;
 use actix_web::middleware::from_fn;
@@ -42,6 +43,7 @@ pub(crate) struct AppState {
     pub(crate) store: Store,
     pub(crate) max_file_bytes: u64,
     pub(crate) live: Live,
+    pub(crate) telemetry: Telemetry,
 }
 
 /// The REST API on an address of its own, with the validator of uploaded files beside it.
@@ -69,6 +71,7 @@ impl ApiServer {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
             live: live.clone(),
+            telemetry: Telemetry::new(),
         });
         let server = HttpServer::new(move || {
             App::new().app_data(state.clone()).configure(routes::configure).wrap(from_fn(observe))

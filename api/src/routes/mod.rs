@@ -27,6 +27,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
     config
         .service(path("/healthz").get(health::live))
         .service(path("/readyz").get(health::ready))
+        .service(path("/metrics").get(health::metrics))
         .service(path("/jobs/{id}").get(dashboard::page))
         .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
         .service(path("/v1/files").get(files::list).post(file_upload::create))

@@ -212,6 +212,22 @@ impl Store {
         Ok(Page::cut(found, request))
     }
 
+    /// How many jobs have not ended, by their status.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn unfinished_jobs(&self) -> Result<Vec<(JobStatus, u64)>, StoreError> {
+        let found = sqlx::query(
+            "SELECT status, count(*) AS jobs FROM jobs WHERE finished_at IS NULL GROUP BY status",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let counted = |row: &PgRow| {
+            Ok((rows::word(row, "status", JobStatus::parse)?, rows::count(row, "jobs")?))
+        };
+        Ok(found.iter().map(counted).collect::<sqlx::Result<_>>()?)
+    }
+
     /// Fails unless `project` has the job.
     pub(crate) async fn require_job(
         &self,
