@@ -70,6 +70,13 @@ impl Message {
         Self { role, content: Some(content.into()), weight: 1.0, rest: Map::new() }
     }
 
+    /// What the assistant thought before it said its content, where that is a field of its own.
+    pub(super) fn thoughts(&self) -> Option<&Value> {
+        let is_assistant = self.role == Role::Assistant;
+        let mut fields = REASONING_FIELDS.iter().filter(|_| is_assistant);
+        fields.find_map(|name| self.rest.get(*name))
+    }
+
     /// Whether it calls tools.
     #[must_use]
     pub fn has_tool_calls(&self) -> bool {
@@ -78,6 +85,10 @@ impl Message {
 }
 
 const TOOL_CALLS: &str = "tool_calls";
+
+/// The names under which a message's thoughts are given, the first the one that most templates
+/// read.
+pub(super) const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// Reads and checks a list of messages that stands under the key `path`.
 pub(super) fn parse_messages(

@@ -15,6 +15,9 @@ pub(super) const MARK: &str = "\u{fdd0}\u{fdd1}";
 /// Two marks in a row, which no text has: what is marked lies between them.
 pub(super) const BLANK: &str = "\u{fdd0}\u{fdd1}\u{fdd0}\u{fdd1}";
 
+/// The same for what an assistant thought: a blank, and behind it the end of a mark.
+pub(super) const BLANK_THOUGHTS: &str = "\u{fdd0}\u{fdd1}\u{fdd0}\u{fdd1}\u{fdd1}";
+
 /// Finds spellings of special tokens.
 pub(super) struct Protector {
     spellings: AhoCorasick,

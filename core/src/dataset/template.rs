@@ -35,6 +35,9 @@ impl ChatTemplate {
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
+        // For Jinja2 None is no iterable.
+        environment
+            .add_test("iterable", |value: Value| !value.is_none() && value.try_iter().is_ok());
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -151,6 +154,12 @@ mod tests {
             render(source, &json!([{"content": " a|b "}, {"content": "c"}])).expect("render"),
             "Bnone"
         );
+    }
+
+    #[test]
+    fn none_is_no_iterable() {
+        let source = "{{ tools is iterable }}{{ messages is iterable }}{{ nothing is iterable }}{{ 1 is iterable }}";
+        assert_eq!(render(source, &json!([])).expect("render"), "FalseTrueTrueFalse");
     }
 
     #[test]

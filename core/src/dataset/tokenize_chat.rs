@@ -9,7 +9,7 @@
 
 use super::fault::Fault;
 use super::message::{Message, Role};
-use super::protect::BLANK;
+use super::protect::{BLANK, BLANK_THOUGHTS};
 use super::tokenize::{TokenizeOptions, Tokens, Weight, from_tokenizer};
 use super::tokenizer::{ChatTokenizer, Conversation, Encoded};
 use serde_json::Value;
@@ -67,6 +67,19 @@ impl<'a> Chat<'a> {
         if tools.is_some() && !mentions("tools") {
             return Err(no_place_for("tools"));
         }
+        let has_thoughts = |message: &Message| message.thoughts().is_some_and(|text| text != "");
+        if let Some(index) = messages.iter().position(has_thoughts)
+            && !(mentions("reasoning") || mentions("thinking"))
+        {
+            return Err(Fault::new(
+                format!(
+                    "messages[{index}] has thoughts beside its content, but the model's chat \
+                     template has no place for them."
+                ),
+                "Write them into the content, choose a model that was made to think, or leave \
+                 them out.",
+            ));
+        }
         Ok(Self { tokenizer, conversation, messages, options })
     }
 
@@ -112,7 +125,7 @@ impl<'a> Chat<'a> {
     /// Turns after one that lies past the cut are left out, so that a row of any length renders no
     /// more prefixes than its kept tokens can have turns.
     fn turn_by_turn(&self) -> Result<Vec<Tokens>, Fault> {
-        let mut sequences: Vec<Tokens> = Vec::new();
+        let (mut sequences, mut learned) = (Vec::new(), Vec::new());
         for (index, message) in self.answers().filter(|(_, message)| message.weight > 0.0) {
             let before = self.render(index, true)?;
             let text = self.render(index + 1, false)?;
@@ -124,19 +137,20 @@ impl<'a> Chat<'a> {
             // Where prompts count for nothing, what of the rest is prompt makes no difference.
             let mut weights = vec![Weight::Prompt; turn.end];
             if self.options.prompt_loss_weight > 0.0 {
-                for range in self.earlier_answers(index, &text)? {
-                    let Range { start, mut end } = self.inside(&offsets, range);
+                for (number, bytes) in self.earlier_answers(index, &text)? {
+                    let Range { start, mut end } = self.inside(&offsets, bytes);
                     end += usize::from(ids.get(end).is_some_and(|&id| self.ends_a_turn(id)));
-                    weights[start..end.min(turn.end)].fill(Weight::Counted);
+                    // The sequence of that answer has counted what stands before it.
+                    let start = if learned.contains(&number) { 0 } else { start };
+                    if let Some(answer) = weights.get_mut(start..end.min(turn.end)) {
+                        answer.fill(Weight::Counted);
+                    }
                 }
-                let counted = sequences.last().map_or(0, |last| {
-                    last.ids.iter().zip(&ids[..turn.start]).take_while(|(a, b)| a == b).count()
-                });
-                weights[..counted].fill(Weight::Counted);
             }
             weights[turn.clone()].fill(Weight::Completion(message.weight));
             ids.truncate(turn.end);
             sequences.push(Tokens { ids, weights });
+            learned.push(index);
             if turn.start >= self.options.max_seq_length {
                 break;
             }
@@ -159,18 +173,26 @@ impl<'a> Chat<'a> {
         self.tokenizer.encode_marked(text).map_err(|error| from_tokenizer(&error))
     }
 
-    /// Where in `text`, the conversation up to message `index`, the assistant's words before that
-    /// message lie, without the tokens that end its turns: what differs from the same text with
-    /// blanks in their place.
-    fn earlier_answers(&self, index: usize, text: &str) -> Result<Vec<Range<usize>>, Fault> {
+    /// The numbers of the assistant's messages before `index`, and where in `text`, the conversation
+    /// up to that one, their words lie, without the tokens that end the turns: what differs from
+    /// the same text with blanks in their place.
+    fn earlier_answers(
+        &self,
+        index: usize,
+        text: &str,
+    ) -> Result<Vec<(usize, Range<usize>)>, Fault> {
         let earlier: Vec<usize> =
             self.answers().map(|(number, _)| number).take_while(|&number| number < index).collect();
         if earlier.is_empty() {
             return Ok(Vec::new());
         }
-        let blanked = self.conversation.render_with_blanks(index + 1, &earlier);
-        let found = blanked.ok().and_then(|blanked| filled_in(&blanked, text));
-        found.filter(|answers| answers.len() == earlier.len()).ok_or_else(|| {
+        let find = |with_thoughts| {
+            let blanked = self.conversation.render_with_blanks(index + 1, &earlier, with_thoughts);
+            let found = filled_in(&blanked.ok()?, text);
+            found.filter(|answers| answers.len() == earlier.len())
+        };
+        // Templates that keep thoughts since the last question may write them where there are none.
+        let found = find(false).or_else(|| find(true)).ok_or_else(|| {
             Fault::new(
                 format!(
                     "the model's chat template writes the answers before messages[{index}] in \
@@ -179,7 +201,8 @@ impl<'a> Chat<'a> {
                 ),
                 "Set prompt_loss_weight to 0, or write one row for each answer, ending with it.",
             )
-        })
+        })?;
+        Ok(earlier.into_iter().zip(found).collect())
     }
 
     /// Whether it is a token that templates end turns with.
@@ -218,21 +241,30 @@ fn common_prefix(a: &str, b: &str) -> usize {
     parted.map_or(a.len().min(b.len()), |((index, _), _)| index)
 }
 
-/// What stands in `text` in the place of each blank of `blanked`; None where the two differ in
-/// more than that.
+/// What stands in `text` in the place of each blank of `blanked`, a blank for thoughts and the next
+/// as one; None where the two differ in more than that.
 fn filled_in(blanked: &str, text: &str) -> Option<Vec<Range<usize>>> {
+    let after_thoughts = &BLANK_THOUGHTS[BLANK.len()..];
     let (rest, last) = blanked.rsplit_once(BLANK)?;
-    let end = text.strip_suffix(last)?.len();
+    let end = text.strip_suffix(last.strip_prefix(after_thoughts).unwrap_or(last))?.len();
     let mut pieces = rest.split(BLANK);
     let first = pieces.next()?;
     let mut at = text[..end].starts_with(first).then_some(first.len())?;
+    let mut start = at;
     let mut found = Vec::new();
     for piece in pieces {
-        let length = text[at..end].find(piece)?;
-        found.push(at..at + length);
-        at += length + piece.len();
+        let (goes_on, piece) = match piece.strip_prefix(after_thoughts) {
+            Some(piece) => (true, piece),
+            None => (false, piece),
+        };
+        at += text[at..end].find(piece)?;
+        if !goes_on {
+            found.push(start..at);
+            start = at + piece.len();
+        }
+        at += piece.len();
     }
-    found.push(at..end);
+    found.push(start..end);
     Some(found)
 }
 
@@ -437,6 +469,44 @@ mod tests {
     }
 
     #[test]
+    fn thoughts_since_the_last_question_are_no_prompt_where_they_are_kept() {
+        // Thoughts are written since the last question, even empty ones.
+        let template = "{%- set ns = namespace(last=-1) -%}\
+            {%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}\
+            {%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}\
+            {%- if m.role == 'assistant' and loop.index0 > ns.last -%}\
+            {{- '<think>' + (m.thinking or '') + '</think>' -}}{%- endif -%}\
+            {{- m.content + '<|im_end|>' -}}{%- endfor -%}\
+            {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>' -}}{%- endif -%}";
+        let thought = |text: &str| {
+            let mut message = assistant("b");
+            message.rest.insert("reasoning".to_owned(), text.into());
+            message
+        };
+        let tool = Message::new(Role::Tool, "t");
+        let messages = vec![user("a"), thought("A"), tool, thought("T"), user("c"), assistant("d")];
+        let row = tokenized(template, messages, &OPTIONS).expect("tokens");
+        let expected = [
+            ("A</think>b<|im_end|>", "user\na<|im_end|><|im_start|>assistant\n<think>"),
+            ("T</think>b<|im_end|>", "<|im_start|>tool\nt<|im_end|><|im_start|>assistant\n<think>"),
+            ("</think>d<|im_end|>", "<|im_start|>user\nc<|im_end|><|im_start|>assistant\n<think>"),
+        ];
+        for (number, (learned, prompt)) in expected.into_iter().enumerate() {
+            assert_eq!(text_of(&row, number, Some(1.0)), learned, "{number}");
+            assert_eq!(text_of(&row, number, Some(0.1)), prompt, "{number}");
+        }
+    }
+
+    #[test]
+    fn thoughts_that_a_template_would_drop_from_every_turn_are_refused() {
+        let mut message = assistant("b");
+        message.rest.insert("reasoning_content".to_owned(), "A".into());
+        let template = super::super::testing::CHATML;
+        let error = tokenized(template, vec![user("a"), message], &OPTIONS).expect_err("no place");
+        assert!(error.message.starts_with("Line 7: messages[1] has thoughts beside"), "{error}");
+    }
+
+    #[test]
     fn a_template_that_asks_in_another_way_than_it_writes_is_refused() {
         let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + \
                         '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}";
@@ -454,5 +524,7 @@ mod tests {
         for text in ["x12b3c", "a12b3", "a123c", "ac"] {
             assert_eq!(filled_in(&blanked, text), None, "{text}");
         }
+        let thoughtful = format!("a{BLANK_THOUGHTS}b{BLANK}c{BLANK}d");
+        assert_eq!(filled_in(&thoughtful, "a1b2c3d"), Some(vec![1..4, 5..6]));
     }
 }

@@ -1,7 +1,7 @@
 //! A base model's tokenizer with its chat template.
 
-use super::message::{Message, Role};
-use super::protect::{BLANK, Protector, keep_marks, unmark};
+use super::message::{Message, REASONING_FIELDS, Role};
+use super::protect::{BLANK, BLANK_THOUGHTS, Protector, keep_marks, unmark};
 use super::template::{ChatTemplate, to_template};
 use super::tokenizer_files::{begins_every_text, chat_templates, named_special_tokens, prepare};
 use serde_json::{Map, Value};
@@ -305,6 +305,11 @@ impl ChatTokenizer {
         // Absent content is None for a template, as the OpenAI API sends it.
         fields.insert("content".to_owned(), message.content.clone().into());
         fields.extend(message.rest.clone());
+        // Under each name that templates read, as transformers hands it over.
+        if let Some(thoughts) = message.thoughts() {
+            fields.entry("thinking").or_insert_with(|| thoughts.clone());
+            fields.insert(REASONING_FIELDS[0].to_owned(), thoughts.clone());
+        }
         to_template(&self.protector.mark_json(&Value::Object(fields)))
     }
 
@@ -336,17 +341,30 @@ impl Conversation<'_> {
     }
 
     /// The first `count` messages with [`BLANK`] in the place of what the assistant says in those
-    /// of the numbers `blank`.
+    /// of the numbers `blank`, and `with_thoughts` with [`BLANK_THOUGHTS`] before it where one has
+    /// thoughts.
     pub(super) fn render_with_blanks(
         &self,
         count: usize,
         blank: &[usize],
+        with_thoughts: bool,
     ) -> Result<String, TokenizerError> {
         let mut messages = self.messages[..count].to_vec();
         for &index in blank {
-            messages[index] = minijinja::context! {
-                role => Role::Assistant.as_str(),
-                content => BLANK,
+            let of = |name: &str| messages[index].get_attr(name).unwrap_or_default();
+            let in_field = with_thoughts && !of(REASONING_FIELDS[0]).is_undefined();
+            let in_content = with_thoughts
+                && of("content").as_str().is_some_and(|content| content.contains("</think>"));
+            let content = match in_content {
+                true => format!("<think>\n{BLANK_THOUGHTS}\n</think>\n\n{BLANK}"),
+                false => BLANK.to_owned(),
+            };
+            let role = Role::Assistant.as_str();
+            messages[index] = if in_field {
+                let (reasoning_content, thinking) = (BLANK_THOUGHTS, BLANK_THOUGHTS);
+                minijinja::context! { role, content, reasoning_content, thinking }
+            } else {
+                minijinja::context! { role, content }
             };
         }
         self.render_all(messages, false)
