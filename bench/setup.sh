@@ -11,16 +11,7 @@ mkdir -p bench/out
 exec 9>bench/out/setup.lock
 flock 9
 
-model=target/test-models/SmolLM2-135M-Instruct
-if [ ! -f "$model/model.safetensors" ]; then
-  echo "Importing SmolLM2-135M-Instruct ..." >&2
-  gguf=$(scripts/fetch-smollm2.sh)
-  rm -rf "$model.part"
-  mkdir -p "$(dirname "$model")"
-  cargo run --quiet --release --example import_model -- "$gguf" "$model.part" >&2
-  rm -rf "$model"
-  mv "$model.part" "$model"
-fi
+scripts/test-model.sh SmolLM2-135M-Instruct scripts/fetch-smollm2.sh release
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith
 # environment NAME REQUIREMENTS

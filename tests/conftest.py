@@ -17,14 +17,24 @@ def program():
     assert SMOLLM2_DIR.exists(), f"{SMOLLM2_DIR} is missing: `make test` makes it"
 
 
+def random_model(directory, config):
+    """A model of random weights with SmolLM2's tokenizer: quick, and real in every part."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (SMOLLM2_DIR / name).exists():
+            shutil.copy(SMOLLM2_DIR / name, directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
-    """A random Llama of two layers with SmolLM2's tokenizer: quick, and real in every part."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A Llama of two layers."""
+    from transformers import LlamaConfig
 
-    directory = tmp_path_factory.mktemp("models") / TINY
-    torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=64,
@@ -37,11 +47,7 @@ def tiny_dir(tmp_path_factory):
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (SMOLLM2_DIR / name).exists():
-            shutil.copy(SMOLLM2_DIR / name, directory)
-    return directory
+    return random_model(tmp_path_factory.mktemp("models") / TINY, config)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,19 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMOLLM2, TINY
+from conftest import SMOLLM2, TINY, random_model
 from harness import PATIENCE_SECONDS, SMOLLM2_DIR, TUNESMITH
 from peft import PeftModel
 from rows import chat, sums
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LOGITS = TUNESMITH.parent / "examples/logits"
+FAMILIES = Path(__file__).resolve().parent.parent / "engine/tests/reference/families"
 TOLERANCE = 1e-3
 
 
@@ -60,6 +62,35 @@ def test_a_small_model_s_adapter_gives_our_logits_in_peft(service, tiny_dir, tmp
     theirs = their_logits(model, ids)
     assert np.abs(theirs - base).max() > 10 * TOLERANCE, "the adapter changes something"
     assert np.abs(our_logits(tiny_dir, directory, ids) - theirs).max() < TOLERANCE
+
+
+@pytest.fixture(params=["phi3", "gemma3"])
+def family(request, up, tmp_path):
+    """A small model of a family whose modules or norms are not Llama's, imported."""
+    config = AutoConfig.from_pretrained(FAMILIES / request.param)
+    config.vocab_size = 49152
+    if request.param == "phi3":
+        # Rows as long as these have the short factors of longrope.
+        config.original_max_position_embeddings = 256
+        config.rope_parameters["original_max_position_embeddings"] = 256
+    directory = random_model(tmp_path / request.param, config)
+    up.import_model(directory, request.param)
+    return request.param, directory
+
+
+def test_the_weights_of_other_families_give_our_logits_in_peft_and_merged(service, family, tmp_path):
+    name, base_dir = family
+    job = service.create_job(sums(20), name, n_epochs=3, batch_size=4, learning_rate=1e-2)
+    job = service.finish(job.id)
+    directory = service.weights(job.fine_tuned_model, tmp_path / "adapter")
+    ids = token_ids(directory, sums(1, start=77)[0])
+    base = their_logits(base_model(base_dir), ids)
+    theirs = their_logits(PeftModel.from_pretrained(base_model(base_dir), directory), ids)
+    assert np.abs(theirs - base).max() > 10 * TOLERANCE, "the adapter changes something"
+    assert np.abs(our_logits(base_dir, directory, ids) - theirs).max() < TOLERANCE
+
+    merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
+    assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
 
 
 def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(service, tmp_path):

@@ -1,9 +1,10 @@
-//! Whole models: SmolLM2-135M-Instruct against references of PyTorch, and tiny random models for
-//! what must hold of any model.
+//! Whole models: SmolLM2-135M-Instruct and Gemma 3 270M against references of PyTorch, and tiny
+//! random models for what must hold of any model.
 
 #[path = "../support/device.rs"]
 mod device;
 mod families;
+mod gemma3;
 mod invariants;
 mod loading;
 mod parallel;
