@@ -45,6 +45,12 @@ def clean_environment(**extra):
     return kept | extra
 
 
+def valid(thing):
+    """`thing` itself, once it has passed its SDK type's own validation, which the SDK leaves out."""
+    type(thing).model_validate(thing.to_dict())
+    return thing
+
+
 class Process:
     """One running `tunesmith` with its output in a file."""
 
@@ -243,15 +249,16 @@ class Service:
 class Up:
     """`tunesmith up` on a free port, in a directory of its own."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, *arguments):
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.arguments = arguments
         self.data_dir = self.directory / "data"
         self.start()
 
     def start(self):
         log = self.directory / f"up-{len(list(self.directory.glob('up-*.log')))}.log"
-        self.process = Process(log, "up", "--listen", "127.0.0.1:0", "--data-dir", self.data_dir)
+        self.process = Process(log, "up", "--listen", "127.0.0.1:0", "--data-dir", self.data_dir, *self.arguments)
         try:
             line = self.process.wait_for_line("tunesmith is ready at ")
         except AssertionError:

@@ -2,6 +2,7 @@
 
 import openai
 import pytest
+from harness import valid
 
 
 def test_a_multi_grader_is_validated_and_run(client):
@@ -21,14 +22,14 @@ def test_a_multi_grader_is_validated_and_run(client):
     }
     graders = client.fine_tuning.alpha.graders
     for grader in (exact, close):
-        assert graders.validate(grader=grader).grader.to_dict() == grader
+        assert valid(graders.validate(grader=grader)).grader.to_dict() == grader
     multi = {
         "type": "multi",
         "name": "both",
         "graders": {"exact": exact, "close": close},
         "calculate_output": "0.5 * exact + 0.5 * close",
     }
-    run = graders.run(grader=multi, model_sample="the cat sat", item={"answer": "the cat ran"})
+    run = valid(graders.run(grader=multi, model_sample="the cat sat", item={"answer": "the cat ran"}))
     assert run.sub_rewards == {"close": pytest.approx(2 / 3), "exact": 0}
     assert run.reward == pytest.approx(1 / 3)
     assert (run.metadata.name, run.metadata.type) == ("both", "multi")

@@ -3,7 +3,7 @@
 import openai
 import pytest
 from conftest import TINY
-from harness import run_cli
+from harness import run_cli, valid
 from rows import sums
 
 
@@ -16,13 +16,14 @@ def admin(up, service):
 
 def test_projects_and_keys_are_administered_by_the_sdk(service, admin):
     projects = admin.admin.organization.projects
-    project = projects.create(name="search")
+    project = valid(projects.create(name="search"))
     assert (project.object, project.name, project.status) == ("organization.project", "search", "active")
     assert project.id in [listed.id for listed in projects.list(limit=1)]
-    account = projects.service_accounts.create(project.id, name="ci")
+    account = valid(projects.service_accounts.create(project.id, name="ci"))
     member = service.with_key(account.api_key.value)
     assert list(member.sdk.files.list()) == []
     (key,) = projects.api_keys.list(project.id)
+    valid(key)
     assert (key.object, key.name, key.id) == ("organization.project.api_key", "ci", account.api_key.id)
     assert key.redacted_value.endswith(account.api_key.value[-4:]) and account.api_key.value not in key.to_json()
     assert projects.api_keys.retrieve(key.id, project_id=project.id) == key
@@ -34,7 +35,7 @@ def test_projects_and_keys_are_administered_by_the_sdk(service, admin):
     assert project.id not in [listed.id for listed in projects.list()]
 
     keys = admin.admin.organization.admin_api_keys
-    made = keys.create(name="second")
+    made = valid(keys.create(name="second"))
     assert made.value.startswith("sk-admin-")
     assert made.id in [listed.id for listed in keys.list()]
     assert keys.retrieve(made.id).name == "second"
@@ -73,6 +74,7 @@ def test_a_model_is_shared_with_another_project_for_as_long_as_its_owner_likes(s
     for granter in (client, admin):
         permissions = granter.fine_tuning.checkpoints.permissions
         (made,) = permissions.create(name, project_ids=[project.id])
+        valid(made)
         assert (made.object, made.project_id) == ("checkpoint.permission", project.id)
         assert [listed.id for listed in permissions.list(name, order="ascending", project_id=project.id)] == [made.id]
         assert borrower.sdk.models.retrieve(name).id == name

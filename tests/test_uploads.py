@@ -6,6 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from harness import valid
 
 MIB = 1 << 20
 
@@ -29,8 +30,10 @@ def test_a_large_file_comes_in_the_sdk_s_own_parts_and_memory_stays_flat(up, cli
             digest.update(piece)
             file.write(piece)
     before = peak_bytes(up.process.pid)
-    upload = client.uploads.upload_file_chunked(
-        file=path, mime_type="application/octet-stream", purpose="user_data", md5=digest.hexdigest()
+    upload = valid(
+        client.uploads.upload_file_chunked(
+            file=path, mime_type="application/octet-stream", purpose="user_data", md5=digest.hexdigest()
+        )
     )
     assert peak_bytes(up.process.pid) - before < 64 * MIB
     assert (upload.object, upload.status, upload.bytes) == ("upload", "completed", 150 * MIB)
@@ -55,7 +58,7 @@ def test_parts_arrive_in_any_order_and_what_has_arrived_stays_after_a_mistake(cl
     )
     assert (upload.status, upload.file, upload.expires_at - upload.created_at) == ("pending", None, 3600)
     last = client.uploads.parts.create(upload.id, data=content[50:])
-    first = client.uploads.parts.create(upload.id, data=content[:50])
+    first = valid(client.uploads.parts.create(upload.id, data=content[:50]))
     assert (first.object, first.upload_id) == ("upload.part", upload.id)
     with pytest.raises(openai.BadRequestError) as refused:
         client.uploads.complete(upload.id, part_ids=[first.id])

@@ -3,9 +3,10 @@
 use crate::failure::Failure;
 use crate::server::AppState;
 use actix_web::http::header::AUTHORIZATION;
-use actix_web::{FromRequest, HttpRequest, dev::Payload, web};
+use actix_web::{FromRequest, HttpMessage as _, HttpRequest, dev::Payload, web};
 use futures::future::LocalBoxFuture;
 use std::ops::Deref;
+use std::time::Instant;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::ADMIN_KEY_PREFIX;
 use tunesmith_store::permissions::Granter;
@@ -28,20 +29,32 @@ impl FromRequest for Authenticated {
     type Future = LocalBoxFuture<'static, Result<Self, Failure>>;
 
     fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
-        let state = request.app_data::<web::Data<AppState>>().cloned();
-        let header = request.headers().get(AUTHORIZATION).cloned();
+        let shown = Shown::of(request);
+        let request = request.clone();
         Box::pin(async move {
-            let secret = header.as_ref().and_then(|header| bearer(header.to_str().ok()?));
-            let Some(secret) = secret else { return Err(no_key().into()) };
-            let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
-            match state.store.authenticate(secret).await? {
-                Some(caller) => Ok(Self(caller)),
-                None if administrator(&state, secret).await?.is_some() => {
+            let Shown { state, secret } = shown?;
+            match state.store.authenticate(&secret).await? {
+                Some(caller) => {
+                    count(&state, &request, &caller)?;
+                    Ok(Self(caller))
+                }
+                None if administrator(&state, &secret).await?.is_some() => {
                     Err(admin_key_in_a_project().into())
                 }
-                None => Err(wrong_key(secret).into()),
+                None => Err(wrong_key(&secret).into()),
             }
         })
+    }
+}
+
+/// Counts the request against its project's limit; the reply will say how that stands.
+fn count(state: &AppState, request: &HttpRequest, caller: &Caller) -> Result<(), Failure> {
+    let Some(rate) = &state.rate else { return Ok(()) };
+    let standing = rate.take(&caller.project_id, Instant::now());
+    request.extensions_mut().insert(standing);
+    match (standing.refusal(), standing.retry_after) {
+        (Some(refusal), Some(wait)) => Err(Failure::retry_after(refusal, wait)),
+        _ => Ok(()),
     }
 }
 
@@ -62,18 +75,15 @@ impl FromRequest for Admin {
     type Future = LocalBoxFuture<'static, Result<Self, Failure>>;
 
     fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
-        let state = request.app_data::<web::Data<AppState>>().cloned();
-        let header = request.headers().get(AUTHORIZATION).cloned();
+        let shown = Shown::of(request);
         Box::pin(async move {
-            let secret = header.as_ref().and_then(|header| bearer(header.to_str().ok()?));
-            let Some(secret) = secret else { return Err(no_key().into()) };
-            let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
-            match administrator(&state, secret).await? {
+            let Shown { state, secret } = shown?;
+            match administrator(&state, &secret).await? {
                 Some(administrator) => Ok(Self(administrator)),
-                None if state.store.authenticate(secret).await?.is_some() => {
+                None if state.store.authenticate(&secret).await?.is_some() => {
                     Err(project_key_for_an_organization().into())
                 }
-                None => Err(wrong_key(secret).into()),
+                None => Err(wrong_key(&secret).into()),
             }
         })
     }
@@ -88,20 +98,37 @@ impl FromRequest for Sharer {
     type Future = LocalBoxFuture<'static, Result<Self, Failure>>;
 
     fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
-        let state = request.app_data::<web::Data<AppState>>().cloned();
-        let header = request.headers().get(AUTHORIZATION).cloned();
+        let shown = Shown::of(request);
+        let request = request.clone();
         Box::pin(async move {
-            let secret = header.as_ref().and_then(|header| bearer(header.to_str().ok()?));
-            let Some(secret) = secret else { return Err(no_key().into()) };
-            let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
-            if let Some(administrator) = administrator(&state, secret).await? {
+            let Shown { state, secret } = shown?;
+            if let Some(administrator) = administrator(&state, &secret).await? {
                 return Ok(Self(Granter::Organization(administrator.organization_id)));
             }
-            match state.store.authenticate(secret).await? {
-                Some(caller) => Ok(Self(Granter::Project(caller.project_id))),
-                None => Err(wrong_key(secret).into()),
+            match state.store.authenticate(&secret).await? {
+                Some(caller) => {
+                    count(&state, &request, &caller)?;
+                    Ok(Self(Granter::Project(caller.project_id)))
+                }
+                None => Err(wrong_key(&secret).into()),
             }
         })
+    }
+}
+
+/// A key that a request shows, whosesoever it is.
+struct Shown {
+    state: web::Data<AppState>,
+    secret: String,
+}
+
+impl Shown {
+    fn of(request: &HttpRequest) -> Result<Self, Failure> {
+        let header = request.headers().get(AUTHORIZATION);
+        let secret = header.and_then(|header| bearer(header.to_str().ok()?)).ok_or_else(no_key)?;
+        let state = request.app_data::<web::Data<AppState>>().cloned();
+        let state = state.ok_or_else(|| Failure::internal("the server has no state"))?;
+        Ok(Self { state, secret: secret.to_owned() })
     }
 }
 

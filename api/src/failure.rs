@@ -1,9 +1,11 @@
 //! What a handler returns in place of a reply: an error of the table, in OpenAI's shape.
 
+use crate::limits::over_quota;
 use actix_web::http::StatusCode;
 use actix_web::{HttpResponse, ResponseError};
 use serde_json::{Value, json};
 use std::fmt;
+use std::time::Duration;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_store::StoreError;
 
@@ -18,14 +20,21 @@ const UNAVAILABLE_MESSAGE: &str =
 pub(crate) struct Failure {
     error: ApiError,
     cause: Option<Box<dyn std::error::Error + Send + Sync>>,
+    retry_after: Option<Duration>,
 }
 
 impl Failure {
+    /// A refusal that ends by itself after this time.
+    pub(crate) fn retry_after(error: ApiError, wait: Duration) -> Self {
+        Self { retry_after: Some(wait), ..Self::from(error) }
+    }
+
     /// A fault of ours. `cause` reaches the log, never the client.
     pub(crate) fn internal(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self {
             error: ApiError::new(ErrorCode::Internal, INTERNAL_MESSAGE),
             cause: Some(cause.into()),
+            retry_after: None,
         }
     }
 
@@ -34,13 +43,14 @@ impl Failure {
         Self {
             error: ApiError::new(ErrorCode::Unavailable, UNAVAILABLE_MESSAGE),
             cause: Some(cause.into()),
+            retry_after: None,
         }
     }
 }
 
 impl From<ApiError> for Failure {
     fn from(error: ApiError) -> Self {
-        Self { error, cause: None }
+        Self { error, cause: None, retry_after: None }
     }
 }
 
@@ -64,11 +74,19 @@ impl From<StoreError> for Failure {
                 ApiError::new(ErrorCode::ApiKeyNotFound, format!("No such API key: {id}"))
                     .with_param("key_id")
             }
+            StoreError::NotFound { kind: "webhook endpoint", id } => ApiError::new(
+                ErrorCode::WebhookEndpointNotFound,
+                format!("No such webhook endpoint: {id}"),
+            )
+            .with_param("webhook_endpoint_id"),
             StoreError::AlreadyExists { kind: "project", name } => {
                 invalid_value("name", name, "a name that no other project of the organisation has")
             }
             StoreError::UnknownCursor { after } => {
                 invalid_value("after", after, "the id of an entry of this list")
+            }
+            StoreError::TooManyJobs { limit } => {
+                over_quota("unfinished jobs", *limit, "Wait for one to end, or cancel one.")
             }
             StoreError::IdempotencyConflict => ApiError::new(
                 ErrorCode::IdempotencyConflict,
@@ -83,6 +101,23 @@ impl From<StoreError> for Failure {
                 ),
             )
             .with_param("id"),
+            StoreError::FileInBatch { file, batch } => ApiError::new(
+                ErrorCode::FileInUse,
+                format!(
+                    "File {file} is used by batch {batch}, which has not ended. Cancel the batch \
+                     or wait for its end, then delete the file."
+                ),
+            )
+            .with_param("id"),
+            StoreError::BatchEnded { batch, status } => ApiError::new(
+                ErrorCode::InvalidBatchState,
+                format!("Batch {batch} is {status}, and this cannot be done to it any more."),
+            )
+            .with_param("batch_id"),
+            StoreError::NotFound { kind: "batch", id } => {
+                ApiError::new(ErrorCode::BatchNotFound, format!("No such Batch object: {id}"))
+                    .with_param("batch_id")
+            }
             StoreError::InvalidState { job, status } => ApiError::new(
                 ErrorCode::InvalidJobState,
                 format!("Job {job} is {status}, and this cannot be done to it any more."),
@@ -146,6 +181,11 @@ impl ResponseError for Failure {
         if is_permanent_conflict(self.error.code) {
             reply.insert_header(("x-should-retry", "false"));
         }
+        if let Some(wait) = self.retry_after {
+            // Whole seconds by RFC 9110; the SDKs also read milliseconds.
+            reply.insert_header(("retry-after", wait.as_secs_f64().ceil().to_string()));
+            reply.insert_header(("retry-after-ms", wait.as_millis().max(1).to_string()));
+        }
         reply.json(wire(&self.error))
     }
 }
@@ -156,8 +196,10 @@ fn is_permanent_conflict(code: ErrorCode) -> bool {
         code,
         ErrorCode::InvalidJobState
             | ErrorCode::InvalidUploadState
+            | ErrorCode::InvalidBatchState
             | ErrorCode::FileInUse
             | ErrorCode::IdempotencyConflict
+            | ErrorCode::InsufficientQuota
     )
 }
 
@@ -203,6 +245,19 @@ fn no_such_job(id: &str) -> ApiError {
 pub(crate) fn no_such_model(name: &str) -> ApiError {
     ApiError::new(ErrorCode::NoSuchModel, format!("The model '{name}' does not exist"))
         .with_param("model")
+}
+
+/// The reply to a request that a served model would answer.
+pub(crate) fn model_not_served(model: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::ModelNotServed,
+        format!(
+            "The model '{model}' is not served: this server trains models and does not answer with \
+             them. Download a tuned model's weights from /v1/models/{{name}}/weights and serve them \
+             with a server of your choice."
+        ),
+    )
+    .with_param("model")
 }
 
 /// `400 missing_required_parameter`.

@@ -5,10 +5,12 @@
 
 mod archive;
 mod auth;
+mod batches;
 mod body;
 mod failure;
 mod fields;
 mod job_request;
+mod limits;
 mod live;
 mod maintenance;
 mod merged;
@@ -25,5 +27,8 @@ mod telemetry;
 mod testing;
 mod validator;
 mod warnings;
+mod webhooks;
 
+pub use limits::ProjectLimits;
 pub use server::{ApiConfig, ApiServer, DEFAULT_MAX_FILE_BYTES};
+pub use webhooks::IpNet;

@@ -19,6 +19,9 @@ pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
             Ok(uploads) => tracing::info!(uploads, "ended uploads cleared away"),
             Err(error) => tracing::warn!(%error, "ended uploads could not be cleared away"),
         }
+        if let Err(error) = store.purge_deliveries().await {
+            tracing::warn!(%error, "old webhook deliveries could not be forgotten");
+        }
         let _ = tokio::time::timeout(EVERY, stopped.changed()).await;
     }
 }

@@ -2,6 +2,7 @@
 //! wrong, a panic included.
 
 use crate::failure::{self, Failure};
+use crate::limits::Standing;
 use crate::server::AppState;
 use crate::telemetry::Telemetry;
 use actix_web::body::{BoxBody, MessageBody};
@@ -10,7 +11,7 @@ use actix_web::error::InternalError;
 use actix_web::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use actix_web::http::{Method, StatusCode};
 use actix_web::middleware::Next;
-use actix_web::{Error, HttpResponse, web};
+use actix_web::{Error, HttpMessage as _, HttpResponse, web};
 use futures::FutureExt as _;
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
@@ -93,6 +94,11 @@ fn finish<B: MessageBody + 'static>(
 ) -> ServiceResponse<BoxBody> {
     let (request, mut reply) = response.into_parts();
     line.mark(&mut reply);
+    if let Some(standing) = request.extensions().get::<Standing>() {
+        for (name, value) in standing.headers() {
+            reply.headers_mut().insert(name, value);
+        }
+    }
     ServiceResponse::new(request, with_error_body(reply.map_into_boxed_body()))
 }
 

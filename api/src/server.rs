@@ -1,17 +1,23 @@
 //! The server: it builds itself on any address, port 0 included, and stops when it is told.
 
+use crate::failure::Failure;
+use crate::limits::{ProjectLimits, RateLimiter, over_quota};
 use crate::live::Live;
 use crate::observe::observe;
 use crate::telemetry::Telemetry;
-use crate::{maintenance, routes, validator};
+use crate::webhooks::{self, AddressPolicy, IpNet};
+use crate::{batches, maintenance, routes, validator};
+use actix_cors::Cors;
 use actix_web::dev::Server;
-use actix_web::middleware::from_fn;
+use actix_web::middleware::{Condition, from_fn};
 use actix_web::{App, HttpServer, web};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 use tokio::sync::watch;
+use tunesmith_core::ids::ProjectId;
 use tunesmith_store::Store;
 
 /// OpenAI's limit for a file that comes in one piece.
@@ -28,12 +34,28 @@ pub struct ApiConfig {
     pub listen: String,
     /// The largest file that `POST /v1/files` takes.
     pub max_file_bytes: u64,
+    /// Ranges inside the network that webhooks may be sent to, by `http` too. All others lead to
+    /// the internet, by `https`.
+    pub webhook_ranges: Vec<IpNet>,
+    /// Names that clients may use for base models: the name that they send, and whose it is here.
+    pub model_aliases: BTreeMap<String, String>,
+    /// What each project may ask for.
+    pub limits: ProjectLimits,
+    /// Web pages of these origins may call the API from a browser; `*` lets all.
+    pub cors_origins: Vec<String>,
 }
 
 impl ApiConfig {
     /// The usual limits, on the address `listen`.
     pub fn new(listen: impl Into<String>) -> Self {
-        Self { listen: listen.into(), max_file_bytes: DEFAULT_MAX_FILE_BYTES }
+        Self {
+            listen: listen.into(),
+            max_file_bytes: DEFAULT_MAX_FILE_BYTES,
+            webhook_ranges: Vec::new(),
+            model_aliases: BTreeMap::new(),
+            limits: ProjectLimits::default(),
+            cors_origins: Vec::new(),
+        }
     }
 }
 
@@ -44,6 +66,33 @@ pub(crate) struct AppState {
     pub(crate) max_file_bytes: u64,
     pub(crate) live: Live,
     pub(crate) telemetry: Telemetry,
+    pub(crate) webhooks: AddressPolicy,
+    pub(crate) model_aliases: BTreeMap<String, String>,
+    pub(crate) limits: ProjectLimits,
+    pub(crate) rate: Option<RateLimiter>,
+}
+
+impl AppState {
+    /// The base model that `name` stands for: an alias' target, or itself.
+    pub(crate) fn base_model_name<'a>(&'a self, name: &'a str) -> &'a str {
+        self.model_aliases.get(name).map_or(name, String::as_str)
+    }
+
+    /// Fails if the project has as many bytes of files as it may, `more` of them included.
+    ///
+    /// # Errors
+    /// `insufficient_quota`, or those of the database.
+    pub(crate) async fn require_storage(
+        &self,
+        project: &ProjectId,
+        more: u64,
+    ) -> Result<(), Failure> {
+        let Some(limit) = self.limits.stored_bytes else { return Ok(()) };
+        if self.store.stored_bytes(project).await?.saturating_add(more.max(1)) <= limit {
+            return Ok(());
+        }
+        Err(over_quota("bytes of files", limit, "Delete files that are of no use any more.").into())
+    }
 }
 
 /// The REST API on an address of its own, with the validator of uploaded files beside it.
@@ -54,6 +103,7 @@ pub struct ApiServer {
     live: Live,
     /// Turns true when the server is told to stop.
     stop: watch::Sender<bool>,
+    webhooks: AddressPolicy,
 }
 
 impl ApiServer {
@@ -67,14 +117,24 @@ impl ApiServer {
         let local_addr = listener.local_addr()?;
         let (stop, stopped) = watch::channel(false);
         let live = Live::new(store.clone(), stopped);
+        let webhooks = AddressPolicy::new(config.webhook_ranges.clone());
         let state = web::Data::new(AppState {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
             live: live.clone(),
             telemetry: Telemetry::new(),
+            webhooks: webhooks.clone(),
+            model_aliases: config.model_aliases.clone(),
+            limits: config.limits,
+            rate: config.limits.requests_per_minute.map(RateLimiter::new),
         });
+        let origins = config.cors_origins.clone();
         let server = HttpServer::new(move || {
-            App::new().app_data(state.clone()).configure(routes::configure).wrap(from_fn(observe))
+            App::new()
+                .app_data(state.clone())
+                .configure(routes::configure)
+                .wrap(Condition::new(!origins.is_empty(), cors(&origins)))
+                .wrap(from_fn(observe))
         })
         .keep_alive(KEEP_ALIVE)
         .shutdown_timeout(SHUTDOWN_SECONDS)
@@ -82,7 +142,7 @@ impl ApiServer {
         .disable_signals()
         .listen(listener)?
         .run();
-        Ok(Self { server, local_addr, store, live, stop })
+        Ok(Self { server, local_addr, store, live, stop, webhooks })
     }
 
     /// Where it listens.
@@ -103,6 +163,9 @@ impl ApiServer {
         let (store, stopped) = (self.store.clone(), self.stop.subscribe());
         let maintenance = tokio::spawn(maintenance::run(store.clone(), stopped.clone()));
         let live = tokio::spawn(self.live.clone().run());
+        let deliveries =
+            tokio::spawn(webhooks::run(store.clone(), self.webhooks.clone(), stopped.clone()));
+        let batches = tokio::spawn(batches::run(store.clone(), stopped.clone()));
         let mut validator = tokio::spawn(validator::run(store, stopped));
         let served = self.serve(shutdown).await;
         let limit = Duration::from_secs(SHUTDOWN_SECONDS);
@@ -112,6 +175,8 @@ impl ApiServer {
         }
         maintenance.abort();
         live.abort();
+        deliveries.abort();
+        batches.abort();
         served
     }
 
@@ -131,10 +196,28 @@ impl ApiServer {
     }
 }
 
+/// How long a browser may remember what it was allowed.
+const CORS_MAX_AGE: usize = 3600;
+
+/// What pages of `origins` may do from a browser. Keys travel in a header that a page sets itself,
+/// never in cookies, so no page can use another's.
+fn cors(origins: &[String]) -> Cors {
+    let cors = Cors::default()
+        .allow_any_header()
+        .allow_any_method()
+        .expose_any_header()
+        .max_age(CORS_MAX_AGE);
+    if origins.iter().any(|origin| origin == "*") {
+        return cors.allow_any_origin().send_wildcard();
+    }
+    origins.iter().fold(cors, |cors, origin| cors.allowed_origin(origin))
+}
+
 #[cfg(test)]
 mod tests {
     use crate::testing::{Reply, TestApi};
     use reqwest::Method;
+    use serde_json::json;
 
     #[tokio::test]
     async fn a_path_that_is_not_there_is_a_404_in_the_common_shape() {
@@ -186,5 +269,131 @@ mod tests {
             let asset = anybody.get(path).await;
             assert_eq!((asset.status.as_u16(), asset.header("content-type")), (200, Some(kind)));
         }
+    }
+
+    #[tokio::test]
+    async fn a_project_over_its_requests_a_minute_hears_when_to_come_back() {
+        let api = TestApi::with(|config| config.limits.requests_per_minute = Some(2)).await;
+        for left in ["1", "0"] {
+            let reply = api.get("/v1/files").await;
+            assert_eq!(reply.header("x-ratelimit-limit-requests"), Some("2"));
+            assert_eq!(reply.header("x-ratelimit-remaining-requests"), Some(left));
+            reply.ok();
+        }
+        let refused = api.get("/v1/files").await;
+        let error = refused.error(429);
+        assert_eq!(
+            (&error["code"], &error["type"]),
+            (&json!("rate_limit_exceeded"), &json!("requests"))
+        );
+        let seconds: f64 = refused.header("retry-after").expect("header").parse().expect("number");
+        assert!((1.0..=30.0).contains(&seconds), "{seconds}");
+        assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("0"));
+        api.stranger().await.get("/v1/files").await.ok();
+        api.client_with(None).get("/healthz").await.ok();
+    }
+
+    #[tokio::test]
+    async fn a_project_over_its_quota_is_told_what_to_do_and_that_no_retry_helps() {
+        let api = TestApi::with(|config| {
+            config.limits.stored_bytes = Some(5000);
+            config.limits.unfinished_jobs = Some(1);
+        })
+        .await
+        .with_base_model()
+        .await;
+        let job = api.start_job().await;
+        let file = api.job(&job).await.training_file;
+        let body = json!({"model": crate::testing::BASE, "training_file": file});
+        let refused = api.post("/v1/fine_tuning/jobs", &body).await;
+        assert_eq!(refused.error(429)["code"], "insufficient_quota");
+        assert_eq!(refused.header("x-should-retry"), Some("false"));
+        let part = reqwest::multipart::Part::bytes(vec![b'x'; 5000]).file_name("a");
+        let form = reqwest::multipart::Form::new().text("purpose", "batch").part("file", part);
+        assert_eq!(api.post_form(form).await.error(429)["code"], "insufficient_quota");
+        let upload = json!({"bytes": 4999, "filename": "a", "mime_type": "a", "purpose": "batch"});
+        assert_eq!(api.post("/v1/uploads", &upload).await.error(429)["code"], "insufficient_quota");
+    }
+
+    #[tokio::test]
+    async fn an_alias_stands_for_a_base_model() {
+        let api = TestApi::with(|config| {
+            let alias = |name: &str| (name.to_owned(), crate::testing::BASE.to_owned());
+            config.model_aliases = [alias("gpt-4o-mini")].into();
+            config.model_aliases.insert("gpt-x".to_owned(), "nothing".to_owned());
+        })
+        .await
+        .with_base_model()
+        .await;
+        let file = api.upload(crate::testing::chat_rows(10)).await;
+        let body = json!({"model": "gpt-4o-mini", "training_file": file});
+        let job = api.post("/v1/fine_tuning/jobs", &body).await.ok();
+        assert_eq!(job["model"], "gpt-4o-mini");
+        let row = api.job(job["id"].as_str().expect("id")).await;
+        let base = api.store.base_model(crate::testing::BASE).await.expect("there");
+        assert_eq!(row.base_model_id, base.id);
+        assert_eq!(api.get("/v1/models/gpt-4o-mini").await.ok()["id"], "gpt-4o-mini");
+        api.get("/v1/models/gpt-x").await.error(404);
+        let listed = api.get("/v1/models").await.ok();
+        let ids: Vec<&str> = listed["data"]
+            .as_array()
+            .expect("data")
+            .iter()
+            .map(|model| model["id"].as_str().expect("id"))
+            .collect();
+        assert_eq!(ids, [crate::testing::BASE, "gpt-4o-mini"]);
+        let missing = json!({"model": "gpt-x", "training_file": file});
+        assert_eq!(
+            api.post("/v1/fine_tuning/jobs", &missing).await.error(400)["code"],
+            "model_not_found"
+        );
+    }
+
+    #[tokio::test]
+    async fn pages_of_an_allowed_origin_alone_may_call_from_a_browser() {
+        let api = TestApi::with(|config| {
+            config.cors_origins = vec!["https://app.example".to_owned()];
+        })
+        .await;
+        let preflight = |origin: &str| {
+            let request = api
+                .client_with(None)
+                .request(Method::OPTIONS, "/v1/files")
+                .header("origin", origin)
+                .header("access-control-request-method", "POST")
+                .header("access-control-request-headers", "authorization,x-stainless-os");
+            Reply::of(request)
+        };
+        let allowed = preflight("https://app.example").await;
+        assert_eq!(allowed.status, 200);
+        assert_eq!(allowed.header("access-control-allow-origin"), Some("https://app.example"));
+        assert!(
+            preflight("https://evil.example").await.header("access-control-allow-origin").is_none()
+        );
+        let read = api.request(Method::GET, "/v1/files").header("origin", "https://app.example");
+        let read = Reply::of(read).await;
+        assert_eq!(read.header("access-control-allow-origin"), Some("https://app.example"));
+        assert!(read.header("x-request-id").is_some());
+        let closed = TestApi::start().await;
+        let read = closed.request(Method::GET, "/v1/files").header("origin", "https://app.example");
+        assert!(Reply::of(read).await.header("access-control-allow-origin").is_none());
+    }
+
+    #[tokio::test]
+    async fn lists_are_compressed_for_who_takes_it_and_content_keeps_its_length() {
+        let api = TestApi::start().await;
+        let id = api.upload("0123456789").await;
+        let get = |path: &str| {
+            Reply::of(api.request(Method::GET, path).header("accept-encoding", "gzip"))
+        };
+        assert_eq!(get("/v1/files").await.header("content-encoding"), Some("gzip"));
+        assert_eq!(api.get("/v1/files").await.header("content-encoding"), None);
+        let body = json!({"model": "m"});
+        let made = api.request(Method::POST, "/v1/fine_tuning/jobs").json(&body);
+        let made = Reply::of(made.header("accept-encoding", "gzip")).await;
+        assert_eq!(made.header("content-encoding"), None);
+        let content = get(&format!("/v1/files/{id}/content")).await;
+        assert_eq!(content.header("content-encoding"), None);
+        assert_eq!(content.header("content-length"), Some("10"));
     }
 }

@@ -1,6 +1,7 @@
 //! The `tunesmith` program. It reads its arguments, starts the parts and wires them together;
 //! what the parts do is in the crates that they live in.
 
+mod api_args;
 mod api_key;
 mod bars;
 mod commands;

@@ -11,9 +11,10 @@ use tunesmith_worker::{TrainerCommand, WorkerConfig};
 /// Where the API listens unless it is told otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:8080";
 
-/// The API on `listen`.
-pub(crate) fn bind_api(listen: &str, store: Store) -> anyhow::Result<ApiServer> {
-    ApiServer::bind(&ApiConfig::new(listen), store).with_context(|| {
+/// The API, as it is to be run.
+pub(crate) fn bind_api(config: &ApiConfig, store: Store) -> anyhow::Result<ApiServer> {
+    ApiServer::bind(config, store).with_context(|| {
+        let listen = &config.listen;
         format!("the API cannot listen on {listen}: name another address with --listen")
     })
 }

@@ -82,8 +82,22 @@ error_table! {
     ProjectNotFound = "project_not_found", 404, "invalid_request_error";
     /// No such API key.
     ApiKeyNotFound = "api_key_not_found", 404, "invalid_request_error";
+    /// No such webhook endpoint.
+    WebhookEndpointNotFound = "webhook_endpoint_not_found", 404, "invalid_request_error";
+    /// A webhook endpoint did not answer its test.
+    WebhookNotReached = "webhook_not_reached", 400, "invalid_request_error";
+    /// No such batch.
+    BatchNotFound = "batch_not_found", 404, "invalid_request_error";
+    /// The batch has ended.
+    InvalidBatchState = "invalid_batch_state", 400, "invalid_request_error";
+    /// This server trains models and does not answer with them.
+    ModelNotServed = "model_not_served", 400, "invalid_request_error";
     /// The weights are not there in that form.
     WeightsNotAvailable = "weights_not_available", 400, "invalid_request_error";
+    /// The project sends more requests than it may for now.
+    RateLimitExceeded = "rate_limit_exceeded", 429, "requests";
+    /// The project has as much as it may.
+    InsufficientQuota = "insufficient_quota", 429, "insufficient_quota";
     /// A fault of ours.
     Internal = "internal_error", 500, "server_error";
     /// The database or the store cannot be reached for now.

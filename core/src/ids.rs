@@ -80,6 +80,10 @@ ids! {
     EventId = "ftevent-";
     /// A checkpoint of a job.
     CheckpointId = "ftckpt_";
+    /// A file of requests that is answered.
+    BatchId = "batch_";
+    /// Who is told of the end of jobs.
+    WebhookEndpointId = "whe_";
     /// A base model in this installation.
     BaseModelId = "basemodel_";
     /// A worker process.

@@ -1,6 +1,6 @@
 //! What can go wrong in the store.
 
-use tunesmith_core::ids::{FileId, JobId, UploadId};
+use tunesmith_core::ids::{BatchId, FileId, JobId, UploadId};
 use tunesmith_core::state::JobStatus;
 
 /// An error of the store. Messages are for operators; what a client reads is the caller's choice.
@@ -31,6 +31,12 @@ pub enum StoreError {
     /// An idempotency key came again with another request.
     #[error("the idempotency key was used for another request")]
     IdempotencyConflict,
+    /// The project has as many unfinished jobs as it may.
+    #[error("the project has {limit} unfinished jobs")]
+    TooManyJobs {
+        /// How many it may have.
+        limit: u64,
+    },
     /// An unfinished job still needs the file.
     #[error("file {file} is used by job {job}")]
     FileInUse {
@@ -38,6 +44,22 @@ pub enum StoreError {
         file: FileId,
         /// A job that needs it.
         job: JobId,
+    },
+    /// An unfinished batch still needs the file.
+    #[error("file {file} is used by batch {batch}")]
+    FileInBatch {
+        /// The file that was to go.
+        file: FileId,
+        /// A batch that needs it.
+        batch: BatchId,
+    },
+    /// The batch is not worked on any more.
+    #[error("batch {batch} is {status}")]
+    BatchEnded {
+        /// The batch.
+        batch: BatchId,
+        /// How it stands.
+        status: &'static str,
     },
     /// The job's state forbids what was asked.
     #[error("job {job} is {status}")]

@@ -8,7 +8,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{FromRow, PgExecutor, Row as _};
 use std::time::Duration;
 use time::OffsetDateTime;
-use tunesmith_core::ids::{FileId, JobId, ProjectId};
+use tunesmith_core::ids::{BatchId, FileId, JobId, ProjectId};
 
 /// True of the files that clients see: whole, not deleted, not expired.
 macro_rules! is_there {
@@ -224,10 +224,26 @@ impl Store {
         Ok(Page::cut(found, request))
     }
 
+    /// How many bytes the files of `project` have together.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn stored_bytes(&self, project: &ProjectId) -> Result<u64, StoreError> {
+        let bytes: i64 = sqlx::query_scalar(concat!(
+            "SELECT coalesce(sum(bytes), 0)::bigint FROM files WHERE project_id = $1 AND ",
+            is_there!()
+        ))
+        .bind(project.as_str())
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(u64::try_from(bytes).unwrap_or(0))
+    }
+
     /// Deletes a file and its content.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`], or [`StoreError::FileInUse`] while an unfinished job reads it.
+    /// [`StoreError::NotFound`], or [`StoreError::FileInUse`] and [`StoreError::FileInBatch`] while
+    /// an unfinished job or batch reads it.
     pub async fn delete_file(&self, project: &ProjectId, id: &FileId) -> Result<(), StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
         // The lock comes first, in a statement of its own: a job that is just being made holds it
@@ -252,6 +268,16 @@ impl Store {
         if let Some(job) = user {
             return Err(StoreError::FileInUse { file: id.clone(), job: JobId::from(job) });
         }
+        let batch: Option<String> = sqlx::query_scalar(
+            "SELECT id FROM batches WHERE input_file = $1
+             AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling') LIMIT 1",
+        )
+        .bind(id.as_str())
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if let Some(batch) = batch {
+            return Err(StoreError::FileInBatch { file: id.clone(), batch: BatchId::from(batch) });
+        }
         sqlx::query("UPDATE files SET deleted_at = now() WHERE id = $1")
             .bind(id.as_str())
             .execute(&mut *transaction)
@@ -261,7 +287,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the content of expired files that no unfinished job reads, and uploads that broke
+    /// Removes the content of expired files that no unfinished job or batch reads, and uploads that broke
     /// off. Says how many files went. To be called from time to time.
     ///
     /// # Errors
@@ -274,6 +300,9 @@ impl Store {
                     OR (bytes IS NULL AND created_at < now() - $1::interval))
                AND NOT EXISTS (SELECT 1 FROM jobs WHERE finished_at IS NULL
                                AND (training_file = files.id OR validation_file = files.id))
+               AND NOT EXISTS (SELECT 1 FROM batches WHERE input_file = files.id
+                               AND status IN ('validating', 'in_progress', 'finalizing',
+                                              'cancelling'))
              RETURNING id",
         )
         .bind(ABANDONED_AFTER)

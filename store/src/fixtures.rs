@@ -61,6 +61,7 @@ impl World {
             metadata: [("team".to_owned(), "a".to_owned())].into(),
             method: Method::Supervised,
             hyperparameters: Map::from_iter([("n_epochs".to_owned(), json!("auto"))]),
+            most_unfinished: None,
             events: Vec::new(),
         }
     }

@@ -5,6 +5,7 @@
 //! are about. Every write of a worker goes through a [`lease::Lease`] and is fenced by it.
 
 pub mod base_models;
+pub mod batches;
 pub mod checkpoints;
 mod database;
 pub mod embedded;
@@ -28,6 +29,7 @@ pub mod test_db;
 pub mod uploads;
 pub mod validation;
 pub mod watch;
+pub mod webhooks;
 mod words;
 
 pub use error::StoreError;

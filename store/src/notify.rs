@@ -16,6 +16,10 @@ pub enum Channel {
     Queue,
     /// A job has new events or metrics; the notification says which job. A trigger sends it.
     Progress,
+    /// A batch came, or was given up.
+    Batches,
+    /// There is something to tell a webhook endpoint.
+    Webhooks,
 }
 
 impl Channel {
@@ -25,6 +29,8 @@ impl Channel {
             Self::Validation => "tunesmith_validation",
             Self::Queue => "tunesmith_queue",
             Self::Progress => "tunesmith_progress",
+            Self::Batches => "tunesmith_batches",
+            Self::Webhooks => "tunesmith_webhooks",
         }
     }
 }

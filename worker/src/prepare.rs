@@ -35,7 +35,7 @@ pub(crate) async fn prepare(
     };
     Ok(TrainRequest {
         job_id: job.id.clone(),
-        spec: TrainSpec { model: job.model.clone(), seed: job.seed, hyperparameters },
+        spec: TrainSpec { model: model.name.clone(), seed: job.seed, hyperparameters },
         base_model_dir,
         training_file,
         validation_file,

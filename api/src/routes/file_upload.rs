@@ -7,6 +7,7 @@ use crate::routes::files::FileObject;
 use crate::server::AppState;
 use crate::warnings;
 use actix_multipart::{Field, Multipart};
+use actix_web::http::header::CONTENT_LENGTH;
 use actix_web::{HttpMessage as _, HttpRequest, HttpResponse, web};
 use futures::{StreamExt as _, TryStreamExt as _};
 use std::time::Duration;
@@ -47,6 +48,9 @@ pub(crate) async fn create(
     if !is_form(&request) {
         return Err(not_a_form("the fields 'file' and 'purpose'"));
     }
+    let announced =
+        request.headers().get(CONTENT_LENGTH).and_then(|it| it.to_str().ok()?.parse().ok());
+    state.require_storage(&caller.project_id, announced.unwrap_or(0)).await?;
     let mut upload = Upload { id: state.store.begin_file(&caller.project_id).await?, stored: None };
     let mut form = Multipart::new(request.headers(), payload.into_inner());
     match upload.receive(&state, &mut form).await {

@@ -49,6 +49,7 @@ pub(crate) async fn create(
         metadata: asked.metadata,
         method: asked.method,
         hyperparameters: asked.hyperparameters,
+        most_unfinished: state.limits.unfinished_jobs,
         events: asked
             .hyperparameter_warnings
             .into_iter()
@@ -61,7 +62,14 @@ pub(crate) async fn create(
     Ok(reply.json(jobs::shown(&state, &created.job).await?))
 }
 
-fn idempotency(request: &HttpRequest, request_sha256: [u8; 32]) -> Result<Idempotency, ApiError> {
+/// What tells the request from its own retry.
+///
+/// # Errors
+/// `invalid_value` for an `Idempotency-Key` that is none.
+pub(crate) fn idempotency(
+    request: &HttpRequest,
+    request_sha256: [u8; 32],
+) -> Result<Idempotency, ApiError> {
     let header = |name: &str| request.headers().get(name);
     let key = match header(IDEMPOTENCY_KEY) {
         None => None,
@@ -83,7 +91,7 @@ fn idempotency(request: &HttpRequest, request_sha256: [u8; 32]) -> Result<Idempo
 }
 
 async fn base_model(state: &AppState, name: &str) -> Result<BaseModelId, Failure> {
-    match state.store.base_model(name).await {
+    match state.store.base_model(state.base_model_name(name)).await {
         Ok(model) => return Ok(model.id),
         Err(StoreError::NotFound { .. }) => {}
         Err(other) => return Err(other.into()),

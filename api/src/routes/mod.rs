@@ -1,5 +1,6 @@
 //! The paths of the API. One file a group of routes; its tests lie beside it.
 
+mod batches;
 mod checkpoint_permissions;
 mod dashboard;
 mod file_upload;
@@ -12,6 +13,7 @@ mod jobs;
 mod models;
 mod organization;
 mod uploads;
+mod webhook_endpoints;
 mod weights;
 
 pub(crate) use job_parts::EventObject;
@@ -30,20 +32,33 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .service(path("/metrics").get(health::metrics))
         .service(path("/jobs/{id}").get(dashboard::page))
         .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
-        .service(path("/v1/files").get(files::list).post(file_upload::create))
+        // Lists are compressed for who takes that; a reply to a POST is too short to gain by it.
+        .service(
+            path("/v1/files")
+                .route(web::get().to(files::list).wrap(Compress::default()))
+                .post(file_upload::create),
+        )
         .service(path("/v1/files/{id}").get(files::retrieve).delete(files::delete))
         .service(path("/v1/files/{id}/content").get(files::content))
         .service(path("/v1/uploads").post(uploads::create))
         .service(path("/v1/uploads/{id}/parts").post(uploads::add_part))
         .service(path("/v1/uploads/{id}/complete").post(uploads::complete))
         .service(path("/v1/uploads/{id}/cancel").post(uploads::cancel))
-        .service(path("/v1/fine_tuning/jobs").get(jobs::list).post(job_create::create))
+        .service(
+            path("/v1/fine_tuning/jobs")
+                .route(web::get().to(jobs::list).wrap(Compress::default()))
+                .post(job_create::create),
+        )
         .service(path("/v1/fine_tuning/jobs/{id}").get(jobs::retrieve))
         .service(path("/v1/fine_tuning/jobs/{id}/cancel").post(jobs::cancel))
         .service(path("/v1/fine_tuning/jobs/{id}/pause").post(jobs::pause))
         .service(path("/v1/fine_tuning/jobs/{id}/resume").post(jobs::resume))
         .service(path("/v1/fine_tuning/jobs/{id}/events").get(job_parts::events))
-        .service(path("/v1/fine_tuning/jobs/{id}/checkpoints").get(job_parts::checkpoints))
+        .service(
+            path("/v1/fine_tuning/jobs/{id}/checkpoints")
+                .get(job_parts::checkpoints)
+                .wrap(Compress::default()),
+        )
         .service(
             path("/v1/fine_tuning/jobs/{id}/metrics")
                 .get(job_parts::metrics)
@@ -61,8 +76,10 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         )
         .service(path("/v1/fine_tuning/alpha/graders/run").post(graders::run))
         .service(path("/v1/fine_tuning/alpha/graders/validate").post(graders::validate))
+        .configure(batches::configure)
         .configure(organization::configure)
-        .service(path("/v1/models").get(models::list))
+        .configure(webhook_endpoints::configure)
+        .service(path("/v1/models").get(models::list).wrap(Compress::default()))
         // A base model's name may hold slashes, and so may the names made of it.
         .service(path("/v1/models/{name:.+}/weights").get(weights::download))
         .service(path("/v1/models/{name:.+}").get(models::retrieve).delete(models::delete))

@@ -53,8 +53,17 @@ pub(crate) async fn list(
 ) -> Result<web::Json<Page<ModelObject>>, Failure> {
     let base = state.store.list_base_models().await?;
     let tuned = state.store.list_models(&caller.project_id).await?;
-    let models =
-        base.iter().map(ModelObject::from).chain(tuned.iter().map(ModelObject::from)).collect();
+    // Names that stand for a base model that is there are models like any other.
+    let aliases = state.model_aliases.iter().filter_map(|(alias, target)| {
+        let target = base.iter().find(|model| model.name == *target)?;
+        Some(ModelObject { id: alias.clone(), ..ModelObject::from(target) })
+    });
+    let models = base
+        .iter()
+        .map(ModelObject::from)
+        .chain(aliases)
+        .chain(tuned.iter().map(ModelObject::from))
+        .collect();
     Ok(web::Json(Page::new(models, false, |model| &model.id)))
 }
 
@@ -99,11 +108,11 @@ pub(crate) async fn delete(
     }
 }
 
-/// The base model that a path names.
+/// The base model that a path names, by the name that the path gives it.
 pub(crate) async fn base_model(state: &AppState, name: &str) -> Result<BaseModel, Failure> {
-    match state.store.base_model(name).await {
+    match state.store.base_model(state.base_model_name(name)).await {
         Err(StoreError::NotFound { .. }) => Err(no_such_model(name).into()),
-        found => Ok(found?),
+        found => Ok(BaseModel { name: name.to_owned(), ..found? }),
     }
 }
 

@@ -93,6 +93,7 @@ pub(crate) async fn create(
 ) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     let new = new_upload(&body.fields)?;
+    state.require_storage(&caller.project_id, new.bytes).await?;
     let upload = state.store.create_upload(&caller.project_id, &new).await?;
     let mut reply = HttpResponse::Ok();
     let unknown = warnings::unknown_fields(&fields::unknown(&body.fields, &FIELDS));
@@ -111,16 +112,19 @@ fn new_upload(fields: &Map<String, Value>) -> Result<NewUpload, ApiError> {
         file: FileFacts {
             filename: file_upload::filename(&required(fields, "filename")?),
             purpose: file_upload::purpose(&required(fields, "purpose")?)?,
-            expires_after: expires_after(fields)?,
+            expires_after: expires_after(fields, "expires_after")?,
         },
         mime_type,
         bytes: bytes.ok_or_else(|| missing("bytes"))?,
     })
 }
 
-/// `expires_after` of a JSON body: how long the file is kept.
-pub(crate) fn expires_after(fields: &Map<String, Value>) -> Result<Option<Duration>, ApiError> {
-    let Some(value) = given(fields, "expires_after") else { return Ok(None) };
+/// `expires_after` of a JSON body, or a field like it: how long a file is kept.
+pub(crate) fn expires_after(
+    fields: &Map<String, Value>,
+    name: &str,
+) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = given(fields, name) else { return Ok(None) };
     let (low, high) = EXPIRES_AFTER_SECONDS.into_inner();
     let seconds = value["seconds"].as_u64().filter(|seconds| (low..=high).contains(seconds));
     match (value["anchor"].as_str(), seconds) {
@@ -130,7 +134,7 @@ pub(crate) fn expires_after(fields: &Map<String, Value>) -> Result<Option<Durati
                 "{{\"anchor\": \"created_at\", \"seconds\": …}} with a whole number of seconds \
                  between {low} and {high}"
             );
-            Err(invalid_value("expires_after", value, &rule))
+            Err(invalid_value(name, value, &rule))
         }
     }
 }

@@ -14,8 +14,8 @@ use tunesmith_core::ids::ProjectId;
 use tunesmith_store::Store;
 use tunesmith_store::test_db::TestDb;
 
-/// The cap on files, unless a test sets another.
-const MAX_FILE_BYTES: u64 = 1 << 20;
+/// A free port.
+const LISTEN: &str = "127.0.0.1:0";
 
 /// A server and a client with the key of one project.
 pub(crate) struct TestApi {
@@ -47,24 +47,36 @@ impl std::ops::Deref for TestApi {
 impl TestApi {
     /// A server without a validator: jobs stay as the requests left them.
     pub(crate) async fn start() -> Self {
-        Self::build(MAX_FILE_BYTES, false).await
+        Self::build(ApiConfig::new(LISTEN), false).await
     }
 
     /// The same with another cap on files.
     pub(crate) async fn with_max_file_bytes(max_file_bytes: u64) -> Self {
-        Self::build(max_file_bytes, false).await
+        Self::build(ApiConfig { max_file_bytes, ..ApiConfig::new(LISTEN) }, false).await
     }
 
     /// The whole server, which validates.
     pub(crate) async fn with_validator() -> Self {
-        Self::build(MAX_FILE_BYTES, true).await
+        Self::build(ApiConfig::new(LISTEN), true).await
     }
 
-    async fn build(max_file_bytes: u64, validates: bool) -> Self {
+    /// The whole server, which sends webhooks to this range too.
+    pub(crate) async fn with_webhooks_to(range: &str) -> Self {
+        let webhook_ranges = vec![range.parse().expect("a range")];
+        Self::build(ApiConfig { webhook_ranges, ..ApiConfig::new(LISTEN) }, true).await
+    }
+
+    /// A server of this making, without the tasks beside it.
+    pub(crate) async fn with(change: impl FnOnce(&mut ApiConfig)) -> Self {
+        let mut config = ApiConfig::new(LISTEN);
+        change(&mut config);
+        Self::build(config, false).await
+    }
+
+    async fn build(config: ApiConfig, runs_tasks: bool) -> Self {
         let db = TestDb::new().await;
         let store = db.store().clone();
         let project = store.ensure_default_project().await.expect("project");
-        let config = ApiConfig { max_file_bytes, ..ApiConfig::new("127.0.0.1:0") };
         let server = ApiServer::bind(&config, store.clone()).expect("a free port");
         let url = format!("http://{}", server.local_addr());
         let (running, stopped) = oneshot::channel::<()>();
@@ -72,7 +84,7 @@ impl TestApi {
             let _ = stopped.await;
         };
         tokio::spawn(async move {
-            if validates { server.run(stopped).await } else { server.serve(stopped).await }
+            if runs_tasks { server.run(stopped).await } else { server.serve(stopped).await }
         });
         let key = store.create_api_key(&project, "test").await.expect("key").secret;
         let client = Client { url: url.clone(), key: Some(key), http: reqwest::Client::new() };

@@ -1,5 +1,6 @@
 //! `tunesmith api`: the REST API alone.
 
+use crate::api_args::ApiArgs;
 use crate::installation::StoreArgs;
 use crate::parts::{self, DEFAULT_LISTEN};
 use crate::shutdown;
@@ -13,6 +14,8 @@ pub(crate) struct Args {
     #[arg(long, env = "TUNESMITH_LISTEN", value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
     listen: String,
     #[command(flatten)]
+    api: ApiArgs,
+    #[command(flatten)]
     store: StoreArgs,
 }
 
@@ -20,7 +23,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     let store = args.store.connect().await?;
-    let server = parts::bind_api(&args.listen, store.clone())?;
+    let server = parts::bind_api(&args.api.config(&args.listen), store.clone())?;
     parts::print_ready(server.local_addr());
     server.run(stop.cancelled_owned()).await.context("the API broke down")?;
     store.close().await;

@@ -1,5 +1,6 @@
 //! `tunesmith up`: everything on one machine, in one process but for PostgreSQL and the trainer.
 
+use crate::api_args::ApiArgs;
 use crate::installation::{self, DEFAULT_DATA_DIR, DataDir};
 use crate::parts::{self, DEFAULT_LISTEN};
 use crate::{api_key, shutdown};
@@ -7,6 +8,7 @@ use anyhow::{Context as _, bail};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio_util::sync::CancellationToken;
+use tunesmith_api::ApiConfig;
 use tunesmith_store::embedded::Embedded;
 use tunesmith_worker::{Worker, WorkerConfig};
 
@@ -27,6 +29,8 @@ pub(crate) struct Args {
     /// Where jobs train: auto, cpu, cuda, cuda:N, or a list of GPUs such as cuda:0,cuda:1
     #[arg(long, env = "TUNESMITH_DEVICE", default_value = "auto")]
     pub(crate) device: String,
+    #[command(flatten)]
+    api: ApiArgs,
 }
 
 /// Runs the command.
@@ -36,7 +40,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let data = DataDir::create(&args.data_dir)?;
     let worker = parts::worker_config(data.cache_dir(), data.work_dir(), &args.device)?;
     let postgres = Embedded::start(&data.root).await?;
-    let served = serve(&args.listen, &data, worker, &postgres, stop).await;
+    let served = serve(&args.api.config(&args.listen), &data, worker, &postgres, stop).await;
     // Whatever happened: it is stopped in order, and its own failure does not hide the first one.
     let stopped = postgres.stop().await.context("PostgreSQL did not stop");
     served.and(stopped)?;
@@ -45,7 +49,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Runs the API and the worker until `stop`, or until one of them breaks down.
 async fn serve(
-    listen: &str,
+    api: &ApiConfig,
     data: &DataDir,
     worker: WorkerConfig,
     postgres: &Embedded,
@@ -59,7 +63,7 @@ async fn serve(
     api_key::ensure(&worker_store, &data.api_key()).await?;
     let api_store = installation::connect(postgres.url(), &object_store).await?;
 
-    let server = parts::bind_api(listen, api_store.clone())?;
+    let server = parts::bind_api(api, api_store.clone())?;
     let worker = Worker::new(worker_store.clone(), worker);
     parts::print_ready(server.local_addr());
     let parts = async {

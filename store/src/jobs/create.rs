@@ -40,6 +40,8 @@ pub struct NewJob {
     pub method: Method,
     /// The hyperparameters as the client gave them.
     pub hyperparameters: Map<String, Value>,
+    /// How many unfinished jobs the project may have, this one included.
+    pub most_unfinished: Option<u64>,
     /// Events after the first ones: warnings about values that are allowed and rarely meant.
     pub events: Vec<NewEvent>,
 }
@@ -70,7 +72,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NotFound`] with the id of a file that is not in the caller's project (any
-    /// more), [`StoreError::IdempotencyConflict`].
+    /// more), [`StoreError::IdempotencyConflict`], [`StoreError::TooManyJobs`].
     pub async fn create_job(
         &self,
         caller: &Caller,
@@ -89,7 +91,10 @@ impl Store {
         let is_new = made.is_none();
         let id = match made {
             Some(id) => id,
-            None => insert(&mut transaction, caller, new, idempotency).await?,
+            None => {
+                require_room(&mut transaction, caller, new).await?;
+                insert(&mut transaction, caller, new, idempotency).await?
+            }
         };
         let job = sqlx::query_as(concat!(
             "SELECT ",
@@ -118,6 +123,30 @@ async fn lock_request(
         .bind(format!("{} {request}", caller.api_key_id))
         .execute(connection)
         .await?;
+    Ok(())
+}
+
+/// Fails if the project has as many unfinished jobs as it may. Jobs that are being made at the same
+/// time wait for each other, so that no two take the last place.
+async fn require_room(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    new: &NewJob,
+) -> Result<(), StoreError> {
+    let Some(limit) = new.most_unfinished else { return Ok(()) };
+    sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
+        .bind(format!("jobs of {}", caller.project_id))
+        .execute(&mut *connection)
+        .await?;
+    let unfinished: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM jobs WHERE project_id = $1 AND finished_at IS NULL",
+    )
+    .bind(caller.project_id.as_str())
+    .fetch_one(connection)
+    .await?;
+    if crate::rows::bigint(limit) <= unfinished {
+        return Err(StoreError::TooManyJobs { limit });
+    }
     Ok(())
 }
 

@@ -368,3 +368,26 @@ async fn the_schema_refuses_rows_that_cannot_be() {
         assert_eq!(violated, Some(constraint), "{change}");
     }
 }
+
+#[tokio::test]
+async fn a_project_has_no_more_unfinished_jobs_than_it_may_and_a_retry_still_finds_its_own() {
+    let world = World::new().await;
+    let (store, caller) = (world.store(), &world.caller);
+    let new = NewJob { most_unfinished: Some(1), ..world.new_job() };
+    let requests = [once(1), once(2)];
+    let (one, two) = tokio::join!(
+        store.create_job(caller, &new, &requests[0]),
+        store.create_job(caller, &new, &requests[1])
+    );
+    let (made, refused, body) = match (one, two) {
+        (Ok(made), Err(refused)) => (made, refused, 1),
+        (Err(refused), Ok(made)) => (made, refused, 2),
+        other => panic!("exactly one finds room: {other:?}"),
+    };
+    assert!(matches!(refused, StoreError::TooManyJobs { limit: 1 }), "{refused}");
+    let retry = Idempotency { is_retry: true, ..once(body) };
+    let again = store.create_job(caller, &new, &retry).await.expect("its own");
+    assert_eq!(again.job.id, made.job.id);
+    store.request_cancel(&caller.project_id, &made.job.id).await.expect("cancelled");
+    store.create_job(caller, &new, &once(3)).await.expect("there is room again");
+}

@@ -77,6 +77,7 @@ impl World {
             metadata: BTreeMap::new(),
             method: Method::Supervised,
             hyperparameters: serde_json::Map::new(),
+            most_unfinished: None,
             events: Vec::new(),
         };
         let idempotency = Idempotency { key: None, is_retry: false, request_sha256: [0; 32] };

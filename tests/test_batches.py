@@ -1,0 +1,59 @@
+"""The SDK makes batches, which say that models are not served yet."""
+
+import json
+
+import openai
+import pytest
+from harness import valid, wait_for
+
+
+def requests(*custom_ids):
+    for custom_id in custom_ids:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        yield {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def ended(client, batch):
+    def look():
+        now = client.batches.retrieve(batch.id)
+        return now if now.status in ("completed", "failed", "cancelled") else None
+
+    return wait_for(f"the end of {batch.id}", look)
+
+
+def test_a_batch_is_answered_line_by_line(service, client):
+    file = service.upload(list(requests("a", "b", "c")), name="in.jsonl", purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h", metadata={"k": "v"}
+    )
+    assert (batch.object, batch.metadata) == ("batch", {"k": "v"})
+    assert batch.id in [listed.id for listed in client.batches.list(limit=1)]
+    done = valid(ended(client, batch))
+    assert (done.status, done.model, done.output_file_id) == ("completed", "m", None)
+    assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (3, 0, 3)
+    lines = [json.loads(line) for line in client.files.content(done.error_file_id).text.splitlines()]
+    assert [line["custom_id"] for line in lines] == ["a", "b", "c"]
+    assert {line["response"]["body"]["error"]["code"] for line in lines} == {"model_not_served"}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.batches.cancel(batch.id)
+    assert refused.value.code == "invalid_batch_state"
+
+
+def test_a_broken_line_fails_the_batch_by_its_number(service, client):
+    rows = [json.dumps(row) for row in requests("a", "a")]
+    file = service.upload("\n".join([rows[0], "{", rows[1]]), name="in.jsonl", purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    failed = valid(ended(client, batch))
+    assert failed.status == "failed"
+    assert [(error.code, error.line) for error in failed.errors.data] == [
+        ("invalid_json_line", 2),
+        ("duplicate_custom_id", 3),
+    ]
+
+
+def test_a_completion_says_that_models_are_not_served(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
+    assert refused.value.code == "model_not_served"
