@@ -49,6 +49,9 @@ def base_model(directory):
     [
         ({"r": 8}, 14),
         ({"r": 4, "alpha": 32, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}, 4),
+        ({"r": 4, "use_dora": True, "trainable_layers": 1, "loraplus_lr_ratio": 4}, 7),
+        ({"r": 4, "use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}, 4),
+        ({"r": 4, "init_lora_weights": "pissa", "use_rslora": True}, 14),
     ],
 )
 def test_a_small_model_s_adapter_gives_our_logits_in_peft(service, tiny_dir, tmp_path, adapter, module_count):

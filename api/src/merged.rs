@@ -148,7 +148,8 @@ impl Adapter {
         let bytes = bytes.ok_or_else(|| Failure::internal("the adapter has no weights"))?;
         let file = TensorFile::open(objects, weights.file(ADAPTER_WEIGHTS_NAME), bytes).await?;
         let names = file.tensors.keys().map(String::as_str);
-        let pairs = pair_lora_tensors(names, base_has).map_err(Failure::internal)?;
+        let pairs =
+            pair_lora_tensors(names, base_has, config.use_dora).map_err(Failure::internal)?;
         Ok(Self { file, pairs, rank: config.r, scale: config.scale() as f32 })
     }
 
@@ -160,9 +161,15 @@ impl Adapter {
                 weight.dtype, weight.shape
             )));
         };
-        for (matrix, shape) in [(&pair.a, [self.rank, inputs]), (&pair.b, [outputs, self.rank])] {
-            let found = self.file.tensors.get(matrix).map(|tensor| tensor.shape.as_slice());
-            if found != Some(shape.as_slice()) {
+        let parts = [
+            (Some(&pair.a), vec![self.rank, inputs]),
+            (Some(&pair.b), vec![outputs, self.rank]),
+            (pair.magnitude.as_ref(), vec![outputs]),
+        ];
+        for (part, shape) in parts {
+            let Some(matrix) = part else { continue };
+            let found = self.file.tensors.get(matrix).map(|tensor| &tensor.shape);
+            if found != Some(&shape) {
                 return Err(Failure::internal(format!(
                     "{matrix} has the shape {found:?} where {name} and the adapter's rank ask \
                      for {shape:?}"
@@ -233,8 +240,19 @@ async fn stretch_content(
             let weight = base.bytes_of(&tensor).await?;
             let a = adapter.file.numbers_of(&pair.a).await?;
             let b = adapter.file.numbers_of(&pair.b).await?;
+            let magnitude = match &pair.magnitude {
+                Some(magnitude) => Some(adapter.file.numbers_of(magnitude).await?),
+                None => None,
+            };
             let merged = tokio::task::spawn_blocking(move || {
-                merge(&name, &tensor, weight, &a, &b, &adapter)
+                let factors = LoraFactors {
+                    a: &a,
+                    b: &b,
+                    rank: adapter.rank,
+                    scale: adapter.scale,
+                    magnitude: magnitude.as_deref(),
+                };
+                merge(&name, &tensor, weight, &factors)
                     .map_err(|reason| ContentError::Merge { name, reason })
             })
             .await
@@ -251,16 +269,13 @@ fn merge(
     name: &str,
     tensor: &TensorInfo,
     weight: Bytes,
-    a: &[f32],
-    b: &[f32],
-    adapter: &Adapter,
+    factors: &LoraFactors<'_>,
 ) -> Result<Bytes, String> {
     let (Some(float), &[outputs, inputs]) = (float_type(tensor), tensor.shape.as_slice()) else {
         return Err(format!("{name} is no matrix of floats"));
     };
     let mut weight = Vec::from(weight);
-    let factors = LoraFactors { a, b, rank: adapter.rank, scale: adapter.scale };
-    merge_lora(&mut weight, float, [outputs, inputs], &factors).map_err(|e| e.to_string())?;
+    merge_lora(&mut weight, float, [outputs, inputs], factors).map_err(|e| e.to_string())?;
     Ok(weight.into())
 }
 

@@ -113,8 +113,12 @@ impl Validator {
         let (method, request) = (job.method, job.hyperparameters.clone());
         let superseded = Superseded::default();
         let stop = superseded.clone();
+        let layers = base.config["num_hidden_layers"].as_u64().map(|layers| layers as usize);
         let reading = tokio::task::spawn_blocking(move || {
             let (asked, _) = Hyperparameters::parse_for(method, &request, "hyperparameters")?;
+            if let Some(layers) = layers {
+                asked.check_layers(layers, "hyperparameters")?;
+            }
             files.check(&asked, base.context_length, &tokenizer, &stop)
         });
         self.while_claimed(job, reading, &superseded).await

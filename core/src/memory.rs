@@ -4,7 +4,8 @@
 //! for a step, activations for a pass. A test holds the sum against the peak that a trainer shows.
 
 use crate::hyperparameters::{
-    AdapterType, Optimizer, Precision, ResolvedHyperparameters, TARGET_MODULES,
+    AdapterConfig, AdapterType, InitLoraWeights, Optimizer, Precision, ResolvedHyperparameters,
+    TARGET_MODULES,
 };
 use serde::Serialize;
 use std::fmt;
@@ -71,17 +72,19 @@ impl MemoryEstimate {
         pass: PassSize,
     ) -> Self {
         let weights = size.parameters();
+        let trained = size.trained(&hyperparameters.adapter);
         let adapter = match hyperparameters.adapter.kind {
-            AdapterType::Lora => {
-                let targets = &hyperparameters.adapter.target_modules;
-                size.lora_parameters(hyperparameters.adapter.r as u64, targets)
-            }
+            AdapterType::Lora => trained.values,
             AdapterType::Full => 0,
         };
-        let trained = if adapter > 0 { adapter } else { weights };
-        let gradients = F32 * trained;
+        // PiSSA keeps where the adapter started, without which it could not be exported.
+        let start = match hyperparameters.adapter.init_lora_weights {
+            InitLoraWeights::Default => 0,
+            InitLoraWeights::Pissa => adapter,
+        };
+        let gradients = F32 * trained.values;
         let bf16 = hyperparameters.precision == Precision::Bf16;
-        let activations = size.activations(hyperparameters.adapter.kind, bf16, pass);
+        let activations = size.activations(&trained, bf16, pass);
         // Going back, a pass's gradients take the place of its activations, which is the more of
         // the two; recomputed layers add theirs to the step's sum one by one.
         let activations = match (pass.recompute, pass.several) {
@@ -91,9 +94,12 @@ impl MemoryEstimate {
         };
         let frozen = if bf16 { BF16 } else { F32 };
         Self {
-            weights: if adapter > 0 { frozen * weights + F32 * adapter } else { F32 * weights },
+            weights: match hyperparameters.adapter.kind {
+                AdapterType::Lora => frozen * weights + F32 * (adapter + start),
+                AdapterType::Full => F32 * weights,
+            },
             gradients,
-            optimizer: F32 * size.optimizer_state(hyperparameters.optimizer, trained),
+            optimizer: F32 * size.optimizer_state(hyperparameters.optimizer, &trained),
             activations,
             process: PROCESS,
         }
@@ -133,6 +139,20 @@ impl fmt::Display for Size {
     }
 }
 
+/// What of a model trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Trained {
+    values: u64,
+    /// Whether these are weights of the model, and not an adapter beside them.
+    weights: bool,
+    /// The decoder layers that the backward pass goes through: the last ones.
+    layers: u64,
+    /// Whether embedding and head are among it.
+    vocabulary: bool,
+    /// What DoRA adds to a token's activations in one layer.
+    dora_outputs: u64,
+}
+
 impl ModelSize {
     /// Inputs and outputs of a projection.
     fn projection(&self, module: &str) -> (u64, u64) {
@@ -148,32 +168,70 @@ impl ModelSize {
     /// Values of all weights; norms and biases, which are few, as two norms a layer.
     #[must_use]
     pub fn parameters(&self) -> u64 {
+        self.num_hidden_layers * self.layer_parameters()
+            + self.vocabulary_matrices()
+            + self.hidden_size
+    }
+
+    fn layer_parameters(&self) -> u64 {
         let projections = TARGET_MODULES.iter().map(|module| {
             let (inputs, outputs) = self.projection(module);
             inputs * outputs
         });
-        let layer = projections.sum::<u64>() + 2 * self.hidden_size;
-        self.num_hidden_layers * layer + self.vocabulary_matrices() + self.hidden_size
+        projections.sum::<u64>() + 2 * self.hidden_size
     }
 
-    /// Values of a LoRA adapter of rank `r`.
-    fn lora_parameters(&self, r: u64, target_modules: &[String]) -> u64 {
-        let modules = target_modules.iter().map(|module| {
+    /// What `adapter` trains of this model.
+    fn trained(&self, adapter: &AdapterConfig) -> Trained {
+        let first = adapter.first_trained_layer(self.num_hidden_layers as usize);
+        let layers = self.num_hidden_layers - first as u64;
+        let vocabulary = adapter.kind == AdapterType::Full && adapter.trainable_layers == 0;
+        let values = match adapter.kind {
+            AdapterType::Lora => layers * self.layer_lora_parameters(adapter),
+            AdapterType::Full if vocabulary => self.parameters(),
+            AdapterType::Full => layers * self.layer_parameters() + self.hidden_size,
+        };
+        let weights = adapter.kind == AdapterType::Full;
+        Trained { values, weights, layers, vocabulary, dora_outputs: self.dora_outputs(adapter) }
+    }
+
+    /// Values of the adapter of one layer.
+    fn layer_lora_parameters(&self, adapter: &AdapterConfig) -> u64 {
+        let modules = adapter.target_modules.iter().map(|module| {
             let (inputs, outputs) = self.projection(module);
-            r * (inputs + outputs)
+            let magnitudes = if adapter.use_dora { outputs } else { 0 };
+            adapter.r as u64 * (inputs + outputs) + magnitudes
         });
-        self.num_hidden_layers * modules.sum::<u64>()
+        modules.sum()
     }
 
-    /// Values that the optimiser remembers of `trained` ones.
-    fn optimizer_state(&self, optimizer: Optimizer, trained: u64) -> u64 {
+    /// Values that DoRA keeps of a token in one layer: what each adapted projection gives before
+    /// its magnitudes. Projections of one input are kept together.
+    fn dora_outputs(&self, adapter: &AdapterConfig) -> u64 {
+        if adapter.kind == AdapterType::Full || !adapter.use_dora {
+            return 0;
+        }
+        let together: [&[&str]; 4] = [
+            &["q_proj", "k_proj", "v_proj"],
+            &["o_proj"],
+            &["gate_proj", "up_proj"],
+            &["down_proj"],
+        ];
+        let is_target = |module: &&str| adapter.target_modules.iter().any(|name| name == module);
+        let adapted = together.into_iter().filter(|modules| modules.iter().any(is_target));
+        adapted.flatten().map(|module| self.projection(module).1).sum()
+    }
+
+    /// Values that the optimiser remembers of the trained ones.
+    fn optimizer_state(&self, optimizer: Optimizer, trained: &Trained) -> u64 {
         match optimizer {
             // Both moments.
-            Optimizer::Adamw => 2 * trained,
+            Optimizer::Adamw => 2 * trained.values,
             // A value a row and one a column are too few to count.
             Optimizer::Adafactor => 0,
             // The momentum of the layers' matrices, and both moments of embedding and head.
-            Optimizer::Muon => trained + self.vocabulary_matrices(),
+            Optimizer::Muon if trained.vocabulary => trained.values + self.vocabulary_matrices(),
+            Optimizer::Muon => trained.values,
         }
     }
 
@@ -184,12 +242,12 @@ impl ModelSize {
     }
 
     /// Bytes that a pass holds at its peak.
-    fn activations(&self, kind: AdapterType, bf16: bool, pass: PassSize) -> u64 {
+    fn activations(&self, trained: &Trained, bf16: bool, pass: PassSize) -> u64 {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let qkv = self.query_width + 2 * self.key_value_width;
         // Of each token: the layer's input and the middle of the residual stream; queries, keys
         // and values, and what attention makes of them.
-        let numbers = 2 * hidden + qkv + self.query_width;
+        let numbers = 2 * hidden + qkv + self.query_width + trained.dora_outputs;
         // Both norms' outputs; gate, up and their product.
         let operands = 2 * hidden + 3 * inner;
         let layer = match bf16 {
@@ -197,30 +255,30 @@ impl ModelSize {
             // What attention makes is kept once as it is, and once as the next projection's input.
             true => F32 * numbers + BF16 * (operands + self.query_width),
         };
+        // Layers below the first one that trains leave nothing for the backward pass.
         let kept = if pass.recompute {
-            self.num_hidden_layers * F32 * hidden + layer
+            trained.layers * F32 * hidden + layer
         } else {
-            self.num_hidden_layers * layer
+            trained.layers * layer
         };
         // Going back through the feed-forward block: the gradients of gate, up and their product.
         let gradients = F32 * (2 * hidden + 3 * inner);
         // A chunk's logits; the head's gradient is made while the chunks are.
         let head = F32 * CHUNK_LOGITS.min(pass.tokens * self.vocab_size);
-        let of_weights = match kind {
-            AdapterType::Lora => 0,
-            AdapterType::Full => {
-                let rounded = if bf16 { BF16 * self.rounded_weights(pass) } else { 0 };
-                F32 * self.vocab_size * hidden + rounded
-            }
-        };
-        pass.tokens * (kept + gradients) + head + of_weights
+        let head_gradient = if trained.vocabulary { F32 * self.vocab_size * hidden } else { 0 };
+        let rounded = if bf16 { BF16 * self.rounded_weights(trained, pass) } else { 0 };
+        pass.tokens * (kept + gradients) + head + head_gradient + rounded
     }
 
     /// Weights of which a pass holds a copy in bf16 while what trains is f32.
-    fn rounded_weights(&self, pass: PassSize) -> u64 {
-        let head = self.vocab_size * self.hidden_size;
-        let layers = self.parameters() - self.vocabulary_matrices();
-        head + if pass.recompute { layers / self.num_hidden_layers.max(1) } else { layers }
+    fn rounded_weights(&self, trained: &Trained, pass: PassSize) -> u64 {
+        let head = if trained.vocabulary { self.vocab_size * self.hidden_size } else { 0 };
+        let layers = match (trained.weights, pass.recompute) {
+            (false, _) => 0,
+            (true, false) => trained.layers,
+            (true, true) => trained.layers.min(1),
+        };
+        head + layers * self.layer_parameters()
     }
 }
 
@@ -240,11 +298,20 @@ mod tests {
     };
 
     fn estimate(kind: &str, tokens: u64, recompute: bool) -> MemoryEstimate {
-        estimate_in("fp32", kind, tokens, recompute)
+        estimate_of(&serde_json::json!({"type": kind}), tokens, recompute)
     }
 
     fn estimate_in(precision: &str, kind: &str, tokens: u64, recompute: bool) -> MemoryEstimate {
         let fields = serde_json::json!({"adapter": {"type": kind}, "precision": precision});
+        estimate_with(&fields, tokens, recompute)
+    }
+
+    fn estimate_of(adapter: &serde_json::Value, tokens: u64, recompute: bool) -> MemoryEstimate {
+        let fields = serde_json::json!({"adapter": adapter, "precision": "fp32"});
+        estimate_with(&fields, tokens, recompute)
+    }
+
+    fn estimate_with(fields: &serde_json::Value, tokens: u64, recompute: bool) -> MemoryEstimate {
         let (parsed, _) =
             Hyperparameters::parse(fields.as_object().expect("object"), "").expect("valid");
         let resolved = parsed.resolve(&DataFacts { examples: 100, context_length: 2048 });
@@ -255,8 +322,23 @@ mod tests {
     #[test]
     fn parameters_are_those_of_the_published_model() {
         assert_eq!(SMOLLM2_135M.parameters(), 134_515_008);
-        let all = TARGET_MODULES.map(str::to_owned);
-        assert_eq!(SMOLLM2_135M.lora_parameters(16, &all), 4_884_480);
+        assert_eq!(SMOLLM2_135M.trained(&AdapterConfig::default()).values, 4_884_480);
+    }
+
+    #[test]
+    fn frozen_layers_have_weights_and_nothing_else() {
+        let last = serde_json::json!({"type": "full", "trainable_layers": 3});
+        let (last, full) = (estimate_of(&last, 4096, false), estimate("full", 4096, false));
+        assert_eq!(last.weights, full.weights);
+        // A layer has 3,540,096 values; the final norm has 576.
+        let trained = 3 * 3_540_096 + 576;
+        assert_eq!((last.gradients, last.optimizer), (4 * trained, 8 * trained));
+        assert!(last.activations * 4 < full.activations, "{last} {full}");
+
+        let last = serde_json::json!({"type": "lora", "trainable_layers": 3});
+        let (last, lora) = (estimate_of(&last, 4096, false), estimate("lora", 4096, false));
+        assert_eq!(last.gradients * 10, lora.gradients);
+        assert!(last.activations * 4 < lora.activations, "{last} {lora}");
     }
 
     #[test]
@@ -264,16 +346,35 @@ mod tests {
         let full = estimate("full", 1, false);
         assert_eq!(full.weights + full.gradients + full.optimizer, 16 * 134_515_008);
         let lora = estimate("lora", 1, false);
+        let pissa = estimate_of(&serde_json::json!({"init_lora_weights": "pissa"}), 1, false);
+        assert_eq!(pissa.weights - lora.weights, 4 * 4_884_480);
         let adapter = 16 * 4_884_480;
         assert_eq!(lora.weights + lora.gradients + lora.optimizer, 4 * 134_515_008 + adapter);
     }
 
     #[test]
+    fn dora_has_a_magnitude_a_row_and_keeps_what_it_scales() {
+        let of = |targets: &[&str]| {
+            let adapter = serde_json::json!({"target_modules": targets, "use_dora": true});
+            let plain = serde_json::json!({"target_modules": targets});
+            let (dora, lora) = (estimate_of(&adapter, 100, true), estimate_of(&plain, 100, true));
+            (dora.gradients - lora.gradients, dora.activations - lora.activations)
+        };
+        // Queries and keys are projected as one, with the values.
+        assert_eq!(of(&["q_proj", "k_proj"]), (4 * 30 * (576 + 192), 4 * 100 * (576 + 2 * 192)));
+        assert_eq!(of(&["down_proj"]), (4 * 30 * 576, 4 * 100 * 576));
+    }
+
+    #[test]
     fn optimizers_remember_two_values_of_each_weight_or_fewer() {
-        let remembered = |optimizer| SMOLLM2_135M.optimizer_state(optimizer, 134_515_008);
+        let trained = SMOLLM2_135M.trained(&AdapterConfig::full());
+        let remembered = |optimizer| SMOLLM2_135M.optimizer_state(optimizer, &trained);
         assert_eq!(remembered(Optimizer::Adamw), 2 * 134_515_008);
         assert_eq!(remembered(Optimizer::Muon), 134_515_008 + 49_152 * 576);
         assert_eq!(remembered(Optimizer::Adafactor), 0);
+        let last = AdapterConfig { trainable_layers: 1, ..AdapterConfig::full() };
+        let last = SMOLLM2_135M.trained(&last);
+        assert_eq!(SMOLLM2_135M.optimizer_state(Optimizer::Muon, &last), last.values);
     }
 
     #[test]

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use tunesmith_core::hyperparameters::{
-    AdapterConfig, MuonLearningRate, Optimizer as OptimizerKind, Precision,
+    AdapterConfig, InitLoraWeights, MuonLearningRate, Optimizer as OptimizerKind, Precision,
 };
 
+use crate::adapters::pissa;
 use crate::batch::{Batch, BatchOutcome};
 use crate::device::Device;
 use crate::error::EngineError;
@@ -19,7 +20,7 @@ use crate::ops::head::HeadLoss;
 use crate::optim::adamw::AdamWParams;
 use crate::optim::gradient_norm::{clip_factor, global_norm};
 use crate::optim::optimizer::Optimizer;
-use crate::parameter::{NamedTensor, Parameters, read};
+use crate::parameter::{NamedSource, NamedTensor, Parameters, read};
 
 /// The optimiser's memory, as a checkpoint keeps it.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,6 +44,8 @@ pub struct TrainableModel {
     parameters: Parameters,
     optimizer: Optimizer,
     gradient_checkpointing: bool,
+    /// A₀ and B₀ of PiSSA, without which the adapter would not go on the original base model.
+    start: Option<Arc<[NamedTensor]>>,
 }
 
 impl TrainableModel {
@@ -64,9 +67,9 @@ impl TrainableModel {
 
     /// As [`TrainableModel::load`], in the precision that `device` makes of `precision`.
     ///
-    /// In bf16, products of the base model's matrices multiply bf16 and add in f32; frozen matrices
-    /// are stored in bf16, and so are the inputs that projections keep for the backward pass. What
-    /// trains, its gradients and the optimiser's memory stay f32.
+    /// In bf16, products of the base model's matrices multiply bf16 and add in f32; the matrices
+    /// beside an adapter are stored in bf16, and so are the inputs that projections keep for the
+    /// backward pass. What trains, its gradients and the optimiser's memory stay f32.
     ///
     /// # Errors
     /// As [`TrainableModel::load`].
@@ -77,13 +80,38 @@ impl TrainableModel {
         device: &Device,
         precision: Precision,
     ) -> Result<Self, EngineError> {
+        Self::load_to_go_on(dir, adapter, seed, device, precision, None)
+    }
+
+    /// As [`TrainableModel::load_with_precision`], for a run that goes on from a checkpoint, whose
+    /// [`TrainableModel::exported_tensors`] are `exported`: what the adapter once started with is
+    /// taken from these where it belongs to the weights (PiSSA). They still are to be loaded.
+    ///
+    /// # Errors
+    /// As [`TrainableModel::load`]; [`EngineError::Checkpoint`] when `exported` does not fit.
+    pub fn load_to_go_on(
+        dir: &Path,
+        adapter: &AdapterConfig,
+        seed: u64,
+        device: &Device,
+        precision: Precision,
+        exported: Option<&[NamedTensor]>,
+    ) -> Result<Self, EngineError> {
         let bf16 = device.precision(precision) == Precision::Bf16;
-        let (decoder, parameters) = load::load(dir, adapter, seed, device, bf16)?;
+        let start = match exported {
+            Some(tensors) if adapter.init_lora_weights == InitLoraWeights::Pissa => {
+                Some(NamedSource::new(pissa::without_initial(tensors.to_vec())?.1)?)
+            }
+            _ => None,
+        };
+        let (decoder, parameters) = load::load(dir, adapter, seed, device, bf16, start)?;
+        let start = decoder.starts_with_pissa().then(|| parameters.named()).transpose()?;
         Ok(Self {
             decoder: Arc::new(decoder),
             parameters,
             optimizer: Optimizer::default(),
             gradient_checkpointing: false,
+            start: start.map(Arc::from),
         })
     }
 
@@ -236,6 +264,46 @@ impl TrainableModel {
         self.parameters.named()
     }
 
+    /// What belongs into the weights that a job gives: for LoRA an adapter of the original base
+    /// model, in the shape of [`AdapterConfig::exported`]; for full fine-tuning every tensor of the
+    /// model, frozen ones among them.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails.
+    pub fn exported_tensors(&self) -> Result<Vec<NamedTensor>, EngineError> {
+        match &self.start {
+            Some(start) => Ok(pissa::with_initial(self.parameters.named()?, start)),
+            None if self.decoder.has_adapter() => self.parameters.named(),
+            None => self.parameters.named_all(),
+        }
+    }
+
+    /// Replaces the tensors that train by those inside of [`TrainableModel::exported_tensors`].
+    ///
+    /// # Errors
+    /// [`EngineError::Checkpoint`] naming a tensor that is missing, unknown or misshapen, or when
+    /// PiSSA started elsewhere: nothing is changed then.
+    pub fn load_exported_tensors(
+        &mut self,
+        mut tensors: Vec<NamedTensor>,
+    ) -> Result<(), EngineError> {
+        if let Some(start) = &self.start {
+            let (trained, mut found) = pissa::without_initial(tensors)?;
+            let mut start = start.to_vec();
+            for list in [&mut found, &mut start] {
+                list.sort_by(|a, b| a.name.cmp(&b.name));
+            }
+            if found != start {
+                return Err(EngineError::Checkpoint(
+                    "the adapter started with PiSSA from other weights than these".to_owned(),
+                ));
+            }
+            return self.load_trainable_tensors(trained);
+        }
+        tensors.retain(|tensor| !self.parameters.is_frozen(&tensor.name));
+        self.load_trainable_tensors(tensors)
+    }
+
     /// Replaces the tensors that train by those of [`TrainableModel::trainable_tensors`].
     ///
     /// # Errors
@@ -270,6 +338,7 @@ impl TrainableModel {
             parameters: self.parameters.replica(device.burn()),
             optimizer: Optimizer::default(),
             gradient_checkpointing: self.gradient_checkpointing,
+            start: self.start.clone(),
         }
     }
 

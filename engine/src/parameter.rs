@@ -43,6 +43,8 @@ pub(crate) struct Parameter {
     /// Σ of the gradients since the last update, without autodiff.
     gradient: Option<Tensor<2>>,
     trainable: bool,
+    /// Multiplies the learning rate of this parameter's updates.
+    learning_rate_factor: f64,
     names: Vec<NamedRows>,
 }
 
@@ -88,8 +90,19 @@ impl Parameters {
         names: Vec<NamedRows>,
     ) -> ParameterId {
         let value = value.autodiff().set_require_grad(trainable);
-        self.entries.push(Parameter { value, gradient: None, trainable, names });
+        self.entries.push(Parameter {
+            value,
+            gradient: None,
+            trainable,
+            learning_rate_factor: 1.0,
+            names,
+        });
         ParameterId(self.entries.len() - 1)
+    }
+
+    /// Makes a parameter learn at `factor` times the learning rate of the others.
+    pub(crate) fn set_learning_rate_factor(&mut self, id: ParameterId, factor: f64) {
+        self.entries[id.0].learning_rate_factor = factor;
     }
 
     /// The same values as constants: what evaluation and generation run on.
@@ -98,6 +111,7 @@ impl Parameters {
             value: entry.value.clone().inner().autodiff(),
             gradient: None,
             trainable: false,
+            learning_rate_factor: 1.0,
             names: Vec::new(),
         };
         Self { entries: self.entries.iter().map(freeze).collect(), bf16: self.bf16 }
@@ -110,6 +124,7 @@ impl Parameters {
             value: entry.leaf_on(device),
             gradient: None,
             trainable: entry.trainable,
+            learning_rate_factor: entry.learning_rate_factor,
             names: entry.names.clone(),
         };
         Self { entries: self.entries.iter().map(copy).collect(), bf16: self.bf16 }
@@ -130,6 +145,12 @@ impl Parameters {
         for (entry, other) in self.trainable_mut().zip(replica.trainable()) {
             entry.value = other.leaf_on(&entry.value.device().inner());
         }
+    }
+
+    /// Every parameter's position.
+    #[cfg(test)]
+    pub(crate) fn ids(&self) -> impl Iterator<Item = ParameterId> + use<> {
+        (0..self.entries.len()).map(ParameterId)
     }
 
     /// The parameters that train.
@@ -160,11 +181,18 @@ impl Parameters {
 
     /// The public tensors of all parameters that train.
     pub(crate) fn named(&self) -> Result<Vec<NamedTensor>, EngineError> {
-        let mut tensors = Vec::new();
-        for entry in self.trainable() {
-            entry.split(&entry.value, "", &mut tensors)?;
-        }
-        Ok(tensors)
+        named(self.trainable())
+    }
+
+    /// The public tensors of all parameters, frozen ones among them.
+    pub(crate) fn named_all(&self) -> Result<Vec<NamedTensor>, EngineError> {
+        named(self.entries.iter())
+    }
+
+    /// Whether the public tensor `name` is one of a frozen parameter.
+    pub(crate) fn is_frozen(&self, name: &str) -> bool {
+        let mut frozen = self.entries.iter().filter(|entry| !entry.trainable);
+        frozen.any(|entry| entry.names.iter().any(|named| named.name == name))
     }
 
     /// Replaces the values of all parameters that train; nothing changes when `tensors` does not
@@ -192,6 +220,11 @@ impl Parameter {
     /// The public tensors inside, in the order of their rows.
     pub(crate) fn names(&self) -> &[NamedRows] {
         &self.names
+    }
+
+    /// What the learning rate of an update is multiplied by.
+    pub(crate) fn learning_rate_factor(&self) -> f64 {
+        self.learning_rate_factor
     }
 
     pub(crate) fn value(&self) -> &Tensor<2> {
@@ -260,6 +293,16 @@ impl Parameter {
         let device = self.value.device().inner();
         Ok(Tensor::from_data(TensorData::new(values, self.dims()), &device))
     }
+}
+
+fn named<'a>(
+    entries: impl Iterator<Item = &'a Parameter>,
+) -> Result<Vec<NamedTensor>, EngineError> {
+    let mut tensors = Vec::new();
+    for entry in entries {
+        entry.split(&entry.value, "", &mut tensors)?;
+    }
+    Ok(tensors)
 }
 
 /// Copies a tensor's values to the host, in f32.

@@ -169,6 +169,7 @@ impl TestApi {
             base_model: Some(BASE.to_owned()),
             adapter: adapter.clone(),
             fused_projections: false,
+            layers: None,
         };
         let files: HashMap<&str, Vec<u8>> = match config.to_json() {
             Ok(config) => HashMap::from([

@@ -15,6 +15,18 @@ pub enum AdapterType {
     Full,
 }
 
+/// Where A and B start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InitLoraWeights {
+    /// A random, B zero.
+    #[default]
+    Default,
+    /// From the weight's leading singular triplets, which the frozen weight gives up in exchange
+    /// (PiSSA, Meng et al. 2024).
+    Pissa,
+}
+
 /// The seven projections of a decoder layer, by Hugging Face's names.
 pub const TARGET_MODULES: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -57,6 +69,17 @@ pub struct AdapterConfig {
     pub target_modules: Vec<String>,
     /// Scale alpha / √r (rank-stabilised LoRA, Kalajdzievski 2023) in place of alpha / r.
     pub use_rslora: bool,
+    /// Weight decomposition (DoRA, Liu et al. 2024): W + s·B·A gives the direction of each output's
+    /// row, and a magnitude of its own, which trains, the length.
+    pub use_dora: bool,
+    /// Where A and B start. The adapter of a job with `pissa` has twice the rank, so that it goes on
+    /// the original base model, as PEFT converts it.
+    pub init_lora_weights: InitLoraWeights,
+    /// Learning rate of B as a multiple of that of A (LoRA+, Hayou et al. 2024); 1 for plain LoRA.
+    pub loraplus_lr_ratio: f64,
+    /// Only the last so many decoder layers train: their adapters, or with full fine-tuning their
+    /// weights and those of the final norm, while embedding and head are frozen. 0 for all.
+    pub trainable_layers: usize,
 }
 
 impl Default for AdapterConfig {
@@ -68,6 +91,10 @@ impl Default for AdapterConfig {
             dropout: 0.0,
             target_modules: TARGET_MODULES.map(str::to_owned).to_vec(),
             use_rslora: false,
+            use_dora: false,
+            init_lora_weights: InitLoraWeights::Default,
+            loraplus_lr_ratio: 1.0,
+            trainable_layers: 0,
         }
     }
 }
@@ -84,6 +111,64 @@ impl AdapterConfig {
     pub fn scale(&self) -> f64 {
         let rank = self.r as f64;
         if self.use_rslora { self.alpha / rank.sqrt() } else { self.alpha / rank }
+    }
+
+    /// The shape of the adapter that the job gives: with PiSSA a plain LoRA of twice the rank and
+    /// the same scale, whose A is A over A₀ and whose B is B beside −B₀.
+    #[must_use]
+    pub fn exported(&self) -> Self {
+        match self.init_lora_weights {
+            InitLoraWeights::Default => self.clone(),
+            InitLoraWeights::Pissa => Self {
+                r: 2 * self.r,
+                alpha: self.alpha * if self.use_rslora { 2f64.sqrt() } else { 2.0 },
+                init_lora_weights: InitLoraWeights::Default,
+                ..self.clone()
+            },
+        }
+    }
+
+    /// The first decoder layer that trains, in a model of `layers` layers.
+    #[must_use]
+    pub fn first_trained_layer(&self, layers: usize) -> usize {
+        if self.trainable_layers == 0 { 0 } else { layers.saturating_sub(self.trainable_layers) }
+    }
+
+    /// What is wrong with `trainable_layers` in a model of `layers` layers, as a rule.
+    #[must_use]
+    pub fn too_many_layers(&self, layers: usize) -> Option<String> {
+        (self.trainable_layers > layers).then(|| {
+            format!(
+                "{layers} or less, as the base model has {layers} layers, or 0 to train all of them"
+            )
+        })
+    }
+
+    /// A setting that means nothing beside the others: its name, and what it must be.
+    pub(super) fn misplaced(&self) -> Option<(&'static str, &'static str)> {
+        match self.kind {
+            AdapterType::Full if self.use_dora => {
+                Some(("use_dora", "left out beside \"type\": \"full\", which has no adapter"))
+            }
+            AdapterType::Full if self.init_lora_weights != InitLoraWeights::Default => Some((
+                "init_lora_weights",
+                "left out beside \"type\": \"full\", which has no adapter",
+            )),
+            AdapterType::Lora
+                if self.init_lora_weights == InitLoraWeights::Pissa && self.use_dora =>
+            {
+                Some((
+                    "init_lora_weights",
+                    "\"default\" beside use_dora: what PiSSA takes from the weights could not be \
+                     given back exactly to the original base model",
+                ))
+            }
+            AdapterType::Full if self.loraplus_lr_ratio != 1.0 => Some((
+                "loraplus_lr_ratio",
+                "left out beside \"type\": \"full\", which has no A and B",
+            )),
+            _ => None,
+        }
     }
 }
 

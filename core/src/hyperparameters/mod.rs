@@ -14,7 +14,9 @@ mod reader;
 #[cfg(test)]
 mod tests;
 
-pub use adapter::{AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of};
+pub use adapter::{
+    AdapterConfig, AdapterType, InitLoraWeights, TARGET_MODULES, fused_module_of, target_modules_of,
+};
 pub use method::{Method, PreferenceLoss};
 pub use optimization::{LrScheduler, MuonLearningRate, OnDivergence, Optimizer};
 pub use precision::Precision;
@@ -259,6 +261,21 @@ impl Hyperparameters {
             return Ok(());
         }
         optimization::check_without_validation_rows(self, path)
+    }
+
+    /// Checks that a base model of `layers` decoder layers has those that are asked for. `path` is
+    /// where the hyperparameters stand in the request.
+    ///
+    /// # Errors
+    /// `invalid_value` naming the hyperparameter and the number of layers.
+    pub fn check_layers(&self, layers: usize, path: &str) -> Result<(), ApiError> {
+        let Some(rule) = self.adapter.too_many_layers(layers) else { return Ok(()) };
+        let asked = self.adapter.trainable_layers;
+        Err(ApiError::new(
+            ErrorCode::InvalidValue,
+            format!("Invalid value for 'trainable_layers': {asked}. It must be {rule}."),
+        )
+        .with_param(format!("{path}.adapter.trainable_layers")))
     }
 
     /// The method's own learning rate, by which a multiplier counts.

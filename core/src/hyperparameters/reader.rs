@@ -1,7 +1,7 @@
 //! Reading hyperparameters out of a request; every error names its field, its value and the rule.
 
 use super::Auto;
-use super::adapter::{AdapterConfig, AdapterType, TARGET_MODULES};
+use super::adapter::{AdapterConfig, AdapterType, InitLoraWeights, TARGET_MODULES};
 use crate::errors::{ApiError, ErrorCode};
 use serde::de::{DeserializeOwned, Deserializer, Visitor, value::Error as Refused};
 use serde::{Deserialize as _, forward_to_deserialize_any};
@@ -105,7 +105,18 @@ impl Reader<'_> {
         };
         let path = format!("{}.adapter", self.path);
         let reader = Reader { fields, path: &path };
-        const KNOWN: [&str; 6] = ["type", "r", "alpha", "dropout", "target_modules", "use_rslora"];
+        const KNOWN: [&str; 10] = [
+            "type",
+            "r",
+            "alpha",
+            "dropout",
+            "target_modules",
+            "use_rslora",
+            "use_dora",
+            "init_lora_weights",
+            "loraplus_lr_ratio",
+            "trainable_layers",
+        ];
         if let Some((name, value)) = fields.iter().find(|(key, _)| !KNOWN.contains(&key.as_str())) {
             return Err(reader.invalid(
                 name,
@@ -125,6 +136,12 @@ impl Reader<'_> {
         adapter.dropout =
             reader.number("dropout", closed(0.0, 0.9))?.unwrap_or_else(|| adapter.dropout);
         adapter.use_rslora = reader.boolean("use_rslora")?.unwrap_or_else(|| adapter.use_rslora);
+        adapter.use_dora = reader.boolean("use_dora")?.unwrap_or_else(|| adapter.use_dora);
+        if let Some(value) = reader.given("init_lora_weights") {
+            adapter.init_lora_weights = InitLoraWeights::deserialize(value).map_err(|_| {
+                reader.invalid("init_lora_weights", value, "\"default\" or \"pissa\"")
+            })?;
+        }
         if let Some(value) = reader.given("target_modules") {
             adapter.target_modules = target_modules(value).ok_or_else(|| {
                 let all = TARGET_MODULES.join(", ");
@@ -134,6 +151,15 @@ impl Reader<'_> {
                     format_args!("\"all-linear\" or a list with at least one of {all}"),
                 )
             })?;
+        }
+        adapter.loraplus_lr_ratio = reader
+            .number("loraplus_lr_ratio", closed(1.0, 1024.0))?
+            .unwrap_or_else(|| adapter.loraplus_lr_ratio);
+        let trainable_layers = reader.integer("trainable_layers", closed(0.0, 4096.0))?;
+        adapter.trainable_layers =
+            trainable_layers.unwrap_or_else(|| adapter.trainable_layers as u64) as usize;
+        if let Some((name, rule)) = adapter.misplaced() {
+            return Err(reader.invalid(name, &fields[name], rule));
         }
         Ok(adapter)
     }

@@ -52,7 +52,17 @@ fn a_value_out_of_range_is_refused_naming_parameter_value_and_range() {
         json!({"adapter": {"type": "prefix"}}),
         json!({"adapter": {"target_modules": []}}),
         json!({"adapter": {"target_modules": ["q_proj", "w_pack"]}}),
+        json!({"adapter": {"target_modules": "some-linear"}}),
         json!({"adapter": {"rank": 8}}),
+        json!({"adapter": {"loraplus_lr_ratio": 0.5}}),
+        json!({"adapter": {"type": "full", "loraplus_lr_ratio": 16}}),
+        json!({"adapter": {"use_dora": "yes"}}),
+        json!({"adapter": {"type": "full", "use_dora": true}}),
+        json!({"adapter": {"init_lora_weights": "olora"}}),
+        json!({"adapter": {"init_lora_weights": "pissa", "use_dora": true}}),
+        json!({"adapter": {"type": "full", "init_lora_weights": "pissa"}}),
+        json!({"adapter": {"trainable_layers": -1}}),
+        json!({"adapter": {"trainable_layers": 1.5}}),
         json!({"learning_rate": 1e-4, "learning_rate_multiplier": 2}),
     ] {
         let error = parse(&bad).expect_err(&bad.to_string());
@@ -213,6 +223,68 @@ fn a_stored_job_that_is_older_than_a_field_is_read_with_its_default() {
     fields["adapter"].as_object_mut().expect("object").remove("use_rslora");
     let read: ResolvedHyperparameters = serde_json::from_value(stored).expect("readable");
     assert_eq!(read, resolved);
+}
+
+#[test]
+fn target_modules_are_names_or_all_linear_in_one_order() {
+    let modules = |value: Value| {
+        resolve(&json!({"adapter": {"target_modules": value}}), 20).adapter.target_modules
+    };
+    assert_eq!(modules(json!("all-linear")), TARGET_MODULES);
+    assert_eq!(modules(json!(["v_proj", "q_proj", "v_proj"])), ["q_proj", "v_proj"]);
+}
+
+#[test]
+fn a_faster_b_is_refused_where_there_is_no_b() {
+    let plus = resolve(&json!({"adapter": {"loraplus_lr_ratio": 16}}), 20).adapter;
+    assert_eq!(plus.loraplus_lr_ratio, 16.0);
+    let fields = json!({"adapter": {"type": "full", "loraplus_lr_ratio": 16}});
+    let error = parse(&fields).expect_err("no B");
+    assert_eq!(error.param, Some(format!("{PATH}.adapter.loraplus_lr_ratio")));
+    assert!(error.message.contains("left out beside \"type\": \"full\""), "{}", error.message);
+}
+
+#[test]
+fn only_the_layers_there_are_can_train() {
+    for kind in ["lora", "full"] {
+        let asked = parse(&json!({"adapter": {"type": kind, "trainable_layers": 3}}));
+        let asked = asked.expect("valid");
+        asked.check_layers(3, PATH).expect("all of them");
+        assert_eq!(asked.adapter.first_trained_layer(12), 9);
+        let error = asked.check_layers(2, PATH).expect_err("two layers");
+        assert_eq!(error.param, Some(format!("{PATH}.adapter.trainable_layers")));
+        assert!(error.message.contains("3. It must be 2 or less"), "{}", error.message);
+    }
+    let all = resolve(&json!({}), 20).adapter;
+    assert_eq!((all.first_trained_layer(12), all.too_many_layers(12)), (0, None));
+}
+
+#[test]
+fn a_pissa_adapter_is_exported_with_twice_the_rank_and_the_same_scale() {
+    for use_rslora in [false, true] {
+        let fields = json!({"r": 4, "init_lora_weights": "pissa", "use_rslora": use_rslora});
+        let adapter = resolve(&json!({"adapter": fields}), 20).adapter;
+        assert_eq!(adapter.init_lora_weights, InitLoraWeights::Pissa);
+        let exported = adapter.exported();
+        assert_eq!((exported.r, exported.init_lora_weights), (8, InitLoraWeights::Default));
+        assert!((exported.scale() / adapter.scale() - 1.0).abs() < 1e-12);
+    }
+    let plain = AdapterConfig::default();
+    assert_eq!(plain.exported(), plain);
+}
+
+#[test]
+fn an_adapter_of_an_older_job_is_read_with_the_defaults_of_newer_fields() {
+    let stored = json!({"type": "lora", "r": 4, "alpha": 8.0, "dropout": 0.0,
+        "target_modules": ["q_proj"], "use_rslora": false});
+    let read: AdapterConfig = serde_json::from_value(stored).expect("readable");
+    let expected = AdapterConfig {
+        r: 4,
+        alpha: 8.0,
+        target_modules: vec!["q_proj".to_owned()],
+        ..AdapterConfig::default()
+    };
+    assert_eq!(read, expected);
 }
 
 fn parse_pairs(value: &Value) -> Result<Hyperparameters, ApiError> {

@@ -1,4 +1,5 @@
-//! Adds a LoRA adapter into the weight that it adapts: W ← W + scale · B·A (Hu et al. 2021).
+//! Adds a LoRA adapter into the weight that it adapts: W ← W + scale · B·A (Hu et al. 2021), and
+//! with DoRA gives each row of that its magnitude for a length (Liu et al. 2024).
 //!
 //! Works on the bytes of one tensor at a time, so that a model of any size merges as a stream.
 
@@ -61,7 +62,7 @@ impl FloatType {
     }
 }
 
-/// The two matrices of one adapted projection, row by row, and the factor on their product.
+/// The matrices of one adapted projection, row by row, and the factor on their product.
 #[derive(Debug, Clone, Copy)]
 pub struct LoraFactors<'a> {
     /// A, `[rank, inputs]`.
@@ -72,6 +73,8 @@ pub struct LoraFactors<'a> {
     pub rank: usize,
     /// alpha / r, or alpha / √r for rsLoRA.
     pub scale: f32,
+    /// DoRA's length of each row, `[outputs]`.
+    pub magnitude: Option<&'a [f32]>,
 }
 
 /// Sizes that do not fit together.
@@ -92,9 +95,10 @@ pub struct MergeError {
     pub columns: usize,
 }
 
-/// Adds scale · B·A to `weight`, the bytes of a `[outputs, inputs]` tensor of type `float`.
+/// Adds scale · B·A to `weight`, the bytes of a `[outputs, inputs]` tensor of type `float`. With
+/// magnitudes each row of the sum is then brought to its magnitude.
 ///
-/// Sums run in f32, and each element is rounded once, at the end.
+/// Sums run in f32, lengths of rows in f64, and each element is rounded once, at the end.
 ///
 /// # Errors
 /// When a size differs from `[outputs, inputs]` and the rank; the weight is then untouched.
@@ -104,23 +108,34 @@ pub fn merge_lora(
     [outputs, inputs]: [usize; 2],
     factors: &LoraFactors<'_>,
 ) -> Result<(), MergeError> {
-    let &LoraFactors { a, b, rank, scale } = factors;
+    let &LoraFactors { a, b, rank, scale, magnitude } = factors;
     check("weight", weight.len() / float.size(), outputs, inputs)?;
     check("adapter's A", a.len(), rank, inputs)?;
     check("adapter's B", b.len(), outputs, rank)?;
+    if let Some(magnitude) = magnitude {
+        check("adapter's magnitude", magnitude.len(), outputs, 1)?;
+    }
     if inputs == 0 || rank == 0 {
         return Ok(());
     }
     let mut product = vec![0.0f32; inputs];
-    for (row, b_row) in weight.chunks_exact_mut(inputs * float.size()).zip(b.chunks_exact(rank)) {
+    let rows = weight.chunks_exact_mut(inputs * float.size()).zip(b.chunks_exact(rank));
+    for (output, (row, b_row)) in rows.enumerate() {
         product.fill(0.0);
         for (&factor, a_row) in b_row.iter().zip(a.chunks_exact(inputs)) {
             for (sum, &value) in product.iter_mut().zip(a_row) {
                 *sum += factor * value;
             }
         }
+        for (number, sum) in row.chunks_exact(float.size()).zip(&mut product) {
+            *sum = float.read(number) + scale * *sum;
+        }
+        let gain = magnitude.map_or(1.0, |magnitude| {
+            let squares: f64 = product.iter().map(|&x| f64::from(x).powi(2)).sum();
+            f64::from(magnitude[output]) / squares.sqrt()
+        });
         for (number, &sum) in row.chunks_exact_mut(float.size()).zip(&product) {
-            float.write(float.read(number) + scale * sum, number);
+            float.write((f64::from(sum) * gain) as f32, number);
         }
     }
     Ok(())
@@ -168,7 +183,7 @@ mod tests {
         let mut bytes: Vec<u8> =
             numbers(&mut rng, OUTPUTS * INPUTS).into_iter().flat_map(encode).collect();
         let exact = naive(&float.decode(&bytes), &a, &b);
-        let factors = LoraFactors { a: &a, b: &b, rank: RANK, scale: SCALE };
+        let factors = LoraFactors { a: &a, b: &b, rank: RANK, scale: SCALE, magnitude: None };
         merge_lora(&mut bytes, float, [OUTPUTS, INPUTS], &factors).expect("sizes fit");
         (float.decode(&bytes), exact)
     }
@@ -199,7 +214,8 @@ mod tests {
         // 1 + 2⁻⁷ and 1 + 2⁻⁶. The even ones are 1 and 1 + 2⁻⁶.
         for (added, expected) in [(1.0 / 256.0, 1.0), (3.0 / 256.0, 1.0 + 1.0 / 64.0)] {
             let mut bytes = bf16::ONE.to_le_bytes();
-            let factors = LoraFactors { a: &[added], b: &[1.0], rank: 1, scale: 1.0 };
+            let factors =
+                LoraFactors { a: &[added], b: &[1.0], rank: 1, scale: 1.0, magnitude: None };
             merge_lora(&mut bytes, FloatType::Bf16, [1, 1], &factors).expect("sizes fit");
             assert_eq!(bf16::from_le_bytes(bytes).to_f32(), expected);
         }
@@ -208,10 +224,36 @@ mod tests {
     #[test]
     fn an_adapter_of_another_shape_is_refused_and_changes_nothing() {
         let mut bytes = [0u8; 8];
-        let factors = LoraFactors { a: &[1.0; 3], b: &[1.0], rank: 1, scale: 1.0 };
+        let factors = LoraFactors { a: &[1.0; 3], b: &[1.0], rank: 1, scale: 1.0, magnitude: None };
         let error =
             merge_lora(&mut bytes, FloatType::F32, [1, 2], &factors).expect_err("3 is not 2");
         assert_eq!((error.part, error.found, error.columns), ("adapter's A", 3, 2));
+        let factors = LoraFactors { a: &[1.0; 2], magnitude: Some(&[1.0; 2]), ..factors };
+        let error =
+            merge_lora(&mut bytes, FloatType::F32, [1, 2], &factors).expect_err("2 is not 1");
+        assert_eq!((error.part, error.found, error.rows), ("adapter's magnitude", 2, 1));
         assert_eq!(bytes, [0; 8]);
+    }
+
+    #[test]
+    fn each_row_gets_the_length_of_its_magnitude_and_keeps_its_direction() {
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let (a, b) = (numbers(&mut rng, RANK * INPUTS), numbers(&mut rng, OUTPUTS * RANK));
+        let weight = numbers(&mut rng, OUTPUTS * INPUTS);
+        let magnitude = numbers(&mut rng, OUTPUTS);
+        let sum = naive(&weight, &a, &b);
+        let mut bytes: Vec<u8> = weight.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let factors =
+            LoraFactors { a: &a, b: &b, rank: RANK, scale: SCALE, magnitude: Some(&magnitude) };
+        merge_lora(&mut bytes, FloatType::F32, [OUTPUTS, INPUTS], &factors).expect("sizes fit");
+        let merged = FloatType::F32.decode(&bytes);
+        for ((row, sum), m) in
+            merged.chunks_exact(INPUTS).zip(sum.chunks_exact(INPUTS)).zip(magnitude)
+        {
+            let length = sum.iter().map(|x| x * x).sum::<f64>().sqrt();
+            for (merged, sum) in row.iter().zip(sum) {
+                assert!((f64::from(*merged) - f64::from(m) * sum / length).abs() < 1e-6);
+            }
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! How weights lie on disk and in the object store: manifests, PEFT's adapter format, merging.
 
+mod lora_tensors;
 mod manifest;
 mod merge;
 mod peft;
 
+pub use lora_tensors::{
+    LoraMatrix, LoraPair, base_tensor_name, lora_tensor_name, pair_lora_tensors,
+    projection_tensor_name,
+};
 pub use manifest::{MANIFEST_NAME, Manifest, ManifestFile};
 pub use merge::{FloatType, LoraFactors, MergeError, merge_lora};
-pub use peft::{
-    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, LoraMatrix, LoraPair, PeftConfig, PeftError,
-    base_tensor_name, lora_tensor_name, pair_lora_tensors, projection_tensor_name,
-};
+pub use peft::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig, PeftError};

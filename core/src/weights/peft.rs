@@ -1,12 +1,12 @@
-//! PEFT's adapter format, as PEFT 0.21 writes and reads it: `adapter_config.json` and the names
-//! of the tensors in `adapter_model.safetensors`.
+//! PEFT's `adapter_config.json`, as PEFT 0.21 writes and reads it.
 
 use crate::hyperparameters::{
     AdapterConfig, AdapterType, TARGET_MODULES, fused_module_of, target_modules_of,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// The file that describes an adapter.
 pub const ADAPTER_CONFIG_NAME: &str = "adapter_config.json";
@@ -14,8 +14,6 @@ pub const ADAPTER_CONFIG_NAME: &str = "adapter_config.json";
 pub const ADAPTER_WEIGHTS_NAME: &str = "adapter_model.safetensors";
 
 const PEFT_VERSION: &str = "0.21.2";
-/// PEFT wraps the model twice before its own parameters are named.
-const PREFIX: &str = "base_model.model.";
 
 /// The fields of `adapter_config.json` that say something about a LoRA adapter; everything else
 /// that PEFT knows is written as the plain LoRA that it is.
@@ -28,6 +26,9 @@ pub struct PeftConfig {
     /// Whether the base model stores q, k and v as one `qkv_proj`, and gate and up as one
     /// `gate_up_proj`, as Phi-3 does: these are then the modules that PEFT knows.
     pub fused_projections: bool,
+    /// The decoder layers that are adapted: from the first of them to the last of the model. None
+    /// for all, which is also what an adapter with `trainable_layers` 0 has.
+    pub layers: Option<Range<usize>>,
 }
 
 /// Why an adapter cannot be used.
@@ -38,7 +39,7 @@ pub enum PeftError {
     Format(#[from] serde_json::Error),
     /// A variant of LoRA that is not supported.
     #[error(
-        "{ADAPTER_CONFIG_NAME} has {field} = {value}, but only plain LoRA and rsLoRA on linear \
+        "{ADAPTER_CONFIG_NAME} has {field} = {value}, but only LoRA, rsLoRA and DoRA on linear \
          layers are supported"
     )]
     Unsupported {
@@ -59,8 +60,8 @@ pub enum PeftError {
         /// Its name.
         tensor: String,
     },
-    /// A without B, or B without A.
-    #[error("the adapter has {present} but not its other half {missing}")]
+    /// A without B, B without A, or a DoRA module without one of its three tensors.
+    #[error("the adapter has {present} but not {missing}, which belongs to it")]
     Half {
         /// The tensor that is there.
         present: String,
@@ -80,9 +81,37 @@ struct Read {
     #[serde(default)]
     use_rslora: bool,
     #[serde(default)]
+    use_dora: bool,
+    #[serde(default)]
+    layers_to_transform: Option<Layers>,
+    #[serde(default)]
     base_model_name_or_path: Option<String>,
     #[serde(flatten)]
     rest: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Layers {
+    One(usize),
+    List(Vec<usize>),
+}
+
+impl Layers {
+    /// The layers as a range; None for all, an error for layers with gaps.
+    fn range(self) -> Result<Option<Range<usize>>, PeftError> {
+        let mut layers = match self {
+            Self::One(layer) => vec![layer],
+            Self::List(layers) => layers,
+        };
+        layers.sort_unstable();
+        let (Some(&first), Some(&last)) = (layers.first(), layers.last()) else { return Ok(None) };
+        if layers.iter().copied().eq(first..=last) {
+            return Ok(Some(first..last + 1));
+        }
+        let value = format!("{layers:?}");
+        Err(PeftError::Unsupported { field: "layers_to_transform", value })
+    }
 }
 
 #[derive(Deserialize)]
@@ -105,7 +134,7 @@ struct Written<'a> {
     init_lora_weights: bool,
     layer_replication: (),
     layers_pattern: (),
-    layers_to_transform: (),
+    layers_to_transform: Option<Vec<usize>>,
     loftq_config: Map<String, Value>,
     lora_alpha: Value,
     lora_bias: bool,
@@ -149,7 +178,7 @@ impl PeftConfig {
             init_lora_weights: true,
             layer_replication: (),
             layers_pattern: (),
-            layers_to_transform: (),
+            layers_to_transform: self.layers.clone().map(Iterator::collect),
             loftq_config: Map::new(),
             lora_alpha: whole_if_possible(adapter.alpha),
             lora_bias: false,
@@ -166,7 +195,7 @@ impl PeftConfig {
             target_parameters: (),
             task_type: "CAUSAL_LM",
             trainable_token_indices: (),
-            use_dora: false,
+            use_dora: adapter.use_dora,
             use_qalora: false,
             use_rslora: adapter.use_rslora,
         })?)
@@ -203,7 +232,6 @@ impl PeftConfig {
             "fan_in_fan_out",
             "kasa_config",
             "layer_replication",
-            "layers_to_transform",
             "loftq_config",
             "lora_bias",
             "modules_to_save",
@@ -212,7 +240,6 @@ impl PeftConfig {
             "target_parameters",
             "trainable_token_indices",
             "use_bdlora",
-            "use_dora",
             "use_qalora",
             "velora_config",
         ] {
@@ -223,6 +250,7 @@ impl PeftConfig {
         if let Some(bias) = read.rest.get("bias").filter(|bias| *bias != "none") {
             return Err(PeftError::Unsupported { field: "bias", value: bias.to_string() });
         }
+        let layers = read.layers_to_transform.map_or(Ok(None), Layers::range)?;
         let mut fused_projections = false;
         let target_modules = match read.target_modules {
             Targets::Word(word) if word == "all-linear" => {
@@ -254,8 +282,12 @@ impl PeftConfig {
                 dropout: read.lora_dropout,
                 target_modules,
                 use_rslora: read.use_rslora,
+                use_dora: read.use_dora,
+                trainable_layers: layers.as_ref().map_or(0, Range::len),
+                ..AdapterConfig::default()
             },
             fused_projections,
+            layers,
         })
     }
 }
@@ -279,93 +311,6 @@ fn says_nothing(value: &Value) -> bool {
     }
 }
 
-/// Which of an adapter's two matrices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LoraMatrix {
-    /// `[rank, inputs]`.
-    A,
-    /// `[outputs, rank]`.
-    B,
-}
-
-impl LoraMatrix {
-    const fn suffix(self) -> &'static str {
-        match self {
-            Self::A => ".lora_A.weight",
-            Self::B => ".lora_B.weight",
-        }
-    }
-}
-
-/// The Hugging Face name of a projection's weight, e.g. `model.layers.0.self_attn.q_proj.weight`.
-#[must_use]
-pub fn projection_tensor_name(layer: usize, module: &str) -> String {
-    let block = match module {
-        "gate_proj" | "up_proj" | "down_proj" => "mlp",
-        _ => "self_attn",
-    };
-    format!("model.layers.{layer}.{block}.{module}.weight")
-}
-
-/// PEFT's name of the matrix that adapts the weight `base_tensor`, e.g.
-/// `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
-#[must_use]
-pub fn lora_tensor_name(base_tensor: &str, matrix: LoraMatrix) -> String {
-    let module = base_tensor.strip_suffix(".weight").unwrap_or(base_tensor);
-    format!("{PREFIX}{module}{}", matrix.suffix())
-}
-
-/// The other way: which weight a tensor of an adapter belongs to, and as which matrix.
-#[must_use]
-pub fn base_tensor_name(lora_tensor: &str) -> Option<(String, LoraMatrix)> {
-    let name = lora_tensor.strip_prefix(PREFIX)?;
-    [LoraMatrix::A, LoraMatrix::B].into_iter().find_map(|matrix| {
-        let module = name.strip_suffix(matrix.suffix())?;
-        Some((format!("{module}.weight"), matrix))
-    })
-}
-
-/// The names of the two tensors that adapt one weight.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LoraPair {
-    /// A's name.
-    pub a: String,
-    /// B's name.
-    pub b: String,
-}
-
-/// Finds for each adapted weight of the base model its two tensors of the adapter.
-///
-/// # Errors
-/// When a tensor goes to no weight, stands without its other half, or there is none at all.
-pub fn pair_lora_tensors<'a>(
-    adapter_tensors: impl IntoIterator<Item = &'a str>,
-    base_has: impl Fn(&str) -> bool,
-) -> Result<BTreeMap<String, LoraPair>, PeftError> {
-    let mut halves: BTreeMap<String, [bool; 2]> = BTreeMap::new();
-    for tensor in adapter_tensors {
-        let (base, matrix) = base_tensor_name(tensor)
-            .filter(|(base, _)| base_has(base))
-            .ok_or_else(|| PeftError::Unmatched { tensor: tensor.to_owned() })?;
-        halves.entry(base).or_default()[usize::from(matrix == LoraMatrix::B)] = true;
-    }
-    if halves.is_empty() {
-        return Err(PeftError::NoModule);
-    }
-    halves
-        .into_iter()
-        .map(|(base, found)| {
-            let a = lora_tensor_name(&base, LoraMatrix::A);
-            let b = lora_tensor_name(&base, LoraMatrix::B);
-            match found {
-                [true, true] => Ok((base, LoraPair { a, b })),
-                [true, false] => Err(PeftError::Half { present: a, missing: b }),
-                _ => Err(PeftError::Half { present: b, missing: a }),
-            }
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -382,6 +327,7 @@ mod tests {
                 ..AdapterConfig::default()
             },
             fused_projections: false,
+            layers: None,
         }
     }
 
@@ -423,6 +369,27 @@ mod tests {
     }
 
     #[test]
+    fn the_last_layers_alone_are_written_as_pefts_layers_to_transform() {
+        let adapter = AdapterConfig { trainable_layers: 2, ..config().adapter };
+        let last = PeftConfig { adapter, layers: Some(10..12), ..config() };
+        let text = last.to_json().expect("json");
+        let written: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(written["layers_to_transform"], serde_json::json!([10, 11]));
+        assert_eq!(PeftConfig::parse(text.as_bytes()).expect("parse"), last);
+        let one = text
+            .replace("layers_to_transform\": [\n    10,\n    11\n  ]", "layers_to_transform\": 7");
+        assert_eq!(PeftConfig::parse(one.as_bytes()).expect("parse").layers, Some(7..8));
+    }
+
+    #[test]
+    fn a_dora_config_comes_back_as_it_was_written() {
+        let adapter = AdapterConfig { use_dora: true, ..config().adapter };
+        let dora = PeftConfig { adapter, ..config() };
+        let text = dora.to_json().expect("json");
+        assert_eq!(PeftConfig::parse(text.as_bytes()).expect("parse"), dora);
+    }
+
+    #[test]
     fn a_config_that_peft_wrote_is_read() {
         let read =
             PeftConfig::parse(include_bytes!("../../tests/reference/peft_adapter_config.json"))
@@ -435,9 +402,9 @@ mod tests {
     fn a_variant_that_we_cannot_compute_is_refused_by_its_field() {
         for (field, value) in [
             ("peft_type", serde_json::json!("LOHA")),
-            ("use_dora", serde_json::json!(true)),
             ("bias", serde_json::json!("all")),
             ("rank_pattern", serde_json::json!({"q_proj": 4})),
+            ("layers_to_transform", serde_json::json!([1, 3])),
             ("modules_to_save", serde_json::json!(["lm_head"])),
             ("target_modules", serde_json::json!(".*_proj")),
             ("target_modules", serde_json::json!(["c_attn"])),
@@ -459,36 +426,8 @@ mod tests {
             base_model: None,
             adapter: AdapterConfig::full(),
             fused_projections: false,
+            layers: None,
         };
         assert!(matches!(full.to_json(), Err(PeftError::Unsupported { .. })));
-    }
-
-    #[test]
-    fn tensor_names_go_both_ways() {
-        let base = projection_tensor_name(3, "q_proj");
-        assert_eq!(base, "model.layers.3.self_attn.q_proj.weight");
-        assert_eq!(projection_tensor_name(0, "down_proj"), "model.layers.0.mlp.down_proj.weight");
-        let name = lora_tensor_name(&base, LoraMatrix::A);
-        assert_eq!(name, "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight");
-        assert_eq!(base_tensor_name(&name), Some((base, LoraMatrix::A)));
-        assert_eq!(base_tensor_name("model.norm.weight"), None);
-    }
-
-    #[test]
-    fn an_adapter_that_matches_no_module_or_half_of_one_is_refused() {
-        let base = projection_tensor_name(0, "v_proj");
-        let (a, b) =
-            (lora_tensor_name(&base, LoraMatrix::A), lora_tensor_name(&base, LoraMatrix::B));
-        let pairs = pair_lora_tensors([a.as_str(), &b], |name| name == base).expect("pair");
-        assert_eq!(pairs[&base], LoraPair { a: a.clone(), b: b.clone() });
-        assert!(matches!(pair_lora_tensors([], |_| true), Err(PeftError::NoModule)));
-        assert!(matches!(
-            pair_lora_tensors([a.as_str(), &b], |_| false),
-            Err(PeftError::Unmatched { tensor }) if tensor == a
-        ));
-        assert!(matches!(
-            pair_lora_tensors([b.as_str()], |_| true),
-            Err(PeftError::Half { missing, .. }) if missing == a
-        ));
     }
 }

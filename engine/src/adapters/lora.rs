@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tunesmith_core::hyperparameters::{AdapterConfig, TARGET_MODULES};
+use tunesmith_core::hyperparameters::{AdapterConfig, InitLoraWeights, TARGET_MODULES};
 
+use super::pissa::{Start, principal};
+use crate::device::Device;
 use crate::error::EngineError;
 
 /// A LoRA configuration that was checked.
@@ -17,6 +19,12 @@ pub(crate) struct Lora {
     pub(crate) scale: f32,
     /// Probability that an element of A's input is dropped in training.
     pub(crate) dropout: f64,
+    /// What the learning rate of B is multiplied by (LoRA+, Hayou et al. 2024).
+    pub(crate) learning_rate_ratio: f64,
+    /// Whether each adapted row has a magnitude of its own (DoRA).
+    pub(crate) dora: bool,
+    /// Whether A and B start as the principal part of their weight (PiSSA).
+    pub(crate) pissa: bool,
     /// For each of [`TARGET_MODULES`], whether it is adapted.
     targets: [bool; TARGET_MODULES.len()],
     seed: u64,
@@ -42,6 +50,10 @@ impl Lora {
                 config.dropout
             ));
         }
+        let ratio = config.loraplus_lr_ratio;
+        if !ratio.is_finite() || ratio <= 0.0 {
+            return refuse(format!("loraplus_lr_ratio is {ratio}: use 1 or more"));
+        }
         if config.target_modules.is_empty() {
             return refuse(format!(
                 "the adapter has no target_modules: choose among {}",
@@ -65,6 +77,9 @@ impl Lora {
             rank: config.r,
             scale: config.scale() as f32,
             dropout: config.dropout,
+            learning_rate_ratio: ratio,
+            dora: config.use_dora,
+            pissa: config.init_lora_weights == InitLoraWeights::Pissa,
             targets,
             seed,
         })
@@ -90,20 +105,65 @@ impl Lora {
         )))
     }
 
+    /// Where the adapter of a module starts with PiSSA.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails.
+    pub(crate) fn principal(
+        &self,
+        weight: &[f32],
+        shape: [usize; 2],
+        (layer, module): (usize, usize),
+        device: &Device,
+    ) -> Result<Start, EngineError> {
+        let draw = (self.seed, stream(layer, module));
+        principal(weight, shape, self.rank, self.scale, draw, device.burn())
+    }
+
     /// A new A `[r, inputs]`: Kaiming uniform with a = √5, which is U(−1/√in, 1/√in). B starts at
     /// 0, so that the adapted model starts as the base model. Each module draws from a stream of
     /// its own: its A does not depend on which others are adapted.
     pub(crate) fn initial_a(&self, layer: usize, module: usize, inputs: usize) -> Vec<f32> {
         let mut generator = ChaCha8Rng::seed_from_u64(self.seed);
-        generator.set_stream((layer * TARGET_MODULES.len() + module) as u64);
+        generator.set_stream(stream(layer, module));
         let bound = 1.0 / (inputs as f32).sqrt();
         (0..self.rank * inputs).map(|_| generator.random_range(-bound..bound)).collect()
     }
 }
 
+/// The random stream of a module.
+fn stream(layer: usize, module: usize) -> u64 {
+    (layer * TARGET_MODULES.len() + module) as u64
+}
+
 /// PEFT's name of a module's matrix; `matrix` is `A` or `B`.
 pub(crate) fn tensor_name(module_path: &str, matrix: char) -> String {
     format!("base_model.model.{module_path}.lora_{matrix}.weight")
+}
+
+/// PEFT's name of a module's magnitudes.
+pub(crate) fn magnitude_name(module_path: &str) -> String {
+    format!("base_model.model.{module_path}.lora_magnitude_vector")
+}
+
+/// L2 norm of each of the rows of `weight`, which are `inputs` wide: where magnitudes start.
+///
+/// # Errors
+/// [`EngineError::Adapter`] for a row of zeros, by whose length DoRA would divide.
+pub(crate) fn row_lengths(
+    weight: &[f32],
+    inputs: usize,
+    name: &str,
+) -> Result<Vec<f32>, EngineError> {
+    let length = |row: &[f32]| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt() as f32;
+    let lengths: Vec<f32> = weight.chunks_exact(inputs).map(length).collect();
+    match lengths.iter().position(|&length| length == 0.0) {
+        Some(row) => Err(EngineError::Adapter(format!(
+            "row {row} of {name} is all zeros, and use_dora divides by its length: leave the \
+             module out of target_modules, or use LoRA without use_dora"
+        ))),
+        None => Ok(lengths),
+    }
 }
 
 #[cfg(test)]
@@ -160,6 +220,7 @@ mod tests {
             (AdapterConfig { r: 0, ..config() }, "rank"),
             (AdapterConfig { alpha: 0.0, ..config() }, "alpha"),
             (AdapterConfig { dropout: 1.0, ..config() }, "dropout"),
+            (AdapterConfig { loraplus_lr_ratio: 0.0, ..config() }, "loraplus_lr_ratio"),
             (AdapterConfig { target_modules: Vec::new(), ..config() }, "target_modules"),
             (AdapterConfig { target_modules: vec!["wq".to_owned()], ..config() }, "\"wq\""),
         ];

@@ -1,3 +1,4 @@
 //! What trains beside frozen weights.
 
 pub(crate) mod lora;
+pub(crate) mod pissa;

@@ -66,7 +66,7 @@ impl Adapter {
             .map(|tensor| (tensor.name, tensor.data))
             .collect();
         let names = tensors.keys().map(String::as_str);
-        let pairs = pair_lora_tensors(names, |name| base_tensors.contains(name))
+        let pairs = pair_lora_tensors(names, |name| base_tensors.contains(name), adapter.use_dora)
             .map_err(|error| refuse(&error))?;
         Ok(Self { pairs, tensors, rank: adapter.r, scale: adapter.scale() })
     }
@@ -112,6 +112,7 @@ impl Adapter {
             b: &self.tensors[&pair.b],
             rank: self.rank,
             scale: self.scale as f32,
+            magnitude: pair.magnitude.as_ref().map(|name| self.tensors[name].as_slice()),
         };
         merge_lora(bytes, float, shape, &factors)
             .map_err(|error| EngineError::Adapter(format!("tensor {name}: {error}")))

@@ -54,11 +54,14 @@ pub fn write_weights(
     match adapter.kind {
         AdapterType::Lora => {
             let path = dir.join(ADAPTER_CONFIG_NAME);
-            let fused_projections = ModelConfig::read(base_dir)?.fused_projections;
+            let base = ModelConfig::read(base_dir)?;
+            let layers = base.num_hidden_layers;
             let config = PeftConfig {
                 base_model: Some(facts.spec.model.clone()),
-                adapter: adapter.clone(),
-                fused_projections,
+                adapter: adapter.exported(),
+                fused_projections: base.fused_projections,
+                layers: (adapter.trainable_layers > 0)
+                    .then(|| adapter.first_trained_layer(layers)..layers),
             };
             let json = config.to_json().map_err(|error| EngineError::Adapter(error.to_string()))?;
             fs::write(&path, json).map_err(EngineError::io(&path))?;

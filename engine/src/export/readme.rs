@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use tunesmith_core::hyperparameters::{AdapterType, Method, PreferenceLoss};
+use tunesmith_core::hyperparameters::{AdapterType, InitLoraWeights, Method, PreferenceLoss};
 
 use super::JobFacts;
 
@@ -24,15 +24,38 @@ pub(super) fn readme(facts: &JobFacts<'_>) -> String {
         AdapterType::Lora => row(
             "method",
             &format_args!(
-                "LoRA, r {}, alpha {}, dropout {}{}, on {}",
+                "{}, r {}, alpha {}, dropout {}{}{}{}, on {}{}",
+                if adapter.use_dora { "DoRA" } else { "LoRA" },
                 adapter.r,
                 adapter.alpha,
                 adapter.dropout,
                 if adapter.use_rslora { ", rank-stabilised" } else { "" },
-                adapter.target_modules.join(", ")
+                match adapter.init_lora_weights {
+                    InitLoraWeights::Default => "",
+                    InitLoraWeights::Pissa => {
+                        ", started as the principal part of the weights (PiSSA), and here converted \
+                         to a LoRA of twice the rank on the original base model"
+                    }
+                },
+                match adapter.loraplus_lr_ratio {
+                    1.0 => String::new(),
+                    ratio => format!(", B at {ratio} times the learning rate (LoRA+)"),
+                },
+                adapter.target_modules.join(", "),
+                match adapter.trainable_layers {
+                    0 => String::new(),
+                    last => format!(" of the last {last} layers"),
+                },
             ),
         ),
-        AdapterType::Full => row("method", &"full fine-tuning"),
+        AdapterType::Full if adapter.trainable_layers == 0 => row("method", &"full fine-tuning"),
+        AdapterType::Full => row(
+            "method",
+            &format_args!(
+                "full fine-tuning of the last {} layers and the final norm",
+                adapter.trainable_layers
+            ),
+        ),
     }
     if hyperparameters.method == Method::Dpo {
         let beta = hyperparameters.beta;

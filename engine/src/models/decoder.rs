@@ -33,6 +33,8 @@ pub(crate) struct Decoder {
     /// The embedding itself when the two are tied.
     head: ParameterId,
     lora: Option<Lora>,
+    /// What lies below this layer is computed without a graph, unless the embedding trains.
+    first_trained_layer: usize,
     /// α of NEFTune; 0 for none.
     neftune_noise_alpha: f64,
 }
@@ -76,6 +78,8 @@ pub(crate) struct Adapter {
     pub(crate) a: ParameterId,
     /// `[Σ outputs, r]`.
     pub(crate) b: ParameterId,
+    /// DoRA's lengths of the adapted rows, `[Σ outputs, 1]`.
+    pub(crate) magnitude: Option<ParameterId>,
     pub(crate) parts: Vec<AdaptedModule>,
 }
 
@@ -146,8 +150,19 @@ impl Decoder {
         norm: ParameterId,
         head: ParameterId,
         lora: Option<Lora>,
+        first_trained_layer: usize,
     ) -> Self {
-        Self { config, embedding, layers, norm, head, lora, neftune_noise_alpha: 0.0 }
+        let neftune_noise_alpha = 0.0;
+        Self {
+            config,
+            embedding,
+            layers,
+            norm,
+            head,
+            lora,
+            first_trained_layer,
+            neftune_noise_alpha,
+        }
     }
 
     /// Adds noise to the embeddings in training from now on; 0 for none.
@@ -184,6 +199,20 @@ impl Decoder {
 
     pub(super) fn num_layers(&self) -> usize {
         self.layers.len()
+    }
+
+    pub(super) fn first_trained_layer(&self) -> usize {
+        self.first_trained_layer
+    }
+
+    /// Whether an adapter trains, and not the weights themselves.
+    pub(crate) fn has_adapter(&self) -> bool {
+        self.lora.is_some()
+    }
+
+    /// Whether the adapter started as the principal part of the weights.
+    pub(crate) fn starts_with_pissa(&self) -> bool {
+        self.lora.as_ref().is_some_and(|lora| lora.pissa)
     }
 
     /// −log p of each of `targets` in a batch, whose own weights count for nothing.
@@ -309,6 +338,7 @@ impl Decoder {
             a: parameters[adapter.a].clone(),
             b: parameters[adapter.b].clone(),
             scale: lora.scale,
+            magnitude: adapter.magnitude.map(|magnitude| parameters[magnitude].clone()),
             parts: adapter.parts.iter().map(part).collect(),
         })
     }

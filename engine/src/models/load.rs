@@ -9,20 +9,23 @@ use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, target_modules
 use super::config::ModelConfig;
 use super::decoder::{AdaptedModule, Adapter, Decoder, HeadNorms, Layer, Projection};
 use super::weights::WeightFiles;
-use crate::adapters::lora::{Lora, tensor_name};
+use crate::adapters::lora::{Lora, magnitude_name, row_lengths, tensor_name};
+use crate::adapters::pissa::{Start, residual};
 use crate::device::Device;
 use crate::error::EngineError;
 use crate::ops::bf16::is_bf16;
-use crate::parameter::{NamedRows, ParameterId, Parameters};
+use crate::parameter::{NamedRows, NamedSource, ParameterId, Parameters};
 
 /// Builds the decoder of `dir`, and what `adapter` trains of it. With `bf16`, products multiply
-/// that, and frozen matrices are stored so.
+/// that, and frozen matrices are stored so. A run that goes on with PiSSA has in `start` the A₀ and
+/// B₀ that it began with, by their names.
 pub(crate) fn load(
     dir: &Path,
     adapter: &AdapterConfig,
     seed: u64,
     device: &Device,
     bf16: bool,
+    start: Option<NamedSource>,
 ) -> Result<(Decoder, Parameters), EngineError> {
     let config = ModelConfig::read(dir)?;
     let lora = match adapter.kind {
@@ -33,11 +36,15 @@ pub(crate) fn load(
         weights: WeightFiles::open(dir)?,
         parameters: Parameters::new(bf16),
         lora,
+        trained: Trained::of(adapter, config.num_hidden_layers)?,
+        trains: false,
+        start,
         device,
         bf16,
     };
     let decoder = loader.decoder(config)?;
     loader.weights.finish()?;
+    loader.start.map_or(Ok(()), NamedSource::finish)?;
     Ok((decoder, loader.parameters))
 }
 
@@ -46,8 +53,39 @@ struct Loader<'a> {
     parameters: Parameters,
     /// None for full fine-tuning.
     lora: Option<Lora>,
+    trained: Trained,
+    /// Whether the weights that are being read train.
+    trains: bool,
+    /// Where the adapter of a run that goes on started.
+    start: Option<NamedSource>,
     device: &'a Device,
     bf16: bool,
+}
+
+/// What trains of a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Trained {
+    /// The weights themselves, and not an adapter beside them.
+    weights: bool,
+    /// Embedding and head too.
+    vocabulary: bool,
+    /// The first decoder layer that trains.
+    first_layer: usize,
+}
+
+impl Trained {
+    fn of(adapter: &AdapterConfig, layers: usize) -> Result<Self, EngineError> {
+        let last = adapter.trainable_layers;
+        if let Some(rule) = adapter.too_many_layers(layers) {
+            return Err(EngineError::Adapter(format!("trainable_layers is {last}: use {rule}")));
+        }
+        let weights = adapter.kind == AdapterType::Full;
+        Ok(Self {
+            weights,
+            vocabulary: weights && last == 0,
+            first_layer: adapter.first_trained_layer(layers),
+        })
+    }
 }
 
 /// One projection inside a stored matrix.
@@ -60,18 +98,24 @@ struct Module {
 impl Loader<'_> {
     fn decoder(&mut self, config: ModelConfig) -> Result<Decoder, EngineError> {
         let shape = [config.vocab_size, config.hidden_size];
+        let trained = self.trained;
+        self.trains = trained.vocabulary;
         let embedding = self.matrix("model.embed_tokens.weight", shape)?;
         let layers = (0..config.num_hidden_layers)
             .map(|layer| self.layer(&config, layer))
             .collect::<Result<_, _>>()?;
+        self.trains = trained.weights;
         let norm = self.norm("model.norm.weight", config.hidden_size)?;
+        self.trains = trained.vocabulary;
         let head = if config.tie_word_embeddings {
             self.check_tied_head(embedding, shape)?;
             embedding
         } else {
             self.matrix(HEAD, shape)?
         };
-        Ok(Decoder::new(config, embedding, layers, norm, head, self.lora.clone()))
+        let first_trained_layer = trained.first_layer;
+        let lora = self.lora.clone();
+        Ok(Decoder::new(config, embedding, layers, norm, head, lora, first_trained_layer))
     }
 
     fn layer(&mut self, config: &ModelConfig, layer: usize) -> Result<Layer, EngineError> {
@@ -107,6 +151,7 @@ impl Loader<'_> {
         let post_norm = |loader: &mut Self, norm: Option<&str>| {
             norm.map(|norm| loader.norm(&norm_name(norm), hidden)).transpose()
         };
+        self.trains = self.trained.weights && layer >= self.trained.first_layer;
         Ok(Layer {
             attention_norm: self.norm(&norm_name("input_layernorm"), hidden)?,
             qkv: self.projection(layer, "self_attn", hidden, &qkv, config.qkv_bias)?,
@@ -142,13 +187,34 @@ impl Loader<'_> {
         has_bias: bool,
     ) -> Result<Projection, EngineError> {
         let path = |module: &Module| format!("model.layers.{layer}.{block}.{}", module.name);
+        let lora = self.lora.clone().filter(|_| layer >= self.trained.first_layer);
+        let is_adapted = |module: &Module| match &lora {
+            Some(lora) => lora.adapts_all(target_modules_of(module.name), module.name),
+            None => Ok(false),
+        };
+        let (mut magnitudes, mut starts) = (Vec::new(), Vec::new());
         let mut values = Vec::new();
         let mut names = Vec::new();
         let mut end = 0;
         for module in modules {
             let name = format!("{}.weight", path(module));
             let shape = [module.outputs, inputs];
-            let weight = self.weights.take(&name, &shape)?;
+            let mut weight = self.weights.take(&name, &shape)?;
+            if let Some(lora) = lora.as_ref().filter(|lora| lora.pissa)
+                && is_adapted(module)?
+            {
+                let index = target_modules_of(module.name).start;
+                let start = self.start(lora, &path(module), &weight, shape, (layer, index))?;
+                weight = residual(weight, shape, &start, lora.scale, self.device.burn())?;
+                starts.push(start);
+            }
+            if lora.as_ref().is_some_and(|lora| lora.dora) && is_adapted(module)? {
+                if self.bf16 {
+                    // The lengths are those of the weight as it is stored.
+                    round_to_bf16(&mut weight);
+                }
+                magnitudes.extend(row_lengths(&weight, inputs, &name)?);
+            }
             if values.is_empty() {
                 values = weight
             } else {
@@ -158,7 +224,7 @@ impl Loader<'_> {
             end = rows.end;
             names.push(NamedRows { name, rows, shape: shape.to_vec() });
         }
-        let weight = self.push(values, [end, inputs], self.lora.is_none(), names.clone());
+        let weight = self.push(values, [end, inputs], self.trains, names.clone());
         let bias = if has_bias {
             let paths = modules.iter().map(|module| (path(module), module.outputs));
             Some(self.bias(paths.collect())?)
@@ -166,19 +232,25 @@ impl Loader<'_> {
             None
         };
 
-        let Some(lora) = self.lora.clone() else {
+        let Some(lora) = &lora else {
             return Ok(Projection { weight, bias, adapter: None });
         };
         let (mut a, mut a_names, mut b_names, mut parts) = (vec![], vec![], vec![], vec![]);
+        let (mut b, mut magnitude_names) = (vec![], vec![]);
+        let mut starts = starts.into_iter();
         let mut b_end = 0;
         for (module, stored) in modules.iter().zip(names) {
-            let targets = target_modules_of(module.name);
             // The first stands for all in what is drawn by module.
-            let index = targets.start;
-            if !lora.adapts_all(targets, module.name)? {
+            let index = target_modules_of(module.name).start;
+            if !is_adapted(module)? {
                 continue;
             }
-            a.extend(lora.initial_a(layer, index, inputs));
+            let start = starts.next().unwrap_or_else(|| Start {
+                a: lora.initial_a(layer, index, inputs),
+                b: vec![0.0; module.outputs * lora.rank],
+            });
+            a.extend(start.a);
+            b.extend(start.b);
             a_names.push(NamedRows {
                 name: tensor_name(&path(module), 'A'),
                 rows: a_names.len() * lora.rank..(a_names.len() + 1) * lora.rank,
@@ -189,6 +261,11 @@ impl Loader<'_> {
                 rows: b_end..b_end + module.outputs,
                 shape: vec![module.outputs, lora.rank],
             });
+            magnitude_names.push(NamedRows {
+                name: magnitude_name(&path(module)),
+                rows: b_end..b_end + module.outputs,
+                shape: vec![module.outputs],
+            });
             b_end += module.outputs;
             parts.push(AdaptedModule { module: index, outputs: stored.rows });
         }
@@ -196,8 +273,35 @@ impl Loader<'_> {
             return Ok(Projection { weight, bias, adapter: None });
         }
         let a = self.push(a, [parts.len() * lora.rank, inputs], true, a_names);
-        let b = self.push(vec![0.0; b_end * lora.rank], [b_end, lora.rank], true, b_names);
-        Ok(Projection { weight, bias, adapter: Some(Adapter { a, b, parts }) })
+        let b = self.push(b, [b_end, lora.rank], true, b_names);
+        self.parameters.set_learning_rate_factor(b, lora.learning_rate_ratio);
+        // As in PEFT, LoRA+ speeds up magnitudes with B.
+        let magnitude = lora.dora.then(|| {
+            let magnitude = self.push(magnitudes, [b_end, 1], true, magnitude_names);
+            self.parameters.set_learning_rate_factor(magnitude, lora.learning_rate_ratio);
+            magnitude
+        });
+        Ok(Projection { weight, bias, adapter: Some(Adapter { a, b, magnitude, parts }) })
+    }
+
+    /// Where the adapter of the module at `path` starts with PiSSA: where the run once began, or at
+    /// the principal part of its weight.
+    fn start(
+        &mut self,
+        lora: &Lora,
+        path: &str,
+        weight: &[f32],
+        shape: [usize; 2],
+        place: (usize, usize),
+    ) -> Result<Start, EngineError> {
+        let [outputs, inputs] = shape;
+        match &mut self.start {
+            Some(known) => Ok(Start {
+                a: known.take(&tensor_name(path, 'A'), &[lora.rank, inputs])?,
+                b: known.take(&tensor_name(path, 'B'), &[outputs, lora.rank])?,
+            }),
+            None => lora.principal(weight, shape, place, self.device),
+        }
     }
 
     /// The biases of modules, given by path and width, one below the other as one column.
@@ -210,7 +314,7 @@ impl Loader<'_> {
             names.push(NamedRows { name, rows, shape: vec![width] });
         }
         let shape = [values.len(), 1];
-        Ok(self.push(values, shape, self.lora.is_none(), names))
+        Ok(self.push(values, shape, self.trains, names))
     }
 
     /// A matrix of the base model under its own name.
@@ -218,14 +322,14 @@ impl Loader<'_> {
         let values = self.weights.take(name, &shape)?;
         let names =
             vec![NamedRows { name: name.to_owned(), rows: 0..shape[0], shape: shape.to_vec() }];
-        Ok(self.push(values, shape, self.lora.is_none(), names))
+        Ok(self.push(values, shape, self.trains, names))
     }
 
     /// A vector of the base model, stored as one row.
     fn norm(&mut self, name: &str, width: usize) -> Result<ParameterId, EngineError> {
         let values = self.weights.take(name, &[width])?;
         let names = vec![NamedRows { name: name.to_owned(), rows: 0..1, shape: vec![width] }];
-        Ok(self.push(values, [1, width], self.lora.is_none(), names))
+        Ok(self.push(values, [1, width], self.trains, names))
     }
 
     /// A tied checkpoint may store the head as well; then it must be the embedding.
@@ -240,7 +344,7 @@ impl Loader<'_> {
         let mut head = self.weights.take(HEAD, &shape)?;
         let embedding = &self.parameters[embedding];
         if is_bf16(embedding) {
-            head.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+            round_to_bf16(&mut head);
         }
         if crate::parameter::read(embedding.clone())? == head {
             return Ok(());
@@ -257,8 +361,10 @@ impl Loader<'_> {
         trainable: bool,
         names: Vec<NamedRows>,
     ) -> ParameterId {
-        // What trains stays f32, and so do vectors: norms are one row, biases one column.
-        let value = if self.bf16 && !trainable && shape[0] > 1 && shape[1] > 1 {
+        // What trains stays f32, and so do vectors: norms are one row, biases one column. So does
+        // what is frozen beside weights that train: it is exported with them, as it was.
+        let is_kept = trainable || self.trained.weights;
+        let value = if self.bf16 && !is_kept && shape[0] > 1 && shape[1] > 1 {
             let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
             let options = (self.device.burn(), DType::BF16);
             Tensor::from_data(TensorData::new(values, shape), options)
@@ -269,4 +375,37 @@ impl Loader<'_> {
     }
 }
 
+fn round_to_bf16(values: &mut [f32]) {
+    values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+}
+
 const HEAD: &str = "lm_head.weight";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Batch;
+    use crate::ops::dropout::DropoutKey;
+
+    #[test]
+    fn nothing_below_the_first_trained_layer_is_in_the_graph_or_gets_a_gradient() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/adapters/model");
+        let full = AdapterConfig { trainable_layers: 1, ..AdapterConfig::full() };
+        let lora = AdapterConfig { trainable_layers: 1, r: 3, ..AdapterConfig::default() };
+        // Two norms, four stored matrices and the final norm; A and B beside the four.
+        for (adapter, count) in [(full, 7), (lora, 8)] {
+            let (decoder, mut parameters) =
+                load(&dir, &adapter, 0, &Device::cpu(), false, None).unwrap();
+            let batch = Batch::single(&[5, 6, 7, 8]);
+            let mut tracked = Vec::new();
+            let observe = |state: &Tensor<2>| tracked.push(state.is_tracked());
+            decoder.hidden(&parameters, &batch, Some(DropoutKey::default()), observe);
+            assert_eq!(tracked, [false, false, false, true], "embedding and three layers");
+
+            let loss = decoder.loss(&parameters, &batch, None).unwrap().loss;
+            parameters.accumulate(&mut loss.backward());
+            let with_gradient = parameters.trainable().filter(|p| p.gradient().is_some()).count();
+            assert_eq!((with_gradient, parameters.trainable().count()), (count, count));
+        }
+    }
+}

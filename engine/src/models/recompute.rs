@@ -4,6 +4,7 @@
 //! again, this time with its graph, and left behind: the memory of one layer's activations in place
 //! of all, for one more forward pass through the layers. The gradients are the same bits, since the
 //! same operations run on the same numbers; so whether a job recomputes may be chosen by memory.
+//! The way back ends at the first layer that trains.
 
 use burn::tensor::{Gradients, Tensor};
 
@@ -28,9 +29,12 @@ impl Decoder {
         let pass = Pass::new(self, batch, Some(dropout));
         let constants = parameters.frozen();
         let mut x = pass.embedded(&constants);
-        let mut inputs = Vec::with_capacity(self.num_layers());
+        let first = self.first_trained_layer();
+        let mut inputs = Vec::with_capacity(self.num_layers() - first);
         for layer in 0..self.num_layers() {
-            inputs.push(x.clone());
+            if layer >= first {
+                inputs.push(x.clone());
+            }
             x = pass.layer(&constants, layer, x);
         }
         drop(constants);
@@ -43,7 +47,7 @@ impl Decoder {
         // added first and then to what was accumulated is part of the bits.
         let mut head_gradients = head.loss.mul_scalar(scale).backward();
         let mut gradient = take(&output, &mut head_gradients);
-        for (layer, input) in inputs.into_iter().enumerate().rev() {
+        for (layer, input) in (first..self.num_layers()).zip(inputs).rev() {
             let input = leaf(input);
             let output = pass.layer(parameters, layer, input.clone());
             let mut gradients = backward_from(output, gradient);

@@ -78,19 +78,26 @@ mod tests {
     fn projection_with_a_weight_in_bf16_is_that_of_its_values_in_both_forms() {
         let (x, weight) = (representable([9, 12], 1), representable([10, 12], 2));
         let (a, b) = (representable([4, 12], 3), representable([10, 4], 4));
+        let magnitude = random([10, 1], 5).add_scalar(2.0);
         let form = |form: fn(_, _, _, _) -> Tensor<2>, inputs: &[Tensor<2>]| {
-            let [x, weight, a, b] = inputs else { panic!("four inputs") };
+            let (a, b, magnitude) = (inputs[2].clone(), inputs[3].clone(), inputs.get(4).cloned());
             let parts = vec![LowRankPart { outputs: 0..10, dropout: None }].into();
-            let low_rank = LowRank { a: a.clone(), b: b.clone(), scale: 0.5, parts };
-            form(x.clone(), weight.clone(), None, Some(low_rank))
+            let low_rank = LowRank { a, b, scale: 0.5, magnitude, parts };
+            form(inputs[0].clone(), inputs[1].clone(), None, Some(low_rank))
         };
         let in_bf16 = weight.clone().cast(FloatDType::BF16);
-        let halved = [x.clone(), in_bf16, a.clone(), b.clone()];
-        let mut expected = run(&[x, weight, a, b], |inputs| form(linear::portable, inputs));
-        // The gradient of the weight: in bf16, it is frozen.
-        expected.remove(1);
-        assert_near(&run(&halved, |inputs| form(cpu::linear::linear, inputs)), &expected);
-        assert_near(&run(&halved, |inputs| form(linear::portable, inputs)), &expected);
+        // Plain LoRA, and DoRA.
+        for count in [4, 5] {
+            let inputs = [x.clone(), weight.clone(), a.clone(), b.clone(), magnitude.clone()];
+            let mut halved = inputs.clone();
+            halved[1] = in_bf16.clone();
+            let mut expected = run(&inputs[..count], |inputs| form(linear::portable, inputs));
+            // The gradient of the weight: in bf16, it is frozen.
+            expected.remove(1);
+            let halved = &halved[..count];
+            assert_near(&run(halved, |inputs| form(cpu::linear::linear, inputs)), &expected);
+            assert_near(&run(halved, |inputs| form(linear::portable, inputs)), &expected);
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Linear projection with an optional residual and optional LoRA (Hu et al. 2021).
+//! Linear projection with an optional residual and optional LoRA (Hu et al. 2021) or DoRA (Liu et
+//! al. 2024).
 //!
 //! Weights have Hugging Face's layout `[out, in]`, A `[r, in]` and B `[out, r]`. Several
 //! projections of one input are one matrix, their rows one below the other (q, k, v; gate, up). A
@@ -15,11 +16,23 @@
 //! ```
 //!
 //! B·A is never formed: with r far below the width, the two thin products cost next to nothing.
+//!
+//! DoRA gives each adapted output a magnitude m. With n the lengths of the rows of Wᵢ + s·Bᵢ·Aᵢ,
+//! which take no gradient, and g = m / n, the form and the place of dropout are PEFT's:
+//!
+//! ```text
+//! uᵢ       = (dropᵢ∘x)·Wᵢᵀ + s·zᵢ·Bᵢᵀ
+//! y[:, Oᵢ] = residual + x·Wᵢᵀ − (dropᵢ∘x)·Wᵢᵀ + g∘uᵢ      without dropout: residual + g∘uᵢ
+//! dm       = Σ over tokens of dy∘u / n
+//! dB, dz   as above with g∘dy in place of dy
+//! dx       = dy·W + Σᵢ dropᵢ∘(((g − 1)∘dy[:, Oᵢ])·Wᵢ + dzᵢ·Aᵢ)
+//! dW       = dyᵀ·x + ((g − 1)∘dy[:, Oᵢ])ᵀ·(dropᵢ∘x)
+//! ```
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use super::bf16::matmul;
 use super::dropout::Dropout;
@@ -34,6 +47,8 @@ pub(crate) struct LowRank {
     pub(crate) b: Tensor<2>,
     /// s: alpha / r, or alpha / √r.
     pub(crate) scale: f32,
+    /// DoRA's m, row below row as in `b`, `[Σ |Oᵢ|, 1]`.
+    pub(crate) magnitude: Option<Tensor<2>>,
     /// In the order of the rows of `a` and `b`.
     pub(crate) parts: Arc<[LowRankPart]>,
 }
@@ -78,26 +93,47 @@ pub(super) fn portable(
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
-    let mut y = matmul(x.clone(), weight.transpose());
-    if let Some(residual) = residual {
-        y = residual + y;
-    }
-    let Some(LowRank { a, b, scale, parts }) = low_rank else { return y };
+    let plain = matmul(x.clone(), weight.clone().transpose());
+    let has_magnitudes = low_rank.as_ref().is_some_and(|low_rank| low_rank.magnitude.is_some());
+    let base = has_magnitudes.then(|| plain.clone());
+    let mut y = match residual {
+        Some(residual) => residual + plain,
+        None => plain,
+    };
+    let Some(LowRank { a, b, scale, magnitude, parts }) = low_rank else { return y };
     let [tokens, input] = x.dims();
     let rank = b.dims()[1];
     for (i, (part, b_rows)) in parts.iter().zip(LowRank::b_rows(&parts)).enumerate() {
         let a = a.clone().slice([i * rank..(i + 1) * rank, 0..input]);
-        let b = b.clone().slice([b_rows, 0..rank]);
+        let b = b.clone().slice([b_rows.clone(), 0..rank]);
         let dropped = match part.dropout {
             Some(dropout) => x.clone() * mask(dropout, &x),
             None => x.clone(),
         };
-        let update = dropped.matmul(a.transpose()).matmul(b.transpose()).mul_scalar(scale);
         let columns = [0..tokens, part.outputs.clone()];
+        let low_rank = dropped.clone().matmul(a.clone().transpose()).matmul(b.clone().transpose());
+        let mut update = low_rank.mul_scalar(scale);
+        if let (Some(magnitude), Some(base)) = (&magnitude, &base) {
+            let weight = weight.clone().slice([part.outputs.clone(), 0..input]);
+            let lengths = portable_lengths(weight.clone(), a, b, scale);
+            let gain = (magnitude.clone().slice([b_rows, 0..1]) / lengths).transpose();
+            let base = match part.dropout {
+                Some(_) => matmul(dropped, weight.transpose()),
+                None => base.clone().slice(columns.clone()),
+            };
+            update = base * gain.clone().sub_scalar(1.0) + update * gain;
+        }
         let sum = y.clone().slice(columns.clone()) + update;
         y = y.slice_assign(columns, sum);
     }
     y
+}
+
+/// Lengths of the rows of W + s·B·A, `[out, 1]`, which take no gradient.
+fn portable_lengths(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) -> Tensor<2> {
+    let sum =
+        weight.detach().cast(FloatDType::F32) + b.detach().matmul(a.detach()).mul_scalar(scale);
+    sum.square().sum_dim(1).sqrt()
 }
 
 /// The dropout factors of every element of `x`, made on the host so that all devices agree.
@@ -119,6 +155,17 @@ mod tests {
         parts: &[LowRankPart],
         with_residual: bool,
     ) {
+        assert_adapted_forms_equal([tokens, input, output], rank, parts, with_residual, false);
+    }
+
+    /// The same, with DoRA's magnitudes as one more input where `dora`.
+    fn assert_adapted_forms_equal(
+        [tokens, input, output]: [usize; 3],
+        rank: usize,
+        parts: &[LowRankPart],
+        with_residual: bool,
+        dora: bool,
+    ) {
         let adapted = parts.iter().map(|part| part.outputs.len()).sum();
         let mut inputs = vec![random([tokens, input], 1), random([output, input], 2)];
         if with_residual {
@@ -128,6 +175,9 @@ mod tests {
             inputs.push(random([parts.len() * rank, input], 4));
             inputs.push(random([adapted, rank], 5));
         }
+        if dora {
+            inputs.push(random([adapted, 1], 6).add_scalar(2.0));
+        }
         let call = |form: fn(_, _, _, _) -> Tensor<2>, inputs: &[Tensor<2>]| {
             let mut rest = inputs[2..].iter().cloned();
             let residual = with_residual.then(|| rest.next().unwrap());
@@ -135,6 +185,7 @@ mod tests {
                 a,
                 b: rest.next().unwrap(),
                 scale: 0.7,
+                magnitude: rest.next(),
                 parts: parts.into(),
             });
             form(inputs[0].clone(), inputs[1].clone(), residual, low_rank)
@@ -178,5 +229,29 @@ mod tests {
             LowRankPart { outputs: 6..10, dropout: Some(Dropout::new(0.3, 12)) },
         ];
         assert_forms_equal([9, 8, 10], 2, &parts, true);
+    }
+
+    #[test]
+    fn magnitudes_of_the_outer_two_of_three_projections() {
+        for with_residual in [false, true] {
+            let parts = [part(0..9), part(15..20)];
+            assert_adapted_forms_equal([6, 10, 20], 3, &parts, with_residual, true);
+        }
+    }
+
+    #[test]
+    fn magnitudes_of_more_rows_than_one_task_takes() {
+        assert_adapted_forms_equal([5, 130, 301], 4, &[part(0..301)], true, true);
+    }
+
+    #[test]
+    fn magnitudes_under_dropout() {
+        let parts = [
+            LowRankPart { outputs: 0..6, dropout: Some(Dropout::new(0.3, 11)) },
+            LowRankPart { outputs: 8..10, dropout: Some(Dropout::new(0.3, 12)) },
+        ];
+        for with_residual in [false, true] {
+            assert_adapted_forms_equal([9, 8, 10], 2, &parts, with_residual, true);
+        }
     }
 }

@@ -55,17 +55,19 @@ impl Optimizer {
         self.step += 1;
         for (parameter, memory) in parameters.trainable_mut().zip(&mut self.memories) {
             let Some(gradient) = parameter.take_gradient() else { continue };
+            let learning_rate = params.learning_rate * parameter.learning_rate_factor();
+            let params = AdamWParams { learning_rate, ..*params };
             match memory {
                 Memory::AdamW(moments) => {
-                    moments.update(parameter, gradient, params, self.step, gradient_scale);
+                    moments.update(parameter, gradient, &params, self.step, gradient_scale);
                 }
                 Memory::Adafactor(moments) => {
-                    moments.update(parameter, gradient, params, self.step, gradient_scale);
+                    moments.update(parameter, gradient, &params, self.step, gradient_scale);
                 }
                 Memory::Muon(momentum) => momentum.update(
                     parameter,
                     gradient,
-                    params,
+                    &params,
                     self.muon_learning_rate,
                     gradient_scale,
                 ),
@@ -268,6 +270,29 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn every_optimiser_takes_a_parameters_factor_on_its_learning_rate() {
+        let reference = reference();
+        for expected in reference["cases"].as_array().expect("cases") {
+            // Each parameter at twice the rate of half the rate is each at the rate.
+            let [plain, faster] = [1.0, 2.0].map(|factor| {
+                let Case { mut optimizer, params, .. } = case(expected);
+                let mut parameters = parameters(&reference);
+                for id in parameters.ids() {
+                    parameters.set_learning_rate_factor(id, factor);
+                }
+                let learning_rate = params.learning_rate / factor;
+                let params = AdamWParams { learning_rate, ..params };
+                for step in 0..2 {
+                    add_gradients(&reference, step, &mut parameters);
+                    optimizer.update(&mut parameters, &params, 1.0);
+                }
+                parameters.named().expect("values")
+            });
+            assert_eq!(plain, faster, "{}", expected["optimizer"]);
         }
     }
 

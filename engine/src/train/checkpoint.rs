@@ -2,7 +2,7 @@
 //!
 //! A directory is written under a temporary name, synced and renamed, so one that has its name is
 //! whole. `weights/` holds the exact f32 bits of the trainable tensors, so `state/` does not
-//! repeat them.
+//! repeat them; for full fine-tuning the frozen ones lie beside them.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tunesmith_core::diagnosis::{FindingKind, LossCurve};
-use tunesmith_core::hyperparameters::{AdapterType, Precision};
+use tunesmith_core::hyperparameters::{AdapterType, InitLoraWeights, Precision};
 use tunesmith_core::metrics::BestStep;
 use tunesmith_core::protocol::TrainRequest;
 use tunesmith_core::protocol::{STATE_DIR, WEIGHTS_DIR};
@@ -23,6 +23,7 @@ use crate::error::EngineError;
 use crate::export::{self, JobFacts, safetensors};
 use crate::model::{OptimizerState, TrainableModel};
 use crate::model_directory::{CONFIG, WEIGHTS, read_json};
+use crate::parameter::NamedTensor;
 
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const TRAINER_FILE: &str = "trainer.json";
@@ -166,7 +167,7 @@ impl Writer<'_> {
         export::write_weights(
             &self.request.base_model_dir,
             &self.request.spec.hyperparameters.adapter,
-            model.trainable_tensors()?,
+            model.exported_tensors()?,
             facts,
             &weights,
         )?;
@@ -194,6 +195,18 @@ impl Writer<'_> {
 /// The precision of the run that wrote the checkpoint in `dir`.
 pub(super) fn precision(dir: &Path) -> Result<Precision, EngineError> {
     TrainerFile::read(dir).map(|trainer| trainer.precision)
+}
+
+/// The adapter in the checkpoint to go on from, where the model cannot be loaded without it.
+pub(super) fn adapter_to_go_on(
+    request: &TrainRequest,
+) -> Result<Option<Vec<NamedTensor>>, EngineError> {
+    match (&request.resume_from, request.spec.hyperparameters.adapter.init_lora_weights) {
+        (Some(dir), InitLoraWeights::Pissa) => {
+            safetensors::read(&dir.join(WEIGHTS_DIR).join(ADAPTER_WEIGHTS_NAME)).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 /// Brings `model` to where the checkpoint in `dir` was written. For full fine-tuning, whose
@@ -231,7 +244,7 @@ pub(super) fn go_back(
 }
 
 fn load_weights(path: &Path, model: &mut TrainableModel) -> Result<(), EngineError> {
-    model.load_trainable_tensors(safetensors::read(path)?)
+    model.load_exported_tensors(safetensors::read(path)?)
 }
 
 fn load_optimizer(dir: &Path, step: u64, model: &mut TrainableModel) -> Result<(), EngineError> {

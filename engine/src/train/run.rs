@@ -110,13 +110,16 @@ impl<'a> Run<'a> {
         // Making tokens keeps one core busy, and reading weights mostly waits for memory.
         let (data, model) = thread::scope(|scope| {
             let data = scope.spawn(|| load_data(request));
-            let model = TrainableModel::load_with_precision(
-                &model_dir,
-                &hyperparameters.adapter,
-                spec.seed,
-                &devices[0],
-                precision,
-            );
+            let model = checkpoint::adapter_to_go_on(request).and_then(|exported| {
+                TrainableModel::load_to_go_on(
+                    &model_dir,
+                    &hyperparameters.adapter,
+                    spec.seed,
+                    &devices[0],
+                    precision,
+                    exported.as_deref(),
+                )
+            });
             (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.

@@ -137,7 +137,15 @@ fn rows_that_share_their_beginning_have_the_loss_and_gradient_of_rows_apart() {
 fn layers_computed_again_give_the_same_bits() {
     let [a, b, c] = rows();
     let batches = [pack(&[a, b]), pack(&[c])];
-    for adapter in [lora(), lora_with_dropout(), AdapterConfig::full()] {
+    let last_layer = |adapter| AdapterConfig { trainable_layers: 1, ..adapter };
+    for adapter in [
+        lora(),
+        lora_with_dropout(),
+        AdapterConfig { use_dora: true, ..lora_with_dropout() },
+        AdapterConfig::full(),
+        last_layer(lora_with_dropout()),
+        last_layer(AdapterConfig::full()),
+    ] {
         let gradients = [false, true].map(|recompute| {
             let mut model = stirred_model(&adapter);
             model.set_gradient_checkpointing(recompute);

@@ -1,6 +1,7 @@
 //! Whole models: SmolLM2-135M-Instruct and Gemma 3 270M against references of PyTorch, and tiny
 //! random models for what must hold of any model.
 
+mod adapters;
 #[path = "../support/device.rs"]
 mod device;
 mod families;

@@ -5,7 +5,10 @@
 use crate::rerun::rerun;
 
 /// Everything on tiny models that touches an operation, and SmolLM2 forwards.
-const PART: [&str; 18] = [
+const PART: [&str; 21] = [
+    "adapters::pissa_starts_and_learns_as_in_peft",
+    "adapters::dora_follows_peft_to_the_same_adapter",
+    "adapters::last_layers_and_final_norm_alone_follow_pytorch",
     "invariants::packed_loss_of_each_document_equals_its_loss_alone",
     "invariants::two_micro_batches_have_the_gradient_of_one_batch",
     "invariants::gradient_with_weights_0_and_a_tenth_and_1_is_the_slope_of_the_loss",

@@ -52,6 +52,15 @@ fn lora_in_bf16_stays_within_a_hundredth_of_each_loss_of_f64_for_16_steps() {
     assert_losses("LoRA", &mut model, 2e-4, &losses, 1e-2);
 }
 
+#[test]
+fn dora_in_bf16_stays_within_a_hundredth_of_each_loss_of_pytorch() {
+    let losses = numbers(&reference("f_rslora_dora_4steps.json")["dora"]["losses"]);
+    assert_eq!(losses.len(), 4);
+    let adapter = AdapterConfig { r: 8, alpha: 16.0, use_dora: true, ..AdapterConfig::default() };
+    let mut model = start_from_reference(load(&adapter));
+    assert_losses("DoRA", &mut model, 2e-4, &losses, 1e-2);
+}
+
 /// A step of 2e-5 is below half the distance of most weights from the next bf16: it counts at once
 /// in the f32 weights, and in their rounded copies only when several have come together.
 #[test]

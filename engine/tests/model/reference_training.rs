@@ -34,7 +34,7 @@ pub(crate) fn start_from_reference(mut model: TrainableModel) -> TrainableModel 
         .map(|tensor| match initial.remove(&tensor.name) {
             Some(a) => a,
             None => {
-                assert!(tensor.name.ends_with("lora_B.weight"), "{}", tensor.name);
+                assert!(!tensor.name.ends_with("lora_A.weight"), "{}", tensor.name);
                 tensor
             }
         })
@@ -141,6 +141,20 @@ fn rank_stabilised_and_plain_scale_follow_pytorch() {
         let mut model = lora_model(&TARGET_MODULES, use_rslora);
         assert_trajectory(key, &mut model, 2e-4, 0.0, &losses, &norms);
     }
+}
+
+#[test]
+fn dora_starts_as_the_base_model_in_f64_and_follows_pytorch() {
+    let (losses, norms) = losses_and_norms(&reference("f_rslora_dora_4steps.json")["dora"], "");
+    let adapter = AdapterConfig { r: 8, alpha: 16.0, use_dora: true, ..AdapterConfig::default() };
+    let mut model = start_from_reference(load_smollm2(&adapter));
+    let batch = pack(&examples(0.0)[..4]);
+    let outcome = model.evaluate(&batch).unwrap();
+    // With B at 0 the model is the base model, whatever the adapter.
+    let base = numbers(&reference("d_lora_trajectory.json")["losses_f64"])[0];
+    let error = (outcome.weighted_nll / outcome.weight - base).abs();
+    assert!(error < 2e-5, "{error:e}");
+    assert_trajectory("DoRA", &mut model, 2e-4, 0.0, &losses, &norms);
 }
 
 #[test]

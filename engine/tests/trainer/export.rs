@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tunesmith_core::dataset::{Message, Role};
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::export::export_merged;
-use tunesmith_engine::sample::answer;
+use tunesmith_engine::sample::{self, answer};
 use tunesmith_engine::{NamedTensor, TrainableModel};
 
 use crate::device::test_device;
@@ -100,6 +100,11 @@ fn merged_weights_give_the_logits_of_base_and_adapter() {
     for fields in [
         json!({"r": 3, "target_modules": ["q_proj", "v_proj"]}),
         json!({"r": 4, "use_rslora": true, "target_modules": "all-linear"}),
+        json!({"r": 3, "trainable_layers": 1, "target_modules": "all-linear"}),
+        json!({"r": 4, "use_dora": true, "target_modules": "all-linear"}),
+        json!({
+            "r": 2, "use_dora": true, "use_rslora": true, "target_modules": ["k_proj", "down_proj"],
+        }),
     ] {
         let bench = Bench::new(6);
         let (dir, adapter) = trained_lora(&bench, fields);
@@ -119,6 +124,40 @@ fn merged_weights_give_the_logits_of_base_and_adapter() {
         };
         assert!(distance(&merged, &with_adapter) < 1e-5, "{}", distance(&merged, &with_adapter));
         assert!(distance(&untrained, &with_adapter) > 1e-2, "the adapter does nothing");
+    }
+}
+
+#[test]
+fn a_pissa_adapter_goes_on_the_original_base_model_with_twice_the_rank() {
+    for use_rslora in [false, true] {
+        let bench = Bench::new(6);
+        let fields = json!({"r": 3, "init_lora_weights": "pissa", "use_rslora": use_rslora});
+        let (dir, adapter) = trained_lora(&bench, fields);
+        let config = json_file(&dir.join("adapter_config.json"));
+        assert_eq!((&config["r"], &config["init_lora_weights"]), (&json!(6), &json!(true)));
+        // As training has it, over weights that lack their principal part; 11 is the job's seed.
+        let mut in_training =
+            TrainableModel::load(&bench.base(), &adapter, 11, &test_device()).expect("a model");
+        let untrained = logits(&in_training);
+        let tensors = read_safetensors(&dir.join("adapter_model.safetensors"));
+        let named = |(name, (shape, data))| NamedTensor { name, shape, data };
+        let tensors = tensors.into_iter().map(named).collect();
+        in_training.load_exported_tensors(tensors).expect("the adapter fits");
+        let in_training = logits(&in_training);
+
+        let on_the_original = sample::load(&bench.base(), Some(&dir), &test_device());
+        let on_the_original = logits(&on_the_original.expect("a model"));
+        let merged = bench.dir.path().join("merged");
+        export_merged(&bench.base(), &dir, &merged).expect("merged");
+        let merged = logits(&load(&merged, &AdapterConfig::full()));
+        let distance = |a: &[f32], b: &[f32]| {
+            a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0_f32, f32::max)
+        };
+        assert!(distance(&in_training, &on_the_original) < 1e-5);
+        assert!(distance(&in_training, &merged) < 1e-5);
+        assert!(distance(&in_training, &untrained) > 1e-2, "the adapter does nothing");
+        let base = logits(&load(&bench.base(), &AdapterConfig::full()));
+        assert!(distance(&base, &untrained) < 1e-5, "it starts as the base model");
     }
 }
 

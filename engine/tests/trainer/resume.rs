@@ -91,6 +91,32 @@ fn lora_with_dropout_goes_on_bit_equal_in_the_middle_of_an_epoch() {
 }
 
 #[test]
+fn dora_with_dropout_and_a_faster_b_goes_on_bit_equal() {
+    ten_straight_equal_four_and_six(
+        json!({"r": 3, "dropout": 0.2, "use_dora": true, "loraplus_lr_ratio": 4}),
+    );
+    let mut fields = ten_steps(json!({"r": 3, "use_dora": true, "target_modules": ["v_proj"]}));
+    fields["optimizer"] = json!("adafactor");
+    ten_straight_equal_four_and_six_with(fields);
+}
+
+#[test]
+fn an_adapter_that_started_with_pissa_goes_on_bit_equal() {
+    ten_straight_equal_four_and_six(json!({"r": 3, "init_lora_weights": "pissa"}));
+}
+
+#[test]
+fn an_adapter_of_the_last_layer_with_a_faster_b_goes_on_bit_equal() {
+    let adapter = json!({"r": 3, "dropout": 0.2, "loraplus_lr_ratio": 4, "trainable_layers": 1});
+    ten_straight_equal_four_and_six(adapter);
+}
+
+#[test]
+fn fine_tuning_of_the_last_layer_goes_on_bit_equal() {
+    ten_straight_equal_four_and_six(json!({"type": "full", "trainable_layers": 1}));
+}
+
+#[test]
 fn full_fine_tuning_goes_on_bit_equal_in_the_middle_of_an_epoch() {
     ten_straight_equal_four_and_six(json!({"type": "full"}));
 }

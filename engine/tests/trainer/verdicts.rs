@@ -217,22 +217,23 @@ fn a_run_that_diverges_whatever_the_rate_fails_after_three_times() {
 }
 
 /// The loss of a row leaps whatever the rate: three times back, to the same state each time.
-fn leaping() -> Value {
+fn leaping(adapter: Value) -> Value {
     json!({
         "batch_size": 1, "n_epochs": 5, "learning_rate": 1e-6, "spike_factor": 1.02,
-        "on_divergence": "rollback", "checkpoint_steps": 3, "adapter": {"type": "full"},
+        "on_divergence": "rollback", "checkpoint_steps": 3, "adapter": adapter,
     })
 }
 
 #[test]
 fn a_resumed_run_goes_back_at_the_same_steps_and_says_the_same() {
     let bench = Bench::new(6);
-    let request = bench.request("straight", &leaping());
+    let fields = leaping(json!({"type": "full"}));
+    let request = bench.request("straight", &fields);
     let (straight, outcome) = run(&request, &TrainOptions::default(), None);
     let error = outcome.expect_err("a leap").to_string();
     assert!(!straight.checkpoints.is_empty());
     for checkpoint in &straight.checkpoints {
-        let request = bench.request(&format!("from {}", checkpoint.step), &leaping());
+        let request = bench.request(&format!("from {}", checkpoint.step), &fields);
         let request = TrainRequest { resume_from: Some(checkpoint.dir.clone()), ..request };
         let (second, outcome) = run(&request, &TrainOptions::default(), None);
         assert_eq!(outcome.expect_err("a leap").to_string(), error);
@@ -244,8 +245,19 @@ fn a_resumed_run_goes_back_at_the_same_steps_and_says_the_same() {
 
 #[test]
 fn full_fine_tuning_goes_back_too() {
+    assert_goes_back(json!({"type": "full"}));
+}
+
+#[test]
+fn frozen_layers_in_the_checkpoint_are_no_hindrance_on_the_way_back() {
+    assert_goes_back(json!({"type": "full", "trainable_layers": 1}));
+    assert_goes_back(json!({"type": "lora", "r": 3, "trainable_layers": 1}));
+    assert_goes_back(json!({"r": 3, "init_lora_weights": "pissa"}));
+}
+
+fn assert_goes_back(adapter: Value) {
     let bench = Bench::new(6);
-    let fields = leaping();
+    let fields = leaping(adapter);
     let (transcript, outcome) = run(&bench.request("out", &fields), &TrainOptions::default(), None);
     assert_eq!(outcome.expect_err("a leap").to_api_error().code, ErrorCode::LossSpike);
     let notes = notes(&transcript, "rollback-");

@@ -91,7 +91,11 @@ async fn a_new_job_is_shown_as_the_sdks_declare_it() {
                 "q_proj",
                 "v_proj"
               ],
-              "use_rslora": false
+              "use_rslora": false,
+              "use_dora": false,
+              "init_lora_weights": "default",
+              "loraplus_lr_ratio": 1.0,
+              "trainable_layers": 0
             }
           }
         }

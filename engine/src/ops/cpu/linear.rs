@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::bf16::{rounded, widened_values};
+use super::dora::{self, Inputs};
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
 use super::step::{absent, contiguous, dims, from_values, matrix, node, tensor, values};
 use crate::ops::dropout::Dropout;
@@ -26,7 +27,14 @@ pub(in crate::ops) fn linear(
     let (x, weight) = (node(x), node(weight));
     let residual = residual.map(node);
     let (a, b, branch) = match low_rank {
-        Some(LowRank { a, b, scale, parts }) => (node(a), node(b), Some((scale, parts))),
+        Some(LowRank { a, b, scale, magnitude: Some(magnitude), parts }) => {
+            let [a, b, magnitude] = [a, b, magnitude].map(node);
+            let inputs = Inputs { x, weight, residual, a, b, magnitude };
+            return dora::linear(inputs, scale, parts);
+        }
+        Some(LowRank { a, b, scale, magnitude: None, parts }) => {
+            (node(a), node(b), Some((scale, parts)))
+        }
         None => (absent(), absent(), None),
     };
     let residual_or_absent = residual.clone().unwrap_or_else(absent);
@@ -54,7 +62,7 @@ pub(in crate::ops) fn linear(
     };
     let branch = branch.map(|(scale, parts)| {
         let (a, b) = (contiguous(a.into_primitive()), contiguous(b.into_primitive()));
-        let mut branch = Branch { a, b, scale, parts, z: Arc::default() };
+        let mut branch = Branch::new(a, b, scale, parts);
         branch.forward(&x, &mut y, outputs);
         branch
     });
@@ -77,10 +85,10 @@ struct Saved {
 
 /// The low-rank branch, and what its forward pass leaves for the backward pass.
 #[derive(Debug, Clone)]
-struct Branch {
-    a: FlexTensor,
-    b: FlexTensor,
-    scale: f32,
+pub(super) struct Branch {
+    pub(super) a: FlexTensor,
+    pub(super) b: FlexTensor,
+    pub(super) scale: f32,
     parts: Arc<[LowRankPart]>,
     /// The zᵢ side by side, `[tokens, parts · r]`.
     z: Arc<[f32]>,
@@ -130,12 +138,16 @@ impl Backward<Flex, 5> for Linear {
 }
 
 impl Branch {
+    pub(super) fn new(a: FlexTensor, b: FlexTensor, scale: f32, parts: Arc<[LowRankPart]>) -> Self {
+        Self { a, b, scale, parts, z: Arc::default() }
+    }
+
     fn rank(&self) -> usize {
         dims(&self.b)[1]
     }
 
     /// Each part with its rows of A, which are its columns of z, and its rows of B.
-    fn parts(&self) -> impl Iterator<Item = (&LowRankPart, Range<usize>, Range<usize>)> {
+    pub(super) fn parts(&self) -> impl Iterator<Item = (&LowRankPart, Range<usize>, Range<usize>)> {
         let rank = self.rank();
         self.parts
             .iter()
@@ -144,12 +156,12 @@ impl Branch {
             .map(move |(i, (part, b_rows))| (part, i * rank..(i + 1) * rank, b_rows))
     }
 
-    fn has_dropout(&self) -> bool {
+    pub(super) fn has_dropout(&self) -> bool {
         self.parts.iter().any(|part| part.dropout.is_some())
     }
 
     /// Computes z, and adds s·zᵢ·Bᵢᵀ to the outputs of each part.
-    fn forward(&mut self, x: &FlexTensor, y: &mut [f32], outputs: usize) {
+    pub(super) fn forward(&mut self, x: &FlexTensor, y: &mut [f32], outputs: usize) {
         let [tokens, _] = dims(x);
         let z_width = dims(&self.a)[0];
         let z = if self.has_dropout() {
@@ -174,7 +186,7 @@ impl Branch {
     }
 
     /// dB, part below part.
-    fn b_gradient(&self, dy: MatRef<'_>) -> Vec<f32> {
+    pub(super) fn b_gradient(&self, dy: MatRef<'_>) -> Vec<f32> {
         let z_width = dims(&self.a)[0];
         let z = MatRef::new(&self.z, self.z.len() / z_width, z_width);
         let mut db = Vec::with_capacity(self.rank() * dims(&self.b)[0]);
@@ -186,7 +198,7 @@ impl Branch {
     }
 
     /// dz, part beside part.
-    fn z_gradient(&self, dy: MatRef<'_>) -> Vec<f32> {
+    pub(super) fn z_gradient(&self, dy: MatRef<'_>) -> Vec<f32> {
         let z_width = dims(&self.a)[0];
         let tokens = self.z.len() / z_width;
         let mut dz = vec![0.0; tokens * z_width];
@@ -199,7 +211,7 @@ impl Branch {
     }
 
     /// dA, part below part.
-    fn a_gradient(&self, dz: &[f32], x: &FlexTensor) -> Vec<f32> {
+    pub(super) fn a_gradient(&self, dz: &[f32], x: &FlexTensor) -> Vec<f32> {
         let [z_width, input] = dims(&self.a);
         let dz = MatRef::new(dz, dims(x)[0], z_width);
         if !self.has_dropout() {
@@ -215,7 +227,7 @@ impl Branch {
     }
 
     /// Adds Σᵢ dropᵢ∘(dzᵢ·Aᵢ) to dx.
-    fn add_x_gradient(&self, dz: &[f32], dx: &mut [f32], [tokens, input]: [usize; 2]) {
+    pub(super) fn add_x_gradient(&self, dz: &[f32], dx: &mut [f32], [tokens, input]: [usize; 2]) {
         let dz = MatRef::new(dz, tokens, dims(&self.a)[0]);
         if !self.has_dropout() {
             let target = MatMut::new(dx, tokens, input);
@@ -234,13 +246,13 @@ impl Branch {
 }
 
 /// `values` as a view of the shape of `tensor`.
-fn like<'a>(values: &'a [f32], tensor: &FlexTensor) -> MatRef<'a> {
+pub(super) fn like<'a>(values: &'a [f32], tensor: &FlexTensor) -> MatRef<'a> {
     let [rows, columns] = dims(tensor);
     MatRef::new(values, rows, columns)
 }
 
 /// drop∘x.
-fn dropped(x: &FlexTensor, dropout: Option<Dropout>) -> Vec<f32> {
+pub(super) fn dropped(x: &FlexTensor, dropout: Option<Dropout>) -> Vec<f32> {
     let mut dropped = widened_values(x);
     if let Some(dropout) = dropout {
         drop_elements(&mut dropped, dropout, dims(x)[1]);
@@ -249,7 +261,7 @@ fn dropped(x: &FlexTensor, dropout: Option<Dropout>) -> Vec<f32> {
 }
 
 /// Multiplies every element by its dropout factor.
-fn drop_elements(values: &mut [f32], dropout: Dropout, width: usize) {
+pub(super) fn drop_elements(values: &mut [f32], dropout: Dropout, width: usize) {
     values.par_chunks_mut(width).enumerate().for_each(|(row, values)| {
         for (column, value) in values.iter_mut().enumerate() {
             *value *= dropout.factor(row * width + column);

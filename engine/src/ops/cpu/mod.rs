@@ -4,6 +4,7 @@
 //! [`isa`]. Threads share rows, heads or blocks of a fixed size, and what several of them sum is
 //! added in the order of these, so that results are equal from run to run.
 
+mod dora;
 pub(super) mod gemm;
 mod isa;
 mod math;
