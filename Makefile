@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test test-rust test-black-box check-cuda bench lint dashboard fixtures
+.PHONY: demo test test-rust test-black-box test-sdk check-cuda bench lint dashboard fixtures
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -20,6 +20,12 @@ test-black-box:
 	scripts/packages.sh test
 	cargo build --workspace --bins --examples
 	"$$(scripts/test-setup.sh)" -m pytest tests $(PYTEST_ARGS)
+
+# The official SDK's own tests of our part of the API, against a running server.
+test-sdk:
+	scripts/packages.sh test
+	cargo build --workspace --bins --examples
+	scripts/test-sdk.sh $(PYTEST_ARGS)
 
 # The cuda feature type-checks without a CUDA toolkit (about seven minutes the first time).
 check-cuda:

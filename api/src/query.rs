@@ -75,12 +75,13 @@ impl Query {
         Ok(self.word(name, &["false", "true"])? == "true")
     }
 
-    /// The page that `limit` and `after` ask for, newest first.
+    /// The page that `limit` and `after` ask for, newest first. A limit of 0 asks only whether there
+    /// is anything.
     ///
     /// # Errors
     /// `invalid_value` for a limit out of its range.
     pub(crate) fn page(&self, default: u64, max: u64) -> Result<PageRequest, ApiError> {
-        let limit = self.integer("limit", 1..=max, default)?;
+        let limit = self.integer("limit", 0..=max, default)?;
         Ok(PageRequest {
             after: self.text("after").map(str::to_owned),
             limit: u32::try_from(limit).unwrap_or(u32::MAX),

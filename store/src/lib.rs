@@ -12,6 +12,8 @@ pub mod embedded;
 mod error;
 pub mod events;
 pub mod files;
+#[cfg(any(test, feature = "test-support"))]
+mod fixture_mode;
 #[cfg(test)]
 mod fixtures;
 pub mod jobs;

@@ -88,7 +88,14 @@ impl JobObject {
 /// Resolved as soon as that is done, the client's before.
 fn hyperparameters(job: &Job) -> Value {
     match &job.resolved {
-        Some(resolved) => resolved.to_wire(),
+        Some(resolved) => {
+            let mut shown = resolved.to_wire();
+            // The one thing that is decided by the machine that runs the job.
+            if let Some(run) = &job.run {
+                shown["precision"] = json!(run.precision);
+            }
+            shown
+        }
         // They were read once when the job was made, so they are read again without an error.
         None => Hyperparameters::parse_for(job.method, &job.hyperparameters, "hyperparameters")
             .map(|(parsed, _)| parsed)

@@ -156,8 +156,10 @@ async fn pages_go_on_after_the_last_id_in_either_order() {
     assert_eq!(seen.iter().collect::<Vec<_>>(), newest);
     let oldest = api.get("/v1/files?order=asc&limit=1").await.ok();
     assert_eq!((&oldest["data"][0]["id"], &oldest["has_more"]), (&json!(ids[0]), &json!(true)));
+    let nothing = api.get("/v1/files?limit=0").await.ok();
+    assert_eq!((&nothing["data"], &nothing["has_more"]), (&json!([]), &json!(true)));
     for (query, param) in [
-        ("limit=0", "limit"),
+        ("limit=-1", "limit"),
         ("limit=10001", "limit"),
         ("order=up", "order"),
         ("after=file-x", "after"),

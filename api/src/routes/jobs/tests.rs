@@ -123,7 +123,16 @@ async fn resolved_values_take_the_place_of_auto() {
     );
     let all = &job["method"]["supervised"]["hyperparameters"];
     assert_eq!((&all["learning_rate"], &all["max_seq_length"]), (&json!(2e-4), &json!(64)));
-    assert!(!all.to_string().contains("auto"), "{all}");
+    let undecided = |job: &serde_json::Value| -> Vec<String> {
+        let all = job["method"]["supervised"]["hyperparameters"].as_object().expect("object");
+        let auto = all.iter().filter(|(_, value)| *value == "auto");
+        auto.map(|(name, _)| name.clone()).collect()
+    };
+    // The precision is the worker's to decide.
+    assert_eq!(undecided(&job), ["precision"]);
+    api.run_for(&id, 4).await;
+    let job = api.get(&format!("{JOBS}/{id}")).await.ok();
+    assert!(undecided(&job).is_empty(), "{job}");
 }
 
 #[tokio::test]
