@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test test-rust test-black-box test-sdk check-cuda bench lint dashboard fixtures
+.PHONY: demo test test-rust test-black-box test-sdk check-cuda bench bench-validation lint dashboard fixtures
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -37,6 +37,11 @@ bench:
 	scripts/packages.sh test
 	cargo build --release --workspace --bins --examples
 	python3 bench/run.py $(BENCH_ARGS)
+
+# How fast a file of 100,000 rows is checked and its tokens counted, on one core.
+bench-validation:
+	scripts/test-setup.sh
+	cargo run --release -p tunesmith-core --example validation_speed target/test-models/SmolLM2-135M-Instruct
 
 lint:
 	cargo fmt --all --check

@@ -38,6 +38,11 @@ impl Failure {
         }
     }
 
+    /// The error, where it is the client's; a fault of ours stays a failure.
+    pub(crate) fn client_error(self) -> Result<ApiError, Self> {
+        if self.cause.is_none() { Ok(self.error) } else { Err(self) }
+    }
+
     /// The database or the object store does not answer.
     pub(crate) fn unavailable(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self {

@@ -7,8 +7,10 @@ mod archive;
 mod auth;
 mod batches;
 mod body;
+mod estimate;
 mod failure;
 mod fields;
+mod file_reports;
 mod job_request;
 mod limits;
 mod live;
@@ -25,10 +27,12 @@ mod streaming;
 mod telemetry;
 #[cfg(test)]
 mod testing;
+mod tokenizers;
 mod validator;
 mod warnings;
 mod webhooks;
 
+pub use estimate::Prices;
 pub use limits::ProjectLimits;
 pub use server::{ApiConfig, ApiServer, DEFAULT_MAX_FILE_BYTES};
 pub use webhooks::IpNet;

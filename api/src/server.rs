@@ -1,12 +1,14 @@
 //! The server: it builds itself on any address, port 0 included, and stops when it is told.
 
+use crate::estimate::Prices;
 use crate::failure::Failure;
 use crate::limits::{ProjectLimits, RateLimiter, over_quota};
 use crate::live::Live;
 use crate::observe::observe;
 use crate::telemetry::Telemetry;
+use crate::tokenizers::Tokenizers;
 use crate::webhooks::{self, AddressPolicy, IpNet};
-use crate::{batches, maintenance, routes, validator};
+use crate::{batches, file_reports, maintenance, routes, validator};
 use actix_cors::Cors;
 use actix_web::dev::Server;
 use actix_web::middleware::{Condition, from_fn};
@@ -15,8 +17,9 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tunesmith_core::ids::ProjectId;
 use tunesmith_store::Store;
 
@@ -26,6 +29,9 @@ pub const DEFAULT_MAX_FILE_BYTES: u64 = 512 << 20;
 const SHUTDOWN_SECONDS: u64 = 5;
 /// Longer than the pools of HTTP clients keep a connection, so that it is they who close it.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
+
+/// Each keeps a core busy while it reads.
+const MAX_PREVIEWS: usize = 2;
 
 /// How the API is run.
 #[derive(Debug, Clone)]
@@ -43,6 +49,8 @@ pub struct ApiConfig {
     pub limits: ProjectLimits,
     /// Web pages of these origins may call the API from a browser; `*` lets all.
     pub cors_origins: Vec<String>,
+    /// What the operator charges; a preview of a job says what it would cost.
+    pub prices: Prices,
 }
 
 impl ApiConfig {
@@ -55,12 +63,12 @@ impl ApiConfig {
             model_aliases: BTreeMap::new(),
             limits: ProjectLimits::default(),
             cors_origins: Vec::new(),
+            prices: Prices::default(),
         }
     }
 }
 
 /// What every handler sees.
-#[derive(Debug)]
 pub(crate) struct AppState {
     pub(crate) store: Store,
     pub(crate) max_file_bytes: u64,
@@ -70,6 +78,10 @@ pub(crate) struct AppState {
     pub(crate) model_aliases: BTreeMap<String, String>,
     pub(crate) limits: ProjectLimits,
     pub(crate) rate: Option<RateLimiter>,
+    pub(crate) prices: Prices,
+    pub(crate) tokenizers: Arc<Tokenizers>,
+    /// Previews that may read files at a time.
+    pub(crate) previews: Semaphore,
 }
 
 impl AppState {
@@ -104,6 +116,7 @@ pub struct ApiServer {
     /// Turns true when the server is told to stop.
     stop: watch::Sender<bool>,
     webhooks: AddressPolicy,
+    tokenizers: Arc<Tokenizers>,
 }
 
 impl ApiServer {
@@ -118,6 +131,7 @@ impl ApiServer {
         let (stop, stopped) = watch::channel(false);
         let live = Live::new(store.clone(), stopped);
         let webhooks = AddressPolicy::new(config.webhook_ranges.clone());
+        let tokenizers = Arc::new(Tokenizers::new(store.clone()));
         let state = web::Data::new(AppState {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
@@ -127,6 +141,9 @@ impl ApiServer {
             model_aliases: config.model_aliases.clone(),
             limits: config.limits,
             rate: config.limits.requests_per_minute.map(RateLimiter::new),
+            prices: config.prices.clone(),
+            tokenizers: Arc::clone(&tokenizers),
+            previews: Semaphore::new(MAX_PREVIEWS),
         });
         let origins = config.cors_origins.clone();
         let server = HttpServer::new(move || {
@@ -142,7 +159,7 @@ impl ApiServer {
         .disable_signals()
         .listen(listener)?
         .run();
-        Ok(Self { server, local_addr, store, live, stop, webhooks })
+        Ok(Self { server, local_addr, store, live, stop, webhooks, tokenizers })
     }
 
     /// Where it listens.
@@ -166,13 +183,18 @@ impl ApiServer {
         let deliveries =
             tokio::spawn(webhooks::run(store.clone(), self.webhooks.clone(), stopped.clone()));
         let batches = tokio::spawn(batches::run(store.clone(), stopped.clone()));
-        let mut validator = tokio::spawn(validator::run(store, stopped));
+        let tokenizers = Arc::clone(&self.tokenizers);
+        let reports =
+            tokio::spawn(file_reports::run(store.clone(), tokenizers.clone(), stopped.clone()));
+        let mut validator = tokio::spawn(validator::run(store, tokenizers, stopped));
         let served = self.serve(shutdown).await;
         let limit = Duration::from_secs(SHUTDOWN_SECONDS);
         if tokio::time::timeout(limit, &mut validator).await.is_err() {
             // Another validator takes the job up when the claim runs out.
             validator.abort();
         }
+        // A report that is half made is made again by who comes next.
+        reports.abort();
         maintenance.abort();
         live.abort();
         deliveries.abort();

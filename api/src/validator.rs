@@ -3,7 +3,7 @@
 //! Any number of processes may do this side by side: a claim keeps a job to one of them for a
 //! minute, and whoever is first decides.
 
-use std::collections::HashMap;
+use crate::tokenizers::Tokenizers;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -12,15 +12,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tunesmith_core::dataset::{
-    ChatTokenizer, Report, RowReader, Shape, TokenizeOptions, check_training_examples,
-    tokenize_pair, tokenize_windows,
+    ChatTokenizer, ReadOptions, Report, RowReader, Shape, TokenizeOptions, check_training_examples,
+    is_text_name, tokenize_pair, tokenize_windows,
 };
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::{
     DataFacts, Hyperparameters, Method, ResolvedHyperparameters,
 };
-use tunesmith_core::ids::{BaseModelId, FileId};
-use tunesmith_store::base_models::BaseModel;
+use tunesmith_core::ids::FileId;
 use tunesmith_store::events::{Level, NewEvent};
 use tunesmith_store::jobs::Job;
 use tunesmith_store::notify::{Channel, Listener};
@@ -34,8 +33,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Validates until `stopped` turns true; a job at hand is finished first.
-pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
-    let mut validator = Validator { store, tokenizers: HashMap::new() };
+pub(crate) async fn run(
+    store: Store,
+    tokenizers: Arc<Tokenizers>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let validator = Validator { store, tokenizers };
     let mut listener = None;
     while !*stopped.borrow() {
         let pause = match validator.next().await {
@@ -53,8 +56,7 @@ pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
 
 struct Validator {
     store: Store,
-    /// A base model never changes, so neither does its tokenizer.
-    tokenizers: HashMap<BaseModelId, Arc<ChatTokenizer>>,
+    tokenizers: Arc<Tokenizers>,
 }
 
 /// How the files of a job turned out.
@@ -62,7 +64,7 @@ type Outcome = Result<Validated, ApiError>;
 
 impl Validator {
     /// Validates one job; says whether there was one.
-    async fn next(&mut self) -> Result<bool, StoreError> {
+    async fn next(&self) -> Result<bool, StoreError> {
         let Some(job) = self.store.claim_for_validation().await? else { return Ok(false) };
         let told = match self.validate(&job).await {
             Ok(Ok(validated)) => self.store.accept_files(&job.id, validated).await,
@@ -89,9 +91,9 @@ impl Validator {
         Ok(())
     }
 
-    async fn validate(&mut self, job: &Job) -> Result<Outcome, StoreError> {
+    async fn validate(&self, job: &Job) -> Result<Outcome, StoreError> {
         let base = self.store.base_model_by_id(&job.base_model_id).await?;
-        let tokenizer = match self.tokenizer(&base).await? {
+        let tokenizer = match self.tokenizers.of(&base).await? {
             Ok(tokenizer) => tokenizer,
             Err(error) => return Ok(Err(error)),
         };
@@ -153,35 +155,6 @@ impl Validator {
         }
     }
 
-    async fn tokenizer(
-        &mut self,
-        base: &BaseModel,
-    ) -> Result<Result<Arc<ChatTokenizer>, ApiError>, StoreError> {
-        if let Some(known) = self.tokenizers.get(&base.id) {
-            return Ok(Ok(Arc::clone(known)));
-        }
-        let directory = tempfile::tempdir()
-            .map_err(|source| StoreError::LocalFile { path: std::env::temp_dir(), source })?;
-        for file in TOKENIZER_FILES {
-            if base.manifest.file(file).is_some() {
-                let path = directory.path().join(file);
-                self.store.objects().download(&base.file(file), &path).await?;
-            }
-        }
-        match ChatTokenizer::from_dir(directory.path()) {
-            Ok(tokenizer) => {
-                let tokenizer = Arc::new(tokenizer);
-                self.tokenizers.insert(base.id.clone(), Arc::clone(&tokenizer));
-                Ok(Ok(tokenizer))
-            }
-            Err(error) => Ok(Err(ApiError::new(
-                ErrorCode::Internal,
-                format!("The tokenizer of the base model {} cannot be used: {error}", base.name),
-            )
-            .with_param("model"))),
-        }
-    }
-
     /// Copies a file to the local disk. One that is gone is the job's error, not ours.
     async fn fetch(
         &self,
@@ -191,7 +164,11 @@ impl Validator {
     ) -> Result<Result<LocalFile, ApiError>, StoreError> {
         let path = directory.join(param);
         match self.store.objects().download(&ObjectKey::File(id.clone()), &path).await {
-            Ok(_) => Ok(Ok(LocalFile { param, path })),
+            Ok(_) => {
+                let name = self.store.filename(id).await?;
+                let is_text = name.as_deref().is_some_and(is_text_name);
+                Ok(Ok(LocalFile { param, path, is_text }))
+            }
             Err(StoreError::NotFound { .. }) => Ok(Err(ApiError::new(
                 ErrorCode::InvalidTrainingFile,
                 format!("The file {id} is gone. Upload it again and start a new job."),
@@ -202,10 +179,6 @@ impl Validator {
     }
 }
 
-/// What a tokenizer and a chat template are read from.
-const TOKENIZER_FILES: [&str; 3] =
-    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
-
 /// Tells the reading thread that nobody waits for its answer any more.
 #[derive(Clone, Default)]
 struct Superseded(Arc<AtomicBool>);
@@ -213,6 +186,8 @@ struct Superseded(Arc<AtomicBool>);
 struct LocalFile {
     param: &'static str,
     path: PathBuf,
+    /// Whether its name says that it is plain text.
+    is_text: bool,
 }
 
 struct Files {
@@ -267,7 +242,9 @@ impl LocalFile {
             )
             .with_param(self.param)
         })?;
-        RowReader::for_method(method, BufReader::new(file), self.param)
+        let Self { param, is_text, .. } = *self;
+        let options = ReadOptions { method: Some(method), is_text, param };
+        RowReader::open(BufReader::new(file), &options)
     }
 
     fn read(&self, method: Method, superseded: &Superseded) -> Result<Report, ApiError> {

@@ -1,7 +1,7 @@
 //! How the API is run: what `up` and `api` take alike.
 
 use anyhow::Context as _;
-use tunesmith_api::{ApiConfig, IpNet, ProjectLimits};
+use tunesmith_api::{ApiConfig, IpNet, Prices, ProjectLimits};
 
 /// Settings of the REST API.
 #[derive(Debug, clap::Args)]
@@ -40,6 +40,43 @@ pub(crate) struct ApiArgs {
     /// Bytes of files that a project may have at one time
     #[arg(long, env = "TUNESMITH_MAX_STORED_BYTES", value_name = "BYTES")]
     max_stored_bytes: Option<u64>,
+    #[command(flatten)]
+    prices: PriceArgs,
+}
+
+/// What a job costs, for `jobs preview`.
+#[derive(Debug, Clone, clap::Args)]
+struct PriceArgs {
+    /// What an hour of a GPU costs
+    #[arg(long, env = "TUNESMITH_PRICE_PER_GPU_HOUR", value_name = "PRICE", value_parser = price)]
+    price_per_gpu_hour: Option<f64>,
+    /// What a million tokens seen in training cost; it comes before the price of an hour
+    #[arg(
+        long,
+        env = "TUNESMITH_PRICE_PER_MILLION_TOKENS",
+        value_name = "PRICE",
+        value_parser = price
+    )]
+    price_per_million_tokens: Option<f64>,
+    /// What prices are in
+    #[arg(long, env = "TUNESMITH_PRICE_CURRENCY", value_name = "CODE", default_value = "USD")]
+    price_currency: String,
+}
+
+fn price(text: &str) -> Result<f64, String> {
+    let price = text.parse().ok().filter(|price: &f64| price.is_finite() && *price >= 0.0);
+    price.ok_or_else(|| "it must be a number of at least 0".to_owned())
+}
+
+impl PriceArgs {
+    /// As the API takes them.
+    fn prices(&self) -> Prices {
+        Prices {
+            per_gpu_hour: self.price_per_gpu_hour,
+            per_million_tokens: self.price_per_million_tokens,
+            currency: self.price_currency.clone(),
+        }
+    }
 }
 
 impl ApiArgs {
@@ -54,6 +91,7 @@ impl ApiArgs {
                 unfinished_jobs: self.max_unfinished_jobs,
                 stored_bytes: self.max_stored_bytes,
             },
+            prices: self.prices.prices(),
             ..ApiConfig::new(listen)
         }
     }

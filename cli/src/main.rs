@@ -10,6 +10,7 @@ mod hub;
 mod installation;
 mod logging;
 mod parts;
+mod preview_table;
 mod rest;
 mod shutdown;
 mod table;

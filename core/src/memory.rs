@@ -8,6 +8,7 @@ use crate::hyperparameters::{
     TARGET_MODULES,
 };
 use serde::Serialize;
+use serde_json::Value;
 use std::fmt;
 
 /// Bytes of a value.
@@ -15,6 +16,9 @@ const F32: u64 = 4;
 const BF16: u64 = 2;
 /// The program, its tokenizer and its buffers.
 const PROCESS: u64 = 64 << 20;
+/// The most tokens of one pass, where more than one row shares it. On a CPU more than this gains
+/// no speed, and the memory of a pass grows with its tokens.
+pub const TOKENS_PER_PASS: usize = 2048;
 /// Logits that are held at a time.
 const CHUNK_LOGITS: u64 = 1 << 24;
 
@@ -154,6 +158,39 @@ struct Trained {
 }
 
 impl ModelSize {
+    /// The sizes in a Hugging Face `config.json`; `None` where it does not say them all. A family's
+    /// own defaults, which some files rely on, are not guessed.
+    #[must_use]
+    pub fn from_config(config: &Value) -> Option<Self> {
+        let size = |name: &str| config.get(name).and_then(Value::as_u64).filter(|&size| size > 0);
+        let hidden_size = size("hidden_size")?;
+        let heads = size("num_attention_heads")?;
+        let family = config.get("model_type").and_then(Value::as_str)?;
+        let has_own_head = family.starts_with("gemma") || family.starts_with("qwen3");
+        let head_dim = match size("head_dim") {
+            Some(head_dim) => head_dim,
+            None if has_own_head => return None,
+            None => hidden_size / heads,
+        };
+        let key_value_heads = match config.get("num_key_value_heads") {
+            None if has_own_head => return None,
+            None | Some(Value::Null) => heads,
+            Some(_) => size("num_key_value_heads")?,
+        };
+        Some(Self {
+            vocab_size: size("vocab_size")?,
+            hidden_size,
+            intermediate_size: size("intermediate_size")?,
+            num_hidden_layers: size("num_hidden_layers")?,
+            query_width: heads * head_dim,
+            key_value_width: key_value_heads * head_dim,
+            tie_word_embeddings: config
+                .get("tie_word_embeddings")
+                .and_then(Value::as_bool)
+                .unwrap_or(family.starts_with("gemma")),
+        })
+    }
+
     /// Inputs and outputs of a projection.
     fn projection(&self, module: &str) -> (u64, u64) {
         match module {
@@ -339,6 +376,22 @@ mod tests {
         let (last, lora) = (estimate_of(&last, 4096, false), estimate("lora", 4096, false));
         assert_eq!(last.gradients * 10, lora.gradients);
         assert!(last.activations * 4 < lora.activations, "{last} {lora}");
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_models_own_file() {
+        let mut config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 49_152, "hidden_size": 576,
+            "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "tie_word_embeddings": true,
+        });
+        assert_eq!(ModelSize::from_config(&config), Some(SMOLLM2_135M));
+        config["model_type"] = "qwen3".into();
+        assert_eq!(ModelSize::from_config(&config), None, "its heads are not said");
+        config["head_dim"] = 128.into();
+        let size = ModelSize::from_config(&config).expect("sizes");
+        assert_eq!((size.query_width, size.key_value_width), (9 * 128, 3 * 128));
+        assert_eq!(ModelSize::from_config(&serde_json::json!({"model_type": "llama"})), None);
     }
 
     #[test]

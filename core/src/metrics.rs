@@ -47,6 +47,22 @@ pub struct StepMetrics {
     pub valid_reward_margin: Option<f64>,
 }
 
+/// The most training rows of a job whose losses are kept: the first ones of the file.
+pub const MAX_ROW_LOSSES: u64 = 100_000;
+
+/// What a training row showed when it was last trained on, before that step's update.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RowLoss {
+    /// The row's number among those that train, from 0; of a long text each window has one.
+    pub row: u64,
+    /// Where it begins in its file, from 1.
+    pub line: u64,
+    /// The step, from 1.
+    pub step: u64,
+    /// Σ wᵢ·NLLᵢ / Σ wᵢ over the row's targets.
+    pub loss: f64,
+}
+
 /// The step with the lowest validation loss.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct BestStep {

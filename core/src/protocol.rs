@@ -8,7 +8,7 @@ use crate::errors::ErrorCode;
 use crate::hyperparameters::Precision;
 use crate::ids::JobId;
 use crate::job::TrainSpec;
-use crate::metrics::{BestStep, StepMetrics};
+use crate::metrics::{BestStep, RowLoss, StepMetrics};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -25,6 +25,9 @@ pub const TRAINER_MEMORY: (&str, &str) = (
 
 /// The largest frame either side accepts.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
+
+/// The most rows of a [`FromTrainer::Rows`], so that it fits into a frame.
+pub const MAX_ROWS_A_FRAME: usize = 10_000;
 
 /// The half of a checkpoint directory that people download.
 pub const WEIGHTS_DIR: &str = "weights";
@@ -68,6 +71,8 @@ pub struct TrainRequest {
 pub enum FromTrainer {
     /// The model and the data are loaded; training begins.
     Started(Started),
+    /// What the rows of the next step showed, up to [`MAX_ROWS_A_FRAME`] of them.
+    Rows(Vec<RowLoss>),
     /// A step is done.
     Step(StepMetrics),
     /// A checkpoint directory is complete on disk.

@@ -1,5 +1,6 @@
 //! Files: uploaded by clients, or produced by jobs.
 
+use crate::notify::Channel;
 use crate::objects::{ObjectKey, Stored};
 use crate::page::{Order, Page, PageRequest};
 use crate::words::words;
@@ -21,9 +22,11 @@ pub(crate) use is_there;
 /// What a [`File`] is read from.
 macro_rules! file_columns {
     () => {
-        "id, filename, purpose, bytes, sha256, created_at, expires_at"
+        "id, filename, purpose, bytes, sha256, created_at, expires_at, status_details"
     };
 }
+
+pub(crate) use file_columns;
 
 words! {
     /// What a file is for.
@@ -74,6 +77,8 @@ pub struct File {
     pub created_at: OffsetDateTime,
     /// When it goes by itself.
     pub expires_at: Option<OffsetDateTime>,
+    /// What its report says at a glance, where something is wrong with it.
+    pub status_details: Option<String>,
 }
 
 impl File {
@@ -94,6 +99,7 @@ impl FromRow<'_, PgRow> for File {
             sha256: row.try_get("sha256")?,
             created_at: row.try_get("created_at")?,
             expires_at: row.try_get("expires_at")?,
+            status_details: row.try_get("status_details")?,
         })
     }
 }
@@ -129,7 +135,7 @@ impl Store {
         Ok(id)
     }
 
-    /// Makes a file whole whose content is stored.
+    /// Makes a file whole whose content is stored, and asks for a report on one to train on.
     ///
     /// # Errors
     /// [`StoreError::NotFound`] if it is not one that is being uploaded.
@@ -171,6 +177,19 @@ impl Store {
         .fetch_optional(&self.pool)
         .await?
         .ok_or_else(|| StoreError::not_found("file", id))
+    }
+
+    /// What the client named a file, whatever became of it since; `None` before it is whole.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn filename(&self, id: &FileId) -> Result<Option<String>, StoreError> {
+        let name: Option<Option<String>> =
+            sqlx::query_scalar("SELECT filename FROM files WHERE id = $1")
+                .bind(id.as_str())
+                .fetch_optional(&self.pool)
+                .await?;
+        Ok(name.flatten())
     }
 
     /// The whole files of `project`, of one purpose or of all.
@@ -278,10 +297,14 @@ impl Store {
         if let Some(batch) = batch {
             return Err(StoreError::FileInBatch { file: id.clone(), batch: BatchId::from(batch) });
         }
-        sqlx::query("UPDATE files SET deleted_at = now() WHERE id = $1")
-            .bind(id.as_str())
-            .execute(&mut *transaction)
-            .await?;
+        // A report quotes the file, so it goes too.
+        sqlx::query(
+            "WITH reports AS (DELETE FROM file_reports WHERE file_id = $1)
+             UPDATE files SET deleted_at = now(), status_details = NULL WHERE id = $1",
+        )
+        .bind(id.as_str())
+        .execute(&mut *transaction)
+        .await?;
         transaction.commit().await?;
         self.delete_content(id).await;
         Ok(())
@@ -294,16 +317,20 @@ impl Store {
     /// Those of the database.
     pub async fn purge_files(&self) -> Result<usize, StoreError> {
         let gone: Vec<String> = sqlx::query_scalar(
-            "UPDATE files SET deleted_at = now()
-             WHERE deleted_at IS NULL
-               AND (expires_at <= now()
-                    OR (bytes IS NULL AND created_at < now() - $1::interval))
-               AND NOT EXISTS (SELECT 1 FROM jobs WHERE finished_at IS NULL
-                               AND (training_file = files.id OR validation_file = files.id))
-               AND NOT EXISTS (SELECT 1 FROM batches WHERE input_file = files.id
-                               AND status IN ('validating', 'in_progress', 'finalizing',
-                                              'cancelling'))
-             RETURNING id",
+            "WITH gone AS (
+                UPDATE files SET deleted_at = now(), status_details = NULL
+                WHERE deleted_at IS NULL
+                  AND (expires_at <= now()
+                       OR (bytes IS NULL AND created_at < now() - $1::interval))
+                  AND NOT EXISTS (SELECT 1 FROM jobs WHERE finished_at IS NULL
+                                  AND (training_file = files.id OR validation_file = files.id))
+                  AND NOT EXISTS (SELECT 1 FROM batches WHERE input_file = files.id
+                                  AND status IN ('validating', 'in_progress', 'finalizing',
+                                                 'cancelling'))
+                RETURNING id
+             ), reports AS (
+                DELETE FROM file_reports USING gone WHERE file_reports.file_id = gone.id
+             ) SELECT id FROM gone",
         )
         .bind(ABANDONED_AFTER)
         .fetch_all(&self.pool)
@@ -329,12 +356,21 @@ pub(crate) async fn finish(
     facts: &FileFacts,
     stored: &Stored,
 ) -> Result<File, StoreError> {
-    sqlx::query_as(
-        "UPDATE files SET status = $2, filename = $3, purpose = $4, bytes = $5, sha256 = $6,
-             expires_at = created_at + make_interval(secs => $7)
-         WHERE id = $1 AND status = $8
-         RETURNING id, filename, purpose, bytes, sha256, created_at, expires_at",
-    )
+    sqlx::query_as(concat!(
+        "WITH finished AS (
+            UPDATE files SET status = $2, filename = $3, purpose = $4, bytes = $5,
+                sha256 = $6, expires_at = created_at + make_interval(secs => $7)
+            WHERE id = $1 AND status = $8
+            RETURNING ",
+        file_columns!(),
+        "), report AS (
+            INSERT INTO file_reports (file_id, base_model_id)
+            SELECT id, coalesce(
+                (SELECT id FROM base_models ORDER BY created_at, id LIMIT 1), '')
+            FROM finished WHERE purpose = $9
+            RETURNING file_id
+         ) SELECT finished.*, (SELECT pg_notify($10, '')::text FROM report) FROM finished"
+    ))
     .bind(id.as_str())
     .bind(FileStatus::Processed.as_str())
     .bind(&facts.filename)
@@ -343,6 +379,8 @@ pub(crate) async fn finish(
     .bind(&stored.sha256)
     .bind(facts.expires_after.map(|duration| duration.as_secs_f64()))
     .bind(FileStatus::Uploading.as_str())
+    .bind(Purpose::FineTune.as_str())
+    .bind(Channel::Reports.as_str())
     .fetch_optional(executor)
     .await?
     .ok_or_else(|| StoreError::not_found("file being uploaded", id))

@@ -11,6 +11,7 @@ mod database;
 pub mod embedded;
 mod error;
 pub mod events;
+pub mod file_reports;
 pub mod files;
 #[cfg(any(test, feature = "test-support"))]
 mod fixture_mode;
@@ -24,6 +25,7 @@ pub mod notify;
 pub mod objects;
 pub mod page;
 pub mod permissions;
+pub mod row_losses;
 mod rows;
 pub mod tenants;
 #[cfg(any(test, feature = "test-support"))]

@@ -3,8 +3,11 @@
 use crate::{Store, StoreError, rows};
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
-use tunesmith_core::ids::{JobId, ProjectId};
+use sqlx::types::Json;
+use tunesmith_core::hyperparameters::ResolvedHyperparameters;
+use tunesmith_core::ids::{BaseModelId, JobId, ProjectId};
 use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::state::JobStatus;
 
 /// Selects steps of the job `$1`.
 macro_rules! steps_of_job {
@@ -18,7 +21,52 @@ macro_rules! steps_of_job {
 }
 pub(crate) use steps_of_job;
 
+/// How fast jobs of a kind trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainingSpeed {
+    /// How many jobs this is the mean of.
+    pub jobs: u64,
+    /// Tokens over training time, evaluations included.
+    pub tokens_per_second: f64,
+}
+
+/// Jobs of which a speed is the mean.
+const RECENT_JOBS: i64 = 5;
+
 impl Store {
+    /// How fast the last jobs on `base_model` trained that had the method and the kind of adapter
+    /// of `like`, whoever's they were; `None` if there was none.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn training_speed(
+        &self,
+        base_model: &BaseModelId,
+        like: &ResolvedHyperparameters,
+    ) -> Result<Option<TrainingSpeed>, StoreError> {
+        let row = sqlx::query(
+            "SELECT count(*) AS jobs, sum(tokens)::double precision / sum(elapsed_seconds) AS speed
+             FROM (
+                SELECT job_metrics.tokens, job_metrics.elapsed_seconds
+                FROM jobs JOIN job_metrics
+                  ON job_metrics.job_id = jobs.id AND job_metrics.step = jobs.last_step
+                WHERE jobs.base_model_id = $1 AND jobs.method = $2 AND jobs.status = $3
+                  AND jobs.resolved #> '{adapter,type}' = $4
+                  AND job_metrics.elapsed_seconds > 0
+                ORDER BY jobs.sequence DESC LIMIT $5) AS recent",
+        )
+        .bind(base_model.as_str())
+        .bind(like.method.as_str())
+        .bind(JobStatus::Succeeded.as_str())
+        .bind(Json(like.adapter.kind))
+        .bind(RECENT_JOBS)
+        .fetch_one(&self.pool)
+        .await?;
+        let speed: Option<f64> = row.try_get("speed")?;
+        let jobs = rows::count(&row, "jobs")?;
+        Ok(speed.map(|tokens_per_second| TrainingSpeed { jobs, tokens_per_second }))
+    }
+
     /// The metrics of a job's steps after `after_step`, in their order; 0 for all.
     ///
     /// # Errors

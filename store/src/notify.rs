@@ -20,6 +20,8 @@ pub enum Channel {
     Batches,
     /// There is something to tell a webhook endpoint.
     Webhooks,
+    /// A report on a file is wanted.
+    Reports,
 }
 
 impl Channel {
@@ -31,6 +33,7 @@ impl Channel {
             Self::Progress => "tunesmith_progress",
             Self::Batches => "tunesmith_batches",
             Self::Webhooks => "tunesmith_webhooks",
+            Self::Reports => "tunesmith_reports",
         }
     }
 }

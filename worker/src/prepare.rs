@@ -4,13 +4,14 @@ use crate::retry::retry;
 use crate::session::{Context, SessionError};
 use crate::transfer::{TransferError, download_dir, read_manifest};
 use std::path::{Path, PathBuf};
+use tunesmith_core::dataset::is_text_name;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::FileId;
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::protocol::{STATE_DIR, TrainRequest, WEIGHTS_DIR};
-use tunesmith_store::StoreError;
 use tunesmith_store::jobs::Job;
 use tunesmith_store::objects::{CheckpointPlace, ObjectKey, ObjectPrefix, Objects};
+use tunesmith_store::{Store, StoreError};
 
 /// Puts base model, files and the checkpoint to go on from into place; `dir` is the job's own.
 pub(crate) async fn prepare(
@@ -24,9 +25,10 @@ pub(crate) async fn prepare(
     };
     let model = retry("base_model", || context.store.base_model_by_id(&job.base_model_id)).await?;
     let base_model_dir = context.cache.directory(objects, &model).await?;
-    let training_file = fetch_file(objects, &job.training_file, "training_file", dir).await?;
+    let store = &context.store;
+    let training_file = fetch_file(store, &job.training_file, "training_file", dir).await?;
     let validation_file = match &job.validation_file {
-        Some(id) => Some(fetch_file(objects, id, "validation_file", dir).await?),
+        Some(id) => Some(fetch_file(store, id, "validation_file", dir).await?),
         None => None,
     };
     let resume_from = match &job.resume {
@@ -47,14 +49,17 @@ pub(crate) async fn prepare(
 
 /// The content of a file of the job's; `param` names it in the request.
 async fn fetch_file(
-    objects: &Objects,
+    store: &Store,
     id: &FileId,
     param: &str,
     dir: &Path,
 ) -> Result<PathBuf, SessionError> {
-    let path = dir.join(param);
+    let name = retry("filename", || store.filename(id)).await?;
+    // The trainer reads plain text where the name says so.
+    let is_text = name.as_deref().is_some_and(is_text_name);
+    let path = dir.join(if is_text { format!("{param}.txt") } else { param.to_owned() });
     let key = ObjectKey::File(id.clone());
-    match retry("download of a file", || objects.download(&key, &path)).await {
+    match retry("download of a file", || store.objects().download(&key, &path)).await {
         Ok(_) => Ok(path),
         Err(StoreError::NotFound { .. }) => Err(SessionError::Job(
             ApiError::new(

@@ -3,9 +3,10 @@
 
 use crate::messages::{step_data, step_message};
 use crate::retry::retry;
+use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
-use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::metrics::{MAX_ROW_LOSSES, RowLoss, StepMetrics};
 use tunesmith_core::protocol::Note;
 use tunesmith_store::events::NewEvent;
 use tunesmith_store::lease::Lease;
@@ -18,6 +19,8 @@ pub(crate) struct Reporter {
     flush_interval: Duration,
     total_steps: u64,
     steps: Vec<StepMetrics>,
+    /// By the row's number: what it showed last.
+    rows: BTreeMap<u64, RowLoss>,
     /// What there is to say of the steps, and the notes between them.
     events: Vec<NewEvent>,
     /// When the oldest of these is to be written.
@@ -32,6 +35,7 @@ impl Reporter {
             flush_interval,
             total_steps: 0,
             steps: Vec::new(),
+            rows: BTreeMap::new(),
             events: Vec::new(),
             due: None,
         }
@@ -50,6 +54,12 @@ impl Reporter {
         self.steps.retain(|other| other.step != step.step);
         self.steps.push(step);
         self.say(event);
+    }
+
+    /// Takes rows in; they are written with the step that comes after them.
+    pub(crate) fn add_rows(&mut self, rows: Vec<RowLoss>) {
+        let kept = rows.into_iter().filter(|loss| loss.row < MAX_ROW_LOSSES);
+        self.rows.extend(kept.map(|loss| (loss.row, loss)));
     }
 
     /// Takes a note in.
@@ -73,6 +83,11 @@ impl Reporter {
     /// Writes what there is. It is forgotten only once it is written, so this may be dropped
     /// half-way and called again.
     pub(crate) async fn flush(&mut self) -> Result<(), StoreError> {
+        if !self.rows.is_empty() {
+            let rows: Vec<_> = self.rows.values().cloned().collect();
+            retry("record_row_losses", || self.store.record_row_losses(&self.lease, &rows)).await?;
+            self.rows.clear();
+        }
         if !self.events.is_empty() {
             retry("record_steps", || {
                 self.store.record_steps(&self.lease, &self.steps, &self.events)

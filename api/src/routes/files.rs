@@ -48,7 +48,7 @@ impl From<&File> for FileObject {
             // Only whole files are shown.
             status: FileStatus::Processed.as_str(),
             expires_at: file.expires_at.map(|time| time.unix_timestamp()),
-            status_details: None,
+            status_details: file.status_details.clone(),
         }
     }
 }

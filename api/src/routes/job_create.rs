@@ -90,7 +90,7 @@ pub(crate) fn idempotency(
     Ok(Idempotency { key, is_retry, request_sha256 })
 }
 
-async fn base_model(state: &AppState, name: &str) -> Result<BaseModelId, Failure> {
+pub(super) async fn base_model(state: &AppState, name: &str) -> Result<BaseModelId, Failure> {
     match state.store.base_model(state.base_model_name(name)).await {
         Ok(model) => return Ok(model.id),
         Err(StoreError::NotFound { .. }) => {}
@@ -112,7 +112,7 @@ async fn base_model(state: &AppState, name: &str) -> Result<BaseModelId, Failure
 }
 
 /// The id of a file that a job may read.
-async fn job_file(
+pub(super) async fn job_file(
     state: &AppState,
     caller: &Caller,
     param: &str,

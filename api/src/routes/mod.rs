@@ -3,12 +3,15 @@
 mod batches;
 mod checkpoint_permissions;
 mod dashboard;
+mod file_report;
 mod file_upload;
 mod files;
 mod graders;
 mod health;
 mod job_create;
 mod job_parts;
+mod job_preview;
+mod job_rows;
 mod jobs;
 mod models;
 mod organization;
@@ -40,6 +43,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         )
         .service(path("/v1/files/{id}").get(files::retrieve).delete(files::delete))
         .service(path("/v1/files/{id}/content").get(files::content))
+        .service(path("/v1/files/{id}/report").get(file_report::report))
         .service(path("/v1/uploads").post(uploads::create))
         .service(path("/v1/uploads/{id}/parts").post(uploads::add_part))
         .service(path("/v1/uploads/{id}/complete").post(uploads::complete))
@@ -49,6 +53,8 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
                 .route(web::get().to(jobs::list).wrap(Compress::default()))
                 .post(job_create::create),
         )
+        // Before the ids, which no job's begins like.
+        .service(path("/v1/fine_tuning/jobs/preview").post(job_preview::preview))
         .service(path("/v1/fine_tuning/jobs/{id}").get(jobs::retrieve))
         .service(path("/v1/fine_tuning/jobs/{id}/cancel").post(jobs::cancel))
         .service(path("/v1/fine_tuning/jobs/{id}/pause").post(jobs::pause))
@@ -59,6 +65,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
                 .get(job_parts::checkpoints)
                 .wrap(Compress::default()),
         )
+        .service(path("/v1/fine_tuning/jobs/{id}/rows").get(job_rows::rows))
         .service(
             path("/v1/fine_tuning/jobs/{id}/metrics")
                 .get(job_parts::metrics)

@@ -26,6 +26,10 @@ impl TestApi {
     }
 }
 
+fn tokenizers(api: &TestApi) -> std::sync::Arc<crate::tokenizers::Tokenizers> {
+    std::sync::Arc::new(crate::tokenizers::Tokenizers::new(api.store.clone()))
+}
+
 async fn start() -> TestApi {
     TestApi::with_validator().await.with_base_model().await
 }
@@ -203,7 +207,7 @@ async fn a_job_that_came_before_the_validator_is_found() {
     let api = TestApi::start().await.with_base_model().await;
     let job = api.start_job().await;
     let (_stop, stopped) = tokio::sync::watch::channel(false);
-    tokio::spawn(super::run(api.store.clone(), stopped));
+    tokio::spawn(super::run(api.store.clone(), tokenizers(&api), stopped));
     assert_eq!(api.validated(&job).await["status"], "queued");
 }
 
@@ -224,7 +228,7 @@ async fn what_a_slower_validator_finds_counts_no_more() {
 async fn the_validator_ends_when_the_server_stops() {
     let api = TestApi::start().await;
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let task = tokio::spawn(super::run(api.store.clone(), stopped));
+    let task = tokio::spawn(super::run(api.store.clone(), tokenizers(&api), stopped));
     stop.send_replace(true);
     tokio::time::timeout(super::LOOK_EVERY * 2, task).await.expect("it ended").expect("no panic");
 }

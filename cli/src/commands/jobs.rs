@@ -2,6 +2,7 @@
 
 use super::files;
 use crate::follow;
+use crate::preview_table;
 use crate::rest::wire::{Job, Page};
 use crate::rest::{Client, ServerArgs};
 use crate::table;
@@ -17,6 +18,8 @@ use tunesmith_core::ids::FileId;
 pub(crate) enum Command {
     /// Create a job and print its id
     Create(Box<CreateArgs>),
+    /// Say what a job would be, and what is wrong with it, without making it
+    Preview(Box<CreateArgs>),
     /// List the project's jobs, newest first
     List {
         /// The most to list
@@ -98,6 +101,7 @@ fn json_object(text: &str) -> Result<JsonObject, String> {
 pub(crate) async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Create(args) => return create(&args).await,
+        Command::Preview(args) => return preview(&args).await,
         Command::List { limit, server } => {
             let limit = limit.to_string();
             let page: Page<Job> =
@@ -140,6 +144,21 @@ async fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let job: Job = client.post(&["fine_tuning", "jobs"], Some(&body)).await?;
     println!("{}", job.id);
     if args.follow { follow::follow(&client, &job.id).await } else { Ok(ExitCode::SUCCESS) }
+}
+
+/// Prints what the server says of the job; the exit code is 0 if it would run.
+async fn preview(args: &CreateArgs) -> anyhow::Result<ExitCode> {
+    let client = args.server.client()?;
+    let training_file = file_id(&client, &args.training_file).await?;
+    let validation_file = match &args.validation_file {
+        Some(file) => Some(file_id(&client, file).await?),
+        None => None,
+    };
+    let body = request(args, &training_file, validation_file.as_ref());
+    let preview: Value = client.post(&["fine_tuning", "jobs", "preview"], Some(&body)).await?;
+    print!("{}", preview_table::render(&preview));
+    let would_run = preview["would_run"].as_bool().unwrap_or(false);
+    Ok(if would_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The body of the create request; what was not given is left to the server.

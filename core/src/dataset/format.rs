@@ -1,10 +1,13 @@
 //! What a file was read as.
 
+use crate::hyperparameters::Method;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
 
 /// How the rows lie in the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Container {
     /// One JSON object a line.
     JsonLines,
@@ -14,6 +17,8 @@ pub enum Container {
     JsonArray,
     /// Comma-separated values under a header.
     Csv,
+    /// Text without any structure, which is learned whole.
+    PlainText,
 }
 
 impl fmt::Display for Container {
@@ -23,12 +28,14 @@ impl fmt::Display for Container {
             Self::JsonObjects => "pretty-printed JSON",
             Self::JsonArray => "a JSON array",
             Self::Csv => "CSV",
+            Self::PlainText => "plain text",
         })
     }
 }
 
 /// What a row says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Shape {
     /// `{"messages": […]}`.
     Chat,
@@ -74,12 +81,16 @@ pub struct Format {
 
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {} rows", self.container, self.shape)
+        match self.container {
+            Container::PlainText => self.container.fmt(f),
+            container => write!(f, "{container} of {} rows", self.shape),
+        }
     }
 }
 
 /// Something unusual that was read for what it means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Repair {
     /// The file begins with a UTF-8 byte-order mark.
     ByteOrderMark,
@@ -97,6 +108,39 @@ pub enum Repair {
     PairWeight,
     /// Both answers of a pair are the same.
     EqualAnswers,
+    /// A column of a table has no name.
+    UnnamedColumn,
+    /// Rows have keys that mean nothing to their shape.
+    IgnoredKeys,
+    /// A long text was read as several.
+    TextInPieces,
+}
+
+impl Shape {
+    /// The keys that a row of this shape is read from.
+    pub(super) const fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Chat => &["messages", "tools", "parallel_tool_calls"],
+            Self::PromptCompletion => &["prompt", "completion"],
+            Self::Text => &["text"],
+            Self::Alpaca => &["instruction", "input", "output", "system"],
+            Self::ShareGpt => &["conversations"],
+            Self::Preference => &["input", "preferred_output", "non_preferred_output"],
+            Self::ChosenRejected => &["prompt", "chosen", "rejected", "tools"],
+            Self::ChosenRejectedText => &["prompt", "chosen", "rejected"],
+        }
+    }
+
+    /// What learns from rows of this shape.
+    #[must_use]
+    pub const fn method(self) -> Method {
+        match self {
+            Self::Chat | Self::PromptCompletion | Self::Text | Self::Alpaca | Self::ShareGpt => {
+                Method::Supervised
+            }
+            Self::Preference | Self::ChosenRejected | Self::ChosenRejectedText => Method::Dpo,
+        }
+    }
 }
 
 impl fmt::Display for Repair {
@@ -110,6 +154,9 @@ impl fmt::Display for Repair {
             Self::WeightIgnored => "weights on messages that are not the assistant's are ignored",
             Self::PairWeight => "weights in preference pairs are ignored",
             Self::EqualAnswers => "some pairs have the same answer twice and teach no preference",
+            Self::UnnamedColumn => "a column without a name was ignored",
+            Self::IgnoredKeys => "keys that mean nothing here were ignored",
+            Self::TextInPieces => "long text was read as several texts, parted between paragraphs",
         })
     }
 }
@@ -125,6 +172,8 @@ pub struct Report {
     pub duplicates: usize,
     /// Everything unusual about it.
     pub repairs: BTreeSet<Repair>,
+    /// The first few keys that mean nothing to its shape.
+    pub ignored_keys: BTreeSet<String>,
 }
 
 impl fmt::Display for Report {
@@ -132,6 +181,10 @@ impl fmt::Display for Report {
         write!(f, "{} rows read as {}", self.rows, self.format)?;
         for repair in &self.repairs {
             write!(f, "; {repair}")?;
+            if *repair == Repair::IgnoredKeys {
+                let keys: Vec<_> = self.ignored_keys.iter().map(String::as_str).collect();
+                write!(f, ": {}", keys.join(", "))?;
+            }
         }
         if self.duplicates > 0 {
             write!(f, "; {} rows are copies of earlier ones", self.duplicates)?;

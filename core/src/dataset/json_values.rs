@@ -109,7 +109,7 @@ impl<R: BufRead> JsonValues<R> {
                             "something follows the end of the JSON array.",
                             "Put all rows into one array, or write one row a line.",
                         )
-                        .at(self.line));
+                        .ends_file_at(self.line));
                     }
                 }
             }
@@ -119,7 +119,7 @@ impl<R: BufRead> JsonValues<R> {
                     "two rows of the JSON array have no comma between them.",
                     "Write the file with a JSON library.",
                 )
-                .at(self.line));
+                .ends_file_at(self.line));
             }
             _ => {}
         }
@@ -132,7 +132,7 @@ impl<R: BufRead> JsonValues<R> {
                 "the file ends before its JSON array does.",
                 "Upload the whole file.",
             )
-            .at(self.line)),
+            .ends_file_at(self.line)),
         }
     }
 
@@ -176,7 +176,7 @@ impl<R: BufRead> JsonValues<R> {
                     break;
                 }
                 if text.len() > MAX_ROW_BYTES {
-                    return Err(too_long().at(start));
+                    return Err(too_long().ends_file_at(start));
                 }
             }
             self.reader.consume(taken);
@@ -237,7 +237,7 @@ mod tests {
                     Err(fault) => break fault,
                 }
             };
-            assert!(matches!(fault, ReadFault::Row { line: 1, .. }), "{text}: {fault:?}");
+            assert!(matches!(fault, ReadFault::Rest { line: 1, .. }), "{text}: {fault:?}");
         }
     }
 

@@ -3,25 +3,28 @@
 use super::fault::{Fault, ReadFault};
 use super::format::Repair;
 use super::reader::MAX_ROW_BYTES;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, BufRead, Read as _};
 
 /// Reads line after line, none of them longer than [`MAX_ROW_BYTES`].
 pub(super) struct Lines<R> {
     reader: R,
     line: usize,
-    put_back: Option<(usize, Vec<u8>)>,
+    put_back: VecDeque<Line>,
 }
+
+/// A line's number, from 1, and its text; or what is wrong with it.
+pub(super) type Line = Result<(usize, Vec<u8>), ReadFault>;
 
 impl<R: BufRead> Lines<R> {
     /// `reader` is past `lines_read` lines.
     pub(super) fn new(reader: R, lines_read: usize) -> Self {
-        Self { reader, line: lines_read, put_back: None }
+        Self { reader, line: lines_read, put_back: VecDeque::new() }
     }
 
-    /// Makes `line` the next one again.
-    pub(super) fn put_back(&mut self, line: Option<(usize, Vec<u8>)>) {
-        self.put_back = line;
+    /// Makes `line` one to read again, after those that were put back before.
+    pub(super) fn put_back(&mut self, line: Line) {
+        self.put_back.push_back(line);
     }
 
     /// The reader, with whatever it has left.
@@ -34,8 +37,8 @@ impl<R: BufRead> Lines<R> {
         &mut self,
         repairs: &mut BTreeSet<Repair>,
     ) -> Result<Option<(usize, Vec<u8>)>, ReadFault> {
-        if let Some(line) = self.put_back.take() {
-            return Ok(Some(line));
+        if let Some(line) = self.put_back.pop_front() {
+            return line.map(Some);
         }
         loop {
             let mut text = Vec::new();
@@ -52,7 +55,11 @@ impl<R: BufRead> Lines<R> {
                     repairs.insert(Repair::CrLf);
                 }
             } else {
-                repairs.insert(Repair::NoFinalNewline);
+                if text.len() as u64 == limit {
+                    self.skip_line()?;
+                } else {
+                    repairs.insert(Repair::NoFinalNewline);
+                }
             }
             if text.len() > MAX_ROW_BYTES {
                 return Err(too_long().at(self.line));
@@ -62,6 +69,21 @@ impl<R: BufRead> Lines<R> {
                 continue;
             }
             return Ok(Some((self.line, text)));
+        }
+    }
+
+    /// Reads on to the end of the line and keeps nothing of it.
+    fn skip_line(&mut self) -> io::Result<()> {
+        loop {
+            let buffer = self.reader.fill_buf()?;
+            let (length, ends) = match buffer.iter().position(|&byte| byte == b'\n') {
+                Some(end) => (end + 1, true),
+                None => (buffer.len(), buffer.is_empty()),
+            };
+            self.reader.consume(length);
+            if ends {
+                return Ok(());
+            }
         }
     }
 }

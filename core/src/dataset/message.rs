@@ -97,8 +97,9 @@ pub(super) fn parse_messages(
     repairs: &mut BTreeSet<Repair>,
 ) -> Result<Vec<Message>, Fault> {
     let Value::Array(list) = value else {
-        return Err(Fault::new(
-            format!("{path} is {}, but must be a list of messages.", quoted(value)),
+        return Err(Fault::at_key(
+            path,
+            format!("is {}, but must be a list of messages.", quoted(value)),
             "Write [{\"role\": \"user\", \"content\": …}, {\"role\": \"assistant\", …}].",
         ));
     };
@@ -114,24 +115,28 @@ pub(super) fn parse_messages(
 /// Refuses a conversation in which there is nothing to learn.
 pub(super) fn check_conversation(messages: &[Message], path: &str) -> Result<(), Fault> {
     if messages.is_empty() {
-        return Err(Fault::new(
-            format!("{path} is empty, but must have at least one assistant message."),
+        return Err(Fault::at_key(
+            path,
+            "is empty, but must have at least one assistant message.",
             "Remove the row.",
         ));
     }
     let mut assistant = messages.iter().filter(|m| m.role == Role::Assistant).peekable();
     if assistant.peek().is_none() {
-        return Err(Fault::new(
-            format!("{path} must have at least one assistant message, but has none."),
+        return Err(Fault::at_key(
+            path,
+            "must have at least one assistant message, but has none.",
             "End the conversation with the answer that the model should learn, \
              {\"role\": \"assistant\", \"content\": …}.",
         ));
     }
     if assistant.all(|message| message.weight == 0.0) {
-        return Err(Fault::new(
-            format!("{path} has weight 0 on every assistant message, but at least one must count."),
+        return Err(Fault::at_key(
+            path,
+            "has weight 0 on every assistant message, but at least one must count.",
             "Give a weight above 0 to a message that should be learned.",
-        ));
+        )
+        .trains_nothing());
     }
     Ok(())
 }
@@ -143,8 +148,9 @@ pub(super) fn parse_message(
     repairs: &mut BTreeSet<Repair>,
 ) -> Result<Message, Fault> {
     let Value::Object(fields) = value else {
-        return Err(Fault::new(
-            format!("{path} is {}, but must be an object.", quoted(value)),
+        return Err(Fault::at_key(
+            path,
+            format!("is {}, but must be an object.", quoted(value)),
             "Write {\"role\": …, \"content\": …}.",
         ));
     };
@@ -168,8 +174,9 @@ pub(super) fn parse_message(
                 message.rest.insert(key.clone(), calls);
             }
             "function_call" => {
-                return Err(Fault::new(
-                    format!("{path}.function_call is the old form of a call to a tool."),
+                return Err(Fault::at_key(
+                    format_args!("{path}.function_call"),
+                    "is the old form of a call to a tool.",
                     "Write \"tool_calls\": [{\"type\": \"function\", \"function\": {\"name\": …, \
                      \"arguments\": …}}].",
                 ));
@@ -180,15 +187,17 @@ pub(super) fn parse_message(
         }
     }
     if message.content.is_none() && !message.has_tool_calls() {
-        return Err(Fault::new(
-            format!("{path}.content is missing, but must be text."),
+        return Err(Fault::at_key(
+            format_args!("{path}.content"),
+            "is missing, but must be text.",
             "Only an assistant message with tool_calls may leave it out.",
         ));
     }
     if message.role != Role::Assistant {
         if message.has_tool_calls() {
-            return Err(Fault::new(
-                format!("{path}.tool_calls stands in a message of role \"{}\".", message.role),
+            return Err(Fault::at_key(
+                format_args!("{path}.tool_calls"),
+                format!("stands in a message of role \"{}\".", message.role),
                 "Only the assistant calls tools.",
             ));
         }
@@ -203,12 +212,17 @@ fn role(fields: &Map<String, Value>, path: &str) -> Result<Role, Fault> {
     let all = Role::ALL.map(Role::as_str).join(", ");
     let hint = "Rename it to the one that it means.";
     match fields.get("role") {
-        None => Err(Fault::new(
-            format!("{path}.role is missing, but must be one of {all}."),
+        None => Err(Fault::at_key(
+            format_args!("{path}.role"),
+            format!("is missing, but must be one of {all}."),
             "Say who speaks in each message.",
         )),
         Some(value) => value.as_str().and_then(Role::parse).ok_or_else(|| {
-            Fault::new(format!("{path}.role is {}, but must be one of {all}.", quoted(value)), hint)
+            Fault::at_key(
+                format_args!("{path}.role"),
+                format!("is {}, but must be one of {all}.", quoted(value)),
+                hint,
+            )
         }),
     }
 }
@@ -223,8 +237,9 @@ fn weight(fields: &Map<String, Value>, path: &str) -> Result<Option<f32>, Fault>
         .filter(|weight| (0.0..=1.0).contains(weight))
         .map(|weight| Some(weight as f32))
         .ok_or_else(|| {
-            Fault::new(
-                format!("{path}.weight is {}, but must be a number from 0 to 1.", quoted(value)),
+            Fault::at_key(
+                format_args!("{path}.weight"),
+                format!("is {}, but must be a number from 0 to 1.", quoted(value)),
                 "Write 0 to leave the message out of training, 1 or nothing to train it.",
             )
         })
@@ -236,8 +251,9 @@ fn content(value: &Value, path: &str) -> Result<(String, Option<f32>), Fault> {
         Value::String(text) => return Ok((text.clone(), None)),
         Value::Array(parts) => parts,
         _ => {
-            return Err(Fault::new(
-                format!("{path}.content is {}, but must be text.", quoted(value)),
+            return Err(Fault::at_key(
+                format_args!("{path}.content"),
+                format!("is {}, but must be text.", quoted(value)),
                 "Write it as a JSON string.",
             ));
         }
@@ -248,14 +264,16 @@ fn content(value: &Value, path: &str) -> Result<(String, Option<f32>), Fault> {
         let path = format!("{path}.content[{index}]");
         let kind = part.get("type").unwrap_or(&Value::Null);
         if kind != "text" {
-            return Err(Fault::new(
-                format!("{path}.type is {}, but must be \"text\".", quoted(kind)),
+            return Err(Fault::at_key(
+                format_args!("{path}.type"),
+                format!("is {}, but must be \"text\".", quoted(kind)),
                 "Only text is trained: remove images, audio and files, or the row.",
             ));
         }
         let Some(text) = part.get("text").and_then(Value::as_str) else {
-            return Err(Fault::new(
-                format!("{path}.text is missing, but must be text."),
+            return Err(Fault::at_key(
+                format_args!("{path}.text"),
+                "is missing, but must be text.",
                 "Write {\"type\": \"text\", \"text\": …}.",
             ));
         };
@@ -264,14 +282,16 @@ fn content(value: &Value, path: &str) -> Result<(String, Option<f32>), Fault> {
         weights.push(fields.flatten().unwrap_or(1.0));
     }
     if parts.is_empty() {
-        return Err(Fault::new(
-            format!("{path}.content is an empty list, but must be text."),
+        return Err(Fault::at_key(
+            format_args!("{path}.content"),
+            "is an empty list, but must be text.",
             "Write it as a JSON string.",
         ));
     }
     if weights.iter().any(|&weight| weight != weights[0]) {
-        return Err(Fault::new(
-            format!("{path}.content has parts of different weight."),
+        return Err(Fault::at_key(
+            format_args!("{path}.content"),
+            "has parts of different weight.",
             "A message counts as a whole: put the weight on the message, or split it.",
         ));
     }
@@ -284,18 +304,22 @@ fn tool_calls(value: &Value, path: &str, repairs: &mut BTreeSet<Repair>) -> Resu
     let hint = "Write [{\"id\": …, \"type\": \"function\", \"function\": {\"name\": …, \
                 \"arguments\": \"{…}\"}}].";
     let list = value.as_array().filter(|list| !list.is_empty()).ok_or_else(|| {
-        Fault::new(format!("{path} is {}, but must be a list of calls.", quoted(value)), hint)
+        Fault::at_key(&path, format!("is {}, but must be a list of calls.", quoted(value)), hint)
     })?;
     let mut calls = Vec::with_capacity(list.len());
     for (index, call) in list.iter().enumerate() {
         let path = format!("{path}[{index}].function");
         let mut call = call.clone();
-        let function =
-            call.get_mut("function").and_then(Value::as_object_mut).ok_or_else(|| {
-                Fault::new(format!("{path} is missing, but must be an object."), hint)
-            })?;
+        let function = call
+            .get_mut("function")
+            .and_then(Value::as_object_mut)
+            .ok_or_else(|| Fault::at_key(&path, "is missing, but must be an object.", hint))?;
         if !function.get("name").is_some_and(Value::is_string) {
-            return Err(Fault::new(format!("{path}.name is missing, but must be text."), hint));
+            return Err(Fault::at_key(
+                format_args!("{path}.name"),
+                "is missing, but must be text.",
+                hint,
+            ));
         }
         let arguments = function.get("arguments").unwrap_or(&Value::Null);
         let object = match arguments {
@@ -307,11 +331,9 @@ fn tool_calls(value: &Value, path: &str, repairs: &mut BTreeSet<Repair>) -> Resu
             _ => None,
         };
         let object = object.ok_or_else(|| {
-            Fault::new(
-                format!(
-                    "{path}.arguments is {}, but must be the text of a JSON object.",
-                    quoted(arguments)
-                ),
+            Fault::at_key(
+                format_args!("{path}.arguments"),
+                format!("is {}, but must be the text of a JSON object.", quoted(arguments)),
                 "Write \"{}\" for a call without arguments.",
             )
         })?;

@@ -5,17 +5,21 @@
 //! model's tokenizer and chat template. [`tokenize_row`], for long texts [`tokenize_windows`] and
 //! for preference pairs [`tokenize_pair`] bring the two together.
 
+mod chunked;
 mod fault;
+mod file_report;
 mod format;
 mod json_values;
 mod lines;
 mod message;
+mod plain_text;
 mod preference;
 #[cfg(test)]
 mod properties;
 mod protect;
 mod reader;
 mod row;
+mod shown_row;
 mod table;
 mod template;
 #[cfg(test)]
@@ -28,12 +32,19 @@ mod tokenizer;
 mod tokenizer_files;
 mod windows;
 
+pub use file_report::{
+    Bin, FileReport, MAX_PROBLEMS, NamedRepair, Problem, ProblemKind, ReportError, ReportOptions,
+    TokenCounts,
+};
 pub use format::{Container, Format, Repair, Report, Shape};
 pub use message::{Message, Role};
+pub use plain_text::is_text_name;
 pub use reader::{
-    MAX_ROW_BYTES, RowReader, Rows, check_training_examples, read_rows, read_rows_for,
+    MAX_ROW_BYTES, ReadOptions, RowReader, Rows, check_training_examples, read_rows, read_rows_for,
+    read_rows_with,
 };
 pub use row::{Example, Row};
+pub use shown_row::{ShownRow, ShownToken};
 pub use tokenize::{TokenizeOptions, TokenizedRow, tokenize_row};
 pub use tokenize_pair::{TokenizedAnswer, TokenizedPair, tokenize_pair};
 pub use tokenizer::{ChatTokenizer, TokenizerError};

@@ -72,13 +72,14 @@ fn openai(fields: &Map<String, Value>, repairs: &mut BTreeSet<Repair>) -> Result
     let input = match fields.get("input") {
         Some(Value::Object(input)) => input,
         Some(other) => {
-            return Err(Fault::new(
-                format!("input is {}, but must be an object.", quoted(other)),
+            return Err(Fault::at_key(
+                "input",
+                format!("is {}, but must be an object.", quoted(other)),
                 SHAPE_HINT,
             ));
         }
         None => {
-            return Err(Fault::new("input is missing, but must be an object.", SHAPE_HINT));
+            return Err(Fault::at_key("input", "is missing, but must be an object.", SHAPE_HINT));
         }
     };
     let messages = messages(input.get("messages"), "input.messages", repairs)?;
@@ -132,8 +133,9 @@ fn messages(
 ) -> Result<Vec<Message>, Fault> {
     let Some(Value::Array(list)) = value else {
         let found = value.map_or("missing".to_owned(), quoted);
-        return Err(Fault::new(
-            format!("{path} is {found}, but must be a list of messages."),
+        return Err(Fault::at_key(
+            path,
+            format!("is {found}, but must be a list of messages."),
             "Write [{\"role\": …, \"content\": …}].",
         ));
     };
@@ -152,15 +154,15 @@ fn messages(
 /// Refuses a prompt to which no answer of the assistant's can follow.
 fn check_prompt(messages: &[Message], path: &str) -> Result<(), Fault> {
     match messages.last() {
-        None => Err(Fault::new(
-            format!("{path} has no message, but must hold what the two answers answer."),
+        None => Err(Fault::at_key(
+            path,
+            "has no message, but must hold what the two answers answer.",
             "Put the conversation before the answers there.",
         )),
-        Some(last) if last.role == Role::Assistant => Err(Fault::new(
-            format!(
-                "{path} ends with a message of role \"assistant\", but the two answers are what \
-                 the assistant says next."
-            ),
+        Some(last) if last.role == Role::Assistant => Err(Fault::at_key(
+            path,
+            "ends with a message of role \"assistant\", but the two answers are what \
+                 the assistant says next.",
             "End it with the user's or the tool's message.",
         )),
         Some(_) => Ok(()),
@@ -173,20 +175,19 @@ fn only_answer(mut messages: Vec<Message>, path: &str) -> Result<Message, Fault>
                 before it into the prompt.";
     match (messages.pop(), messages.len()) {
         (Some(answer), 0) if answer.role == Role::Assistant => Ok(answer),
-        (Some(answer), 0) => Err(Fault::new(
-            format!(
-                "{path} has a message of role \"{}\", but must have the assistant's.",
-                answer.role
-            ),
+        (Some(answer), 0) => Err(Fault::at_key(
+            path,
+            format!("has a message of role \"{}\", but must have the assistant's.", answer.role),
             hint,
         )),
-        (None, _) => Err(Fault::new(
-            format!("{path} has no message, but must have one of the assistant's."),
-            hint,
-        )),
-        (Some(_), before) => {
-            Err(Fault::new(format!("{path} has {} messages, but must have one.", before + 1), hint))
+        (None, _) => {
+            Err(Fault::at_key(path, "has no message, but must have one of the assistant's.", hint))
         }
+        (Some(_), before) => Err(Fault::at_key(
+            path,
+            format!("has {} messages, but must have one.", before + 1),
+            hint,
+        )),
     }
 }
 

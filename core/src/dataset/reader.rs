@@ -1,12 +1,13 @@
 //! Reads a training file row by row, whatever its container.
 
-use super::fault::{Fault, ReadFault, quoted};
+use super::fault::{Fault, ReadFault, quoted, shortened};
 use super::format::{Container, Format, Repair, Report, Shape};
 use super::json_values::{JsonValues, Nesting};
-use super::lines::{Lines, skip_byte_order_mark};
-use super::preference::parse_pair;
-use super::row::{Row, parse_row};
-use super::table::Table;
+use super::lines::{Line, Lines, skip_byte_order_mark};
+use super::plain_text::PlainText;
+use super::preference::{PAIR_KEYS, parse_pair};
+use super::row::{Example, ROW_KEYS, Row, parse_row};
+use super::table::{self, Table};
 use crate::errors::{ApiError, ErrorCode};
 use crate::hyperparameters::{MIN_EXAMPLES, Method};
 use serde_json::{Map, Value};
@@ -16,6 +17,31 @@ use std::io::{BufRead, BufReader, Chain, Cursor, Read};
 
 /// The longest row that is read.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
+/// Copies are told among this many different rows, so that their hashes take no more than 20 MB.
+const MAX_REMEMBERED_ROWS: usize = (1 << 21) / 8 * 7;
+/// The longest first line in which a header is looked for.
+const MAX_HEADER_BYTES: u64 = 64 << 10;
+/// Keys that a report names as ignored.
+const MAX_IGNORED_KEYS: usize = 20;
+
+/// How a file is to be read.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadOptions<'a> {
+    /// What its rows are to teach; `None` where each row shows that itself.
+    pub method: Option<Method>,
+    /// Whether its name says that it is plain text, [`is_text_name`](super::is_text_name).
+    pub is_text: bool,
+    /// The job's parameter that names it, for error messages.
+    pub param: &'a str,
+}
+
+impl<'a> ReadOptions<'a> {
+    /// For the rows that `method` learns from.
+    #[must_use]
+    pub fn new(method: Method, param: &'a str) -> Self {
+        Self { method: Some(method), is_text: false, param }
+    }
+}
 
 /// All rows of a file.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,9 +65,17 @@ pub fn read_rows(reader: impl Read, param: &str) -> Result<Rows, ApiError> {
 /// # Errors
 /// As [`read_rows`]; a row that belongs to another method breaks a rule.
 pub fn read_rows_for(method: Method, reader: impl Read, param: &str) -> Result<Rows, ApiError> {
-    let mut reader = RowReader::for_method(method, BufReader::new(reader), param)?;
+    read_rows_with(reader, &ReadOptions::new(method, param))
+}
+
+/// As [`read_rows`], in the way that `options` say.
+///
+/// # Errors
+/// As [`read_rows`].
+pub fn read_rows_with(reader: impl Read, options: &ReadOptions<'_>) -> Result<Rows, ApiError> {
+    let mut reader = RowReader::open(BufReader::new(reader), options)?;
     let rows = reader.by_ref().collect::<Result<Vec<_>, _>>()?;
-    let report = reader.report().ok_or_else(|| empty_file().into_api_error(1, param))?;
+    let report = reader.report().ok_or_else(|| empty_file().into_api_error(1, options.param))?;
     Ok(Rows { rows, report })
 }
 
@@ -69,7 +103,8 @@ type Whole<R> = Chain<Cursor<Vec<u8>>, R>;
 enum Source<R> {
     Lines(Lines<Whole<R>>),
     Values(JsonValues<Whole<Whole<R>>>),
-    Table(Table<Whole<R>>),
+    Table(Table<Whole<Whole<R>>>),
+    Text(PlainText<Whole<Whole<R>>>),
 }
 
 /// A row's fields before they are checked.
@@ -84,14 +119,16 @@ struct RawRow {
 /// its first error; a file without rows is one.
 pub struct RowReader<R> {
     source: Source<R>,
-    method: Method,
+    method: Option<Method>,
     param: String,
     container: Container,
     shape: Option<Shape>,
     rows: usize,
+    faulty_rows: usize,
     duplicates: usize,
     seen: HashSet<u64>,
     repairs: BTreeSet<Repair>,
+    ignored_keys: BTreeSet<String>,
     done: bool,
 }
 
@@ -109,21 +146,49 @@ impl<R: BufRead> RowReader<R> {
     /// # Errors
     /// As [`RowReader::new`].
     pub fn for_method(method: Method, reader: R, param: &str) -> Result<Self, ApiError> {
+        Self::open(reader, &ReadOptions::new(method, param))
+    }
+
+    /// As [`RowReader::new`], in the way that `options` say.
+    ///
+    /// # Errors
+    /// As [`RowReader::new`].
+    pub fn open(reader: R, options: &ReadOptions<'_>) -> Result<Self, ApiError> {
+        Self::try_open(reader, options).map_err(|fault| fault.into_api_error(options.param))
+    }
+
+    pub(super) fn try_open(reader: R, options: &ReadOptions<'_>) -> Result<Self, ReadFault> {
         let mut repairs = BTreeSet::new();
-        let (container, source) =
-            open(reader, &mut repairs).map_err(|fault| fault.into_api_error(param))?;
+        let (container, source) = open(reader, options.is_text, &mut repairs)?;
         Ok(Self {
             source,
-            method,
-            param: param.to_owned(),
+            method: options.method,
+            param: options.param.to_owned(),
             container,
             shape: None,
             rows: 0,
+            faulty_rows: 0,
             duplicates: 0,
             seen: HashSet::new(),
             repairs,
+            ignored_keys: BTreeSet::new(),
             done: false,
         })
+    }
+
+    /// How the rows lie in the file.
+    pub(super) const fn container(&self) -> Container {
+        self.container
+    }
+
+    /// Everything unusual so far.
+    pub(super) const fn repairs(&self) -> &BTreeSet<Repair> {
+        &self.repairs
+    }
+
+    /// Different rows among which copies were told.
+    pub(super) fn remembers_all(&self) -> bool {
+        self.seen.len() < MAX_REMEMBERED_ROWS
     }
 
     /// What is known of the file so far; `None` before its first row.
@@ -134,6 +199,7 @@ impl<R: BufRead> RowReader<R> {
             rows: self.rows,
             duplicates: self.duplicates,
             repairs: self.repairs.clone(),
+            ignored_keys: self.ignored_keys.clone(),
         })
     }
 
@@ -148,23 +214,33 @@ impl<R: BufRead> RowReader<R> {
                     fields,
                 }));
             }
+            Source::Text(text) => {
+                return Ok(text.next_piece(&mut self.repairs)?.map(|(line, text)| RawRow {
+                    line,
+                    hash: hash(text.as_bytes()),
+                    fields: Map::from_iter([("text".to_owned(), Value::String(text))]),
+                }));
+            }
         };
         let Some((line, text)) = text else { return Ok(None) };
         let fields = parse_object(&text).map_err(|fault| fault.at(line))?;
         Ok(Some(RawRow { line, hash: hash(&text), fields }))
     }
 
-    fn next_row(&mut self) -> Result<Option<Row>, ReadFault> {
+    /// The next row. After the fault of a row, the one behind it is the next.
+    pub(super) fn next_row(&mut self) -> Result<Option<Row>, ReadFault> {
+        let next = self.read_row();
+        self.faulty_rows += usize::from(matches!(next, Err(ReadFault::Row { .. })));
+        next
+    }
+
+    fn read_row(&mut self) -> Result<Option<Row>, ReadFault> {
         let Some(raw) = self.next_raw()? else {
-            return if self.rows == 0 { Err(empty_file().at(1)) } else { Ok(None) };
+            let is_empty = self.rows == 0 && self.faulty_rows == 0;
+            return if is_empty { Err(empty_file().ends_file_at(1)) } else { Ok(None) };
         };
         let line = raw.line;
-        let parse = match self.method {
-            Method::Supervised => parse_row,
-            Method::Dpo => parse_pair,
-        };
-        let (shape, example) =
-            parse(&raw.fields, &mut self.repairs).map_err(|fault| fault.at(line))?;
+        let (shape, example) = self.parse(&raw.fields).map_err(|fault| fault.at(line))?;
         let first = *self.shape.get_or_insert(shape);
         if shape != first {
             return Err(Fault::new(
@@ -174,8 +250,33 @@ impl<R: BufRead> RowReader<R> {
             .at(line));
         }
         self.rows += 1;
-        self.duplicates += usize::from(!self.seen.insert(raw.hash));
+        let is_known = self.seen.contains(&raw.hash);
+        self.duplicates += usize::from(is_known);
+        if !is_known && self.seen.len() < MAX_REMEMBERED_ROWS {
+            self.seen.insert(raw.hash);
+        }
+        self.note_ignored_keys(shape, &raw.fields);
         Ok(Some(Row { line, example }))
+    }
+
+    fn parse(&mut self, fields: &Map<String, Value>) -> Result<(Shape, Example), Fault> {
+        let method = self.method.unwrap_or_else(|| {
+            let is_pair = PAIR_KEYS.into_iter().any(|key| fields.contains_key(key));
+            if is_pair { Method::Dpo } else { Method::Supervised }
+        });
+        match method {
+            Method::Supervised => parse_row(fields, &mut self.repairs),
+            Method::Dpo => parse_pair(fields, &mut self.repairs),
+        }
+    }
+
+    fn note_ignored_keys(&mut self, shape: Shape, fields: &Map<String, Value>) {
+        for (key, _) in fields.iter().filter(|(key, _)| !shape.keys().contains(&key.as_str())) {
+            self.repairs.insert(Repair::IgnoredKeys);
+            if self.ignored_keys.len() < MAX_IGNORED_KEYS && !self.ignored_keys.contains(key) {
+                self.ignored_keys.insert(shortened(key));
+            }
+        }
     }
 }
 
@@ -203,6 +304,7 @@ fn empty_file() -> Fault {
 /// Tells JSON from CSV, and one array from objects, by the first byte that is no white space.
 fn open<R: BufRead>(
     mut reader: R,
+    is_text: bool,
     repairs: &mut BTreeSet<Repair>,
 ) -> Result<(Container, Source<R>), ReadFault> {
     let (start, had_mark) = skip_byte_order_mark(&mut reader)?;
@@ -210,15 +312,22 @@ fn open<R: BufRead>(
         repairs.insert(Repair::ByteOrderMark);
     }
     let mut whole = Cursor::new(start).chain(reader);
-    let mut blank_lines = 0;
+    let (mut blank, mut blank_lines) = (Vec::new(), 0);
     let first = loop {
         let Some(&byte) = whole.fill_buf()?.first() else { break None };
         if !byte.is_ascii_whitespace() {
             break Some(byte);
         }
+        if blank.len() <= MAX_ROW_BYTES {
+            blank.push(byte);
+        }
         blank_lines += usize::from(byte == b'\n');
         whole.consume(1);
     };
+    let starts_as_rows = matches!(first, None | Some(b'{' | b'['));
+    if is_text && !starts_as_rows {
+        return open_text(whole, blank_lines, blank, repairs);
+    }
     if blank_lines > 0 {
         repairs.insert(Repair::BlankLines);
     }
@@ -228,11 +337,37 @@ fn open<R: BufRead>(
             let values = JsonValues::array(Cursor::new(Vec::new()).chain(whole), blank_lines + 1);
             Ok((Container::JsonArray, Source::Values(values)))
         }
-        Some(_) => Ok((Container::Csv, Source::Table(Table::new(whole, blank_lines)))),
+        Some(_) => {
+            let whole = Cursor::new(Vec::new()).chain(whole);
+            Ok((Container::Csv, Source::Table(Table::new(whole, blank_lines))))
+        }
     }
 }
 
-/// Tells one object a line from objects over several lines by whether the first line is whole.
+/// Tells a table from plain text, in a file whose name says that it is text, by its first line.
+fn open_text<R: BufRead>(
+    mut whole: Whole<R>,
+    blank_lines: usize,
+    mut start: Vec<u8>,
+    repairs: &mut BTreeSet<Repair>,
+) -> Result<(Container, Source<R>), ReadFault> {
+    let mut line = Vec::new();
+    whole.by_ref().take(MAX_HEADER_BYTES).read_until(b'\n', &mut line)?;
+    let header = String::from_utf8_lossy(&line);
+    // One word is a heading rather than a table of one column.
+    if header.contains(',') && table::is_header(&header) {
+        if blank_lines > 0 {
+            repairs.insert(Repair::BlankLines);
+        }
+        let whole = Cursor::new(line).chain(whole);
+        return Ok((Container::Csv, Source::Table(Table::new(whole, blank_lines))));
+    }
+    start.append(&mut line);
+    Ok((Container::PlainText, Source::Text(PlainText::new(Cursor::new(start).chain(whole), 0))))
+}
+
+/// Tells one object a line from objects over several lines by whether the first line is whole. A
+/// first line that is broken off, with a row of its own in the second one, is merely broken.
 fn open_objects<R: BufRead>(
     whole: Whole<R>,
     blank_lines: usize,
@@ -240,19 +375,50 @@ fn open_objects<R: BufRead>(
 ) -> Result<(Container, Source<R>), ReadFault> {
     let mut lines = Lines::new(whole, blank_lines);
     let mut of_lines = BTreeSet::new();
-    let first = lines.next_line(&mut of_lines)?;
-    match first {
-        Some((line, mut text)) if Nesting::goes_on_after(&text) => {
-            text.push(b'\n');
-            let values = JsonValues::objects(Cursor::new(text).chain(lines.into_inner()), line);
-            Ok((Container::JsonObjects, Source::Values(values)))
-        }
-        first => {
-            repairs.append(&mut of_lines);
-            lines.put_back(first);
-            Ok((Container::JsonLines, Source::Lines(lines)))
+    let first = next_line(&mut lines, &mut of_lines)?;
+    let Some(Ok((line, text))) = &first else {
+        repairs.append(&mut of_lines);
+        first.into_iter().for_each(|first| lines.put_back(first));
+        return Ok((Container::JsonLines, Source::Lines(lines)));
+    };
+    let mut second = None;
+    if Nesting::goes_on_after(text) {
+        second = next_line(&mut lines, &mut of_lines)?;
+        let is_row = matches!(&second, Some(Ok((_, text))) if is_row(text));
+        if !is_row {
+            let mut start = text.clone();
+            let line = *line;
+            if let Some(Ok((second_line, text))) = second {
+                start.extend(std::iter::repeat_n(b'\n', second_line - line));
+                start.extend(text);
+            } else if let Some(Err(fault)) = second {
+                return Err(fault);
+            }
+            start.push(b'\n');
+            let values = JsonValues::objects(Cursor::new(start).chain(lines.into_inner()), line);
+            return Ok((Container::JsonObjects, Source::Values(values)));
         }
     }
+    repairs.append(&mut of_lines);
+    first.into_iter().chain(second).for_each(|line| lines.put_back(line));
+    Ok((Container::JsonLines, Source::Lines(lines)))
+}
+
+/// The next line, a fault of its own included.
+fn next_line<R: BufRead>(
+    lines: &mut Lines<R>,
+    repairs: &mut BTreeSet<Repair>,
+) -> Result<Option<Line>, ReadFault> {
+    match lines.next_line(repairs) {
+        Err(fault @ ReadFault::Io(_)) => Err(fault),
+        Err(fault) => Ok(Some(Err(fault))),
+        Ok(line) => Ok(line.map(Ok)),
+    }
+}
+
+/// Whether `text` is the object of a row, of whatever shape.
+fn is_row(text: &[u8]) -> bool {
+    parse_object(text).is_ok_and(|fields| ROW_KEYS.iter().any(|key| fields.contains_key(*key)))
 }
 
 /// The object that a row's text is.
@@ -366,7 +532,10 @@ mod tests {
         let rows = read(text).expect("rows");
         assert_eq!(rows.report.format, format(Container::Csv, Shape::PromptCompletion));
         let repairs: Vec<_> = rows.report.repairs.iter().copied().collect();
-        assert_eq!(repairs, [Repair::ByteOrderMark, Repair::CrLf, Repair::BlankLines]);
+        assert_eq!(
+            repairs,
+            [Repair::ByteOrderMark, Repair::CrLf, Repair::BlankLines, Repair::UnnamedColumn]
+        );
         assert_eq!(lines(&rows), [2, 5, 6]);
         assert_eq!(lines(&read(text.replace('\r', "")).expect("rows")), [2, 5, 6]);
         assert_eq!(

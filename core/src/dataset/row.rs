@@ -64,6 +64,18 @@ pub enum Example {
     },
 }
 
+/// Keys of which every row has one.
+pub(super) const ROW_KEYS: [&str; 8] = [
+    "messages",
+    "conversations",
+    "completion",
+    "instruction",
+    "text",
+    "chosen",
+    "preferred_output",
+    "prompt",
+];
+
 /// Reads and checks the object of one row.
 pub(super) fn parse_row(
     fields: &Map<String, Value>,
@@ -116,12 +128,14 @@ pub(super) fn parse_row(
 pub(super) fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
     match fields.get(key) {
         Some(Value::String(text)) => Ok(text),
-        Some(value) => Err(Fault::new(
-            format!("{key} is {}, but must be text.", quoted(value)),
+        Some(value) => Err(Fault::at_key(
+            key,
+            format!("is {}, but must be text.", quoted(value)),
             "Write it as a JSON string.",
         )),
-        None => Err(Fault::new(
-            format!("{key} is missing, but must be text."),
+        None => Err(Fault::at_key(
+            key,
+            "is missing, but must be text.",
             "Give every row the same keys.",
         )),
     }
@@ -131,8 +145,9 @@ pub(super) fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a 
 pub(super) fn filled_text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
     let text = text(fields, key)?;
     if text.is_empty() {
-        return Err(Fault::new(
-            format!("{key} is empty, but is what the model should learn."),
+        return Err(Fault::at_key(
+            key,
+            "is empty, but is what the model should learn.",
             "Fill it in, or remove the row.",
         ));
     }
@@ -145,13 +160,15 @@ pub(super) fn tools(fields: &Map<String, Value>) -> Result<Option<Value>, Fault>
         Some(Value::Array(list)) if list.is_empty() => Ok(None),
         Some(tools @ Value::Array(list)) => match list.iter().position(|t| !t.is_object()) {
             None => Ok(Some(tools.clone())),
-            Some(index) => Err(Fault::new(
-                format!("tools[{index}] is {}, but must be an object.", quoted(&list[index])),
+            Some(index) => Err(Fault::at_key(
+                format_args!("tools[{index}]"),
+                format!("is {}, but must be an object.", quoted(&list[index])),
                 "Write {\"type\": \"function\", \"function\": {\"name\": …, \"parameters\": …}}.",
             )),
         },
-        Some(value) => Err(Fault::new(
-            format!("tools is {}, but must be a list of tools.", quoted(value)),
+        Some(value) => Err(Fault::at_key(
+            "tools",
+            format!("is {}, but must be a list of tools.", quoted(value)),
             "Write [{\"type\": \"function\", \"function\": {…}}], or leave it out.",
         )),
     }
@@ -193,8 +210,9 @@ fn sharegpt(value: &Value) -> Result<Vec<Message>, Fault> {
     ];
     let hint = "Write [{\"from\": \"human\", \"value\": …}, {\"from\": \"gpt\", \"value\": …}].";
     let Value::Array(turns) = value else {
-        return Err(Fault::new(
-            format!("conversations is {}, but must be a list of turns.", quoted(value)),
+        return Err(Fault::at_key(
+            "conversations",
+            format!("is {}, but must be a list of turns.", quoted(value)),
             hint,
         ));
     };
@@ -205,10 +223,14 @@ fn sharegpt(value: &Value) -> Result<Vec<Message>, Fault> {
         let role = NAMES.into_iter().find(|(name, _)| from == name).map(|(_, role)| role);
         let role = role.ok_or_else(|| {
             let all = NAMES.map(|(name, _)| name).join(", ");
-            Fault::new(format!("{path}.from is {}, but must be one of {all}.", quoted(from)), hint)
+            Fault::at_key(
+                format_args!("{path}.from"),
+                format!("is {}, but must be one of {all}.", quoted(from)),
+                hint,
+            )
         })?;
         let content = turn.get("value").and_then(Value::as_str).ok_or_else(|| {
-            Fault::new(format!("{path}.value is missing, but must be text."), hint)
+            Fault::at_key(format_args!("{path}.value"), "is missing, but must be text.", hint)
         })?;
         messages.push(Message::new(role, content));
     }

@@ -53,7 +53,11 @@ impl<R: Read> Table<R> {
     ) -> Result<Option<Fields>, ReadFault> {
         if self.header.is_none() {
             let Some((line, cells)) = self.read(repairs)? else { return Ok(None) };
-            self.header = Some(texts(cells).and_then(header).map_err(|fault| fault.at(line))?);
+            let names = texts(cells).and_then(header).map_err(|fault| fault.ends_file_at(line))?;
+            if names.iter().any(String::is_empty) {
+                repairs.insert(Repair::UnnamedColumn);
+            }
+            self.header = Some(names);
         }
         let Some((line, cells)) = self.read(repairs)? else { return Ok(None) };
         let header = self.header.as_deref().unwrap_or_default();
@@ -122,17 +126,35 @@ impl<R: Read> Table<R> {
 fn texts(cells: Vec<Vec<u8>>) -> Result<Vec<String>, Fault> {
     let text = |(index, cell)| {
         String::from_utf8(cell).map_err(|_| {
-            Fault::new(format!("column {} is not UTF-8.", index + 1), "Save the file as UTF-8.")
+            Fault::at_key(
+                format_args!("column {}", index + 1),
+                "is not UTF-8.",
+                "Save the file as UTF-8.",
+            )
         })
     };
     cells.into_iter().enumerate().map(text).collect()
 }
 
+/// Whether `line`, the first of a file, names columns that make a row.
+pub(super) fn is_header(line: &str) -> bool {
+    let cells: Vec<_> = line.split(',').map(|cell| name(cell.trim().trim_matches('"'))).collect();
+    makes_a_row(&cells)
+}
+
+fn name(cell: &str) -> String {
+    cell.trim().to_ascii_lowercase()
+}
+
+fn makes_a_row(names: &[String]) -> bool {
+    let has = |name: &&str| names.iter().any(|known| known == name);
+    SHAPES.iter().any(|shape| shape.iter().all(has))
+}
+
 /// The columns' names, if they make a row.
 fn header(cells: Vec<String>) -> Result<Vec<String>, Fault> {
-    let names: Vec<_> = cells.iter().map(|cell| cell.trim().to_ascii_lowercase()).collect();
-    let has = |name: &&str| names.iter().any(|known| known == name);
-    if SHAPES.iter().any(|shape| shape.iter().all(has)) {
+    let names: Vec<_> = cells.iter().map(|cell| name(cell)).collect();
+    if makes_a_row(&names) {
         return Ok(names);
     }
     Err(Fault::new(
@@ -141,21 +163,22 @@ fn header(cells: Vec<String>) -> Result<Vec<String>, Fault> {
              prompt and completion, instruction and output, text, or prompt, chosen and rejected.",
             shortened(&cells.join(","))
         ),
-        "Upload JSON Lines, such as {\"messages\": […]} on each line, or name the columns.",
+        "Upload JSON Lines, such as {\"messages\": […]} on each line, or name the columns; a file of \
+         plain text needs a name that ends in .txt.",
     ))
 }
 
 fn read_fault(error: csv::Error, line: usize) -> ReadFault {
     match error.into_kind() {
         csv::ErrorKind::Io(error) if error.get_ref().is_some_and(|e| e.is::<TooLong>()) => {
-            too_long().at(line)
+            too_long().ends_file_at(line)
         }
         csv::ErrorKind::Io(error) => ReadFault::Io(error),
         other => Fault::new(
             format!("the record is not CSV: {other:?}."),
             "Write the file with a CSV library.",
         )
-        .at(line),
+        .ends_file_at(line),
     }
 }
 

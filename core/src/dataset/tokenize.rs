@@ -54,6 +54,13 @@ impl TokenizedRow {
         self.starts.iter().zip(ends).map(|(&start, end)| start..end)
     }
 
+    /// The weights of the sequence of these ids; none where it has no such sequence.
+    #[must_use]
+    pub fn weights_of(&self, ids: &[u32]) -> &[f32] {
+        let found = self.sequences().find(|sequence| self.ids[sequence.clone()] == *ids);
+        found.map_or(&[], |sequence| &self.weights[sequence])
+    }
+
     /// Tokens of its longest sequence.
     #[must_use]
     pub fn longest_sequence(&self) -> usize {
@@ -80,44 +87,60 @@ fn tokenize(
     row: &Row,
     options: &TokenizeOptions,
 ) -> Result<TokenizedRow, Fault> {
-    let parts = match &row.example {
-        Example::Chat { messages, tools } => chat(tokenizer, messages, tools.as_ref(), options)?,
+    let parts = parts_of(tokenizer, row, options)?;
+    join(row.line, &parts, options)
+}
+
+/// The sequences of a row, before any cut.
+pub(super) fn parts_of(
+    tokenizer: &ChatTokenizer,
+    row: &Row,
+    options: &TokenizeOptions,
+) -> Result<Vec<Tokens>, Fault> {
+    match &row.example {
+        Example::Chat { messages, tools } => chat(tokenizer, messages, tools.as_ref(), options),
         Example::PromptCompletion { prompt, completion } => {
-            vec![two_parts(tokenizer, prompt, completion).map_err(|error| from_tokenizer(&error))?]
+            let part = two_parts(tokenizer, prompt, completion);
+            Ok(vec![part.map_err(|error| from_tokenizer(&error))?])
         }
         Example::Text { text } => {
-            vec![two_parts(tokenizer, "", text).map_err(|error| from_tokenizer(&error))?]
+            Ok(vec![two_parts(tokenizer, "", text).map_err(|error| from_tokenizer(&error))?])
         }
-        Example::ChatPair { .. } | Example::TextPair { .. } => {
-            return Err(Fault::new(
-                "the row is a preference pair and not one sequence.",
-                "Preference pairs belong to method \"dpo\".",
-            ));
-        }
-    };
+        Example::ChatPair { .. } | Example::TextPair { .. } => Err(Fault::new(
+            "the row is a preference pair and not one sequence.",
+            "Preference pairs belong to method \"dpo\".",
+        )),
+    }
+}
+
+/// The row of those sequences, each cut, in which something is left to learn.
+pub(super) fn join(
+    line: usize,
+    parts: &[Tokens],
+    options: &TokenizeOptions,
+) -> Result<TokenizedRow, Fault> {
     let whole = parts.iter().map(|part| part.ids.len()).max().unwrap_or(0);
     let mut tokenized = TokenizedRow {
-        line: row.line,
+        line,
         ids: Vec::new(),
         weights: Vec::new(),
         starts: Vec::new(),
         truncated: whole > options.max_seq_length,
     };
-    for Tokens { ids, weights } in parts {
-        let kept = ids.len().min(options.max_seq_length);
-        let weights = &weights[..kept];
-        if !weights.iter().skip(1).any(|weight| weight.is_target()) {
+    for part in parts {
+        if part.targets(options) == 0 {
             continue;
         }
+        let kept = part.ids.len().min(options.max_seq_length);
         tokenized.starts.push(tokenized.ids.len());
-        tokenized.ids.extend_from_slice(&ids[..kept]);
-        let predicted = weights[1..].iter().map(|weight| weight.value(options));
-        tokenized.weights.extend([0.0].into_iter().chain(predicted));
+        tokenized.ids.extend_from_slice(&part.ids[..kept]);
+        let weights = part.values(options);
+        tokenized.weights.extend_from_slice(&weights[..kept]);
     }
     if !tokenized.starts.is_empty() {
         return Ok(tokenized);
     }
-    Err(if tokenized.truncated {
+    let fault = if tokenized.truncated {
         Fault::new(
             format!(
                 "the row has {whole} tokens and is cut at {}, before anything that the model \
@@ -132,13 +155,28 @@ fn tokenize(
              rendered it.",
             "Check the assistant's messages, or choose another model.",
         )
-    })
+    };
+    Err(fault.trains_nothing())
 }
 
 /// One sequence of a row.
 pub(super) struct Tokens {
     pub(super) ids: Vec<u32>,
     pub(super) weights: Vec<Weight>,
+}
+
+impl Tokens {
+    /// The weight of predicting each token; nothing predicts the first.
+    pub(super) fn values(&self, options: &TokenizeOptions) -> Vec<f32> {
+        let predicted = self.weights.iter().skip(1).map(|weight| weight.value(options));
+        [0.0].into_iter().chain(predicted).collect()
+    }
+
+    /// Completion tokens with a weight that the cut leaves.
+    pub(super) fn targets(&self, options: &TokenizeOptions) -> usize {
+        let kept = self.weights.iter().take(options.max_seq_length).skip(1);
+        kept.filter(|weight| weight.is_target()).count()
+    }
 }
 
 /// What the weight of a token comes from.

@@ -269,18 +269,18 @@ fn filled_in(blanked: &str, text: &str) -> Option<Vec<Range<usize>>> {
 }
 
 fn no_place_for(path: &str) -> Fault {
-    Fault::new(
-        format!("{path} is given, but the model's chat template has no place for it."),
+    Fault::at_key(
+        path,
+        "is given, but the model's chat template has no place for it.",
         "Choose a model that was made for tools, or leave it out.",
     )
 }
 
 fn not_where_it_is_asked_for(index: usize) -> Fault {
-    Fault::new(
-        format!(
-            "messages[{index}] does not begin, in the text of the model's chat template, where \
-             the template asks the model to write it, so its tokens cannot be told from the rest."
-        ),
+    Fault::at_key(
+        format_args!("messages[{index}]"),
+        "does not begin, in the text of the model's chat template, where the template asks the \
+         model to write it, so its tokens cannot be told from the rest.",
         "Choose a model whose chat template writes an answer where it asks for it.",
     )
 }

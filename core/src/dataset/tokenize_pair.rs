@@ -54,35 +54,44 @@ pub fn tokenize_pair(
     options: &TokenizeOptions,
     param: &str,
 ) -> Result<TokenizedPair, ApiError> {
-    let pair = |chosen: Result<_, Fault>, rejected: Result<_, Fault>| {
-        Ok(TokenizedPair { line: row.line, chosen: chosen?, rejected: rejected? })
-    };
-    let tokenized = match &row.example {
+    let tokenized = answers_of(tokenizer, row, options).and_then(|[chosen, rejected]| {
+        Ok(TokenizedPair {
+            line: row.line,
+            chosen: answer_of(chosen, "preferred", options)?,
+            rejected: answer_of(rejected, "non-preferred", options)?,
+        })
+    });
+    tokenized.map_err(|fault| fault.into_api_error(row.line, param))
+}
+
+/// The tokens of the preferred answer and of the other one, each with its prompt, before any cut.
+pub(super) fn answers_of(
+    tokenizer: &ChatTokenizer,
+    row: &Row,
+    options: &TokenizeOptions,
+) -> Result<[Tokens; 2], Fault> {
+    match &row.example {
         Example::ChatPair { messages, tools, chosen, rejected } => {
-            let tokenize = |name: &str, answer: &Message| {
+            let tokenize = |answer: &Message| {
                 let conversation: Vec<Message> = messages.iter().chain([answer]).cloned().collect();
                 last_turn(tokenizer, &conversation, tools.as_ref(), options)
-                    .and_then(|tokens| answer_of(tokens, name, options))
             };
-            pair(tokenize("preferred", chosen), tokenize("non-preferred", rejected))
+            Ok([tokenize(chosen)?, tokenize(rejected)?])
         }
         Example::TextPair { prompt, chosen, rejected } => {
-            let tokenize = |name: &str, answer: &str| {
-                two_parts(tokenizer, prompt, answer)
-                    .map_err(|error| from_tokenizer(&error))
-                    .and_then(|tokens| answer_of(tokens, name, options))
+            let tokenize = |answer: &str| {
+                two_parts(tokenizer, prompt, answer).map_err(|error| from_tokenizer(&error))
             };
-            pair(tokenize("preferred", chosen), tokenize("non-preferred", rejected))
+            Ok([tokenize(chosen)?, tokenize(rejected)?])
         }
         _ => Err(Fault::new(
             "the row is no preference pair.",
             "Examples without a pair belong to method \"supervised\".",
         )),
-    };
-    tokenized.map_err(|fault| fault.into_api_error(row.line, param))
+    }
 }
 
-fn answer_of(
+pub(super) fn answer_of(
     tokens: Tokens,
     name: &str,
     options: &TokenizeOptions,
@@ -93,7 +102,7 @@ fn answer_of(
     let is_answer = |index: &usize| *index > 0 && weights[*index].is_completion();
     let first = (0..ids.len()).find(is_answer);
     let Some(first) = first else {
-        return Err(if whole > ids.len() {
+        let fault = if whole > ids.len() {
             Fault::new(
                 format!(
                     "the row has {whole} tokens with the {name} answer and is cut at {}, before \
@@ -110,7 +119,8 @@ fn answer_of(
                 ),
                 "Check the answer, or choose another model.",
             )
-        });
+        };
+        return Err(fault.trains_nothing());
     };
     let length = (first..ids.len()).take_while(|&index| weights[index].is_completion()).count();
     Ok(TokenizedAnswer { truncated: whole > ids.len(), ids, completion: first..first + length })

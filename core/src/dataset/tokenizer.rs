@@ -1,5 +1,6 @@
 //! A base model's tokenizer with its chat template.
 
+use super::chunked::Chunked;
 use super::message::{Message, REASONING_FIELDS, Role};
 use super::protect::{BLANK, BLANK_THOUGHTS, Protector, keep_marks, unmark};
 use super::template::{ChatTemplate, to_template};
@@ -62,6 +63,7 @@ pub enum TokenizerError {
 /// Turns conversations and plain text into token ids and back.
 pub struct ChatTokenizer {
     tokenizer: Tokenizer,
+    chunked: Option<Chunked>,
     template: Option<ChatTemplate>,
     tool_template: Option<ChatTemplate>,
     protector: Protector,
@@ -128,6 +130,7 @@ impl ChatTokenizer {
         let named = named_special_tokens(&config);
         let special = prepare(&mut json, &named)
             .ok_or_else(|| format_error(TOKENIZER, &"it is no object with added_tokens"))?;
+        let chunked = Chunked::new(&json);
         let mut tokenizer: Tokenizer =
             serde_json::from_value(json).map_err(|error| format_error(TOKENIZER, &error))?;
         let token = |name: &str| {
@@ -155,6 +158,7 @@ impl ChatTokenizer {
             .map_err(|error| format_error(TOKENIZER, &error))?;
         Ok(Self {
             tokenizer,
+            chunked,
             template,
             tool_template,
             protector,
@@ -269,10 +273,11 @@ impl ChatTokenizer {
 
     /// Encodes text whose spellings of special tokens are marked where they are mere text.
     pub(super) fn encode_marked(&self, text: &str) -> Result<Encoded, TokenizerError> {
-        let encoding = self
-            .tokenizer
-            .encode(text, false)
-            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        let failed = |error: tokenizers::Error| TokenizerError::Encode(error.to_string());
+        if let Some(chunked) = &self.chunked {
+            return chunked.encode(&self.tokenizer, text).map_err(failed);
+        }
+        let encoding = self.tokenizer.encode(text, false).map_err(failed)?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 

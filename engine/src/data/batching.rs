@@ -4,9 +4,7 @@ use tunesmith_core::dataset::TokenizedRow;
 
 use crate::batch::{Batch, Segment};
 
-/// The most tokens of one pass, where more than one row shares it. On a CPU more than this gains
-/// no speed, and the memory of a pass grows with its tokens.
-pub const TOKENS_PER_PASS: usize = 2048;
+pub use tunesmith_core::memory::TOKENS_PER_PASS;
 
 /// Beginnings shorter than this are not worth a segment of their own.
 pub(crate) const MIN_SHARED_TOKENS: usize = 16;

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::path::Path;
 
 use tunesmith_core::dataset::{
-    ChatTokenizer, Row, TokenizeOptions, TokenizedPair, TokenizedRow, read_rows_for, tokenize_pair,
-    tokenize_windows,
+    ChatTokenizer, ReadOptions, Row, TokenizeOptions, TokenizedPair, TokenizedRow, is_text_name,
+    read_rows_with, tokenize_pair, tokenize_windows,
 };
 use tunesmith_core::errors::ApiError;
 use tunesmith_core::protocol::TrainRequest;
@@ -68,7 +68,10 @@ impl<R> Dataset<R> {
         let options = TokenizeOptions::from(hyperparameters);
         let load = |path: &Path, param: &str| -> Result<Vec<R>, EngineError> {
             let file = File::open(path).map_err(EngineError::io(path))?;
-            let rows = read_rows_for(hyperparameters.method, file, param)?;
+            let is_text =
+                path.file_name().is_some_and(|name| is_text_name(&name.to_string_lossy()));
+            let read = ReadOptions { method: Some(hyperparameters.method), is_text, param };
+            let rows = read_rows_with(file, &read)?;
             let mut tokenized = Vec::with_capacity(rows.rows.len());
             for row in &rows.rows {
                 tokenized.extend(tokenize(&tokenizer, row, &options, param)?);

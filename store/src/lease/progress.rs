@@ -9,7 +9,7 @@ use crate::{Store, StoreError, rows};
 use sqlx::Row as _;
 use sqlx::types::Json;
 use tunesmith_core::ids::{CheckpointId, FileId, checkpoint_model_name};
-use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::metrics::{RowLoss, StepMetrics};
 use tunesmith_core::protocol::Started;
 use tunesmith_core::state::{JobStatus, sources_of};
 
@@ -139,6 +139,36 @@ impl Store {
         lease.one(row).map(drop)
     }
 
+    /// Stores what rows showed when they were last trained on, in place of what they showed before.
+    ///
+    /// # Errors
+    /// [`StoreError::StaleLease`].
+    pub async fn record_row_losses(
+        &self,
+        lease: &Lease,
+        losses: &[RowLoss],
+    ) -> Result<(), StoreError> {
+        let row = fenced!(
+            lease,
+            "WITH held AS (
+                SELECT id FROM jobs WHERE ",
+            fence!(),
+            " FOR UPDATE
+             ), losses AS (
+                INSERT INTO job_row_losses (job_id, row_number, line, step, loss)
+                SELECT held.id, loss.row, loss.line, loss.step, loss.loss
+                FROM held, jsonb_to_recordset($4) AS loss (
+                    row bigint, line bigint, step bigint, loss double precision)
+                ON CONFLICT (job_id, row_number) DO UPDATE SET
+                    line = EXCLUDED.line, step = EXCLUDED.step, loss = EXCLUDED.loss
+             ) SELECT id FROM held"
+        )
+        .bind(Json(losses))
+        .fetch_optional(&self.pool)
+        .await?;
+        lease.one(row).map(drop)
+    }
+
     /// Points the job at a checkpoint of this attempt whose objects are all stored, and shows it.
     /// This is the progress that sets the count of lost attempts back to none.
     ///
@@ -232,6 +262,9 @@ impl Store {
              ), beyond AS (
                 DELETE FROM job_metrics USING moved
                 WHERE job_metrics.job_id = moved.id AND job_metrics.step > $14
+             ), rows_beyond AS (
+                DELETE FROM job_row_losses USING moved
+                WHERE job_row_losses.job_id = moved.id AND job_row_losses.step > $14
              ) SELECT id FROM moved"
         )
         .bind(JobStatus::Succeeded.as_str())

@@ -3,8 +3,10 @@ use crate::files::Purpose;
 use crate::fixtures::{World, checkpoint, resolved, step, step_event, trainer_failed};
 use crate::objects::CheckpointPlace;
 use crate::page::PageRequest;
+use crate::row_losses::RowOrder;
 use std::collections::BTreeSet;
 use tunesmith_core::hyperparameters::Precision;
+use tunesmith_core::metrics::RowLoss;
 use tunesmith_core::protocol::Started;
 
 fn started(initial_valid_loss: Option<f64>) -> Started {
@@ -41,6 +43,8 @@ async fn assert_writes_nothing(world: &World, lease: &Lease) {
         store.record_steps(lease, &[step(1, 9.0), step(99, 9.0)], &[step_event(99)]).await,
         lease,
     );
+    let losses = [RowLoss { row: 0, line: 1, step: 99, loss: 9.0 }];
+    assert_stale(store.record_row_losses(lease, &losses).await, lease);
     assert_stale(store.record_checkpoint(lease, &checkpoint(99)).await, lease);
     assert_stale(store.complete_job(lease, &completed).await, lease);
     assert_stale(store.fail_job(lease, trainer_failed()).await, lease);
@@ -407,4 +411,27 @@ async fn a_job_without_a_checkpoint_cannot_succeed() {
     assert!(matches!(error, Err(StoreError::Database(_))), "{error:?}");
     assert_eq!(world.status(&claimed.job.id).await, JobStatus::Running);
     assert!(world.store().file(&world.caller.project_id, &completed.result_file).await.is_err());
+}
+
+#[tokio::test]
+async fn row_losses_are_those_of_the_last_visit_and_only_the_leases_holder_writes_them() {
+    let world = World::new().await;
+    let ClaimedJob { job, lease } = world.running_job().await;
+    let loss = |row, step, loss| RowLoss { row, line: row + 1, step, loss };
+    let first = [loss(0, 1, 0.5), loss(1, 1, 2.0)];
+    world.store().record_row_losses(&lease, &first).await.expect("written");
+    let second = [loss(1, 2, 0.25), loss(2, 2, 0.5)];
+    world.store().record_row_losses(&lease, &second).await.expect("written");
+    let list = |order, after, limit| {
+        world.store().list_row_losses(&world.caller.project_id, &job.id, order, after, limit)
+    };
+    let ranked = list(RowOrder::Loss, None, 10).await.expect("rows");
+    assert_eq!(ranked.items, [loss(0, 1, 0.5), loss(2, 2, 0.5), loss(1, 2, 0.25)]);
+    let next = list(RowOrder::Loss, Some(0), 1).await.expect("rows");
+    assert_eq!((next.items, next.has_more), (vec![loss(2, 2, 0.5)], true));
+    let by_line = list(RowOrder::Line, Some(0), 10).await.expect("rows");
+    assert_eq!(by_line.items, [loss(1, 2, 0.25), loss(2, 2, 0.5)]);
+    let other = Lease { attempt: lease.attempt + 1, ..lease };
+    let refused = world.store().record_row_losses(&other, &first).await;
+    assert!(matches!(refused, Err(StoreError::StaleLease { .. })), "{refused:?}");
 }
