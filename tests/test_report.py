@@ -1,4 +1,4 @@
-"""Data is checked before it costs anything: reports on files and previews of jobs."""
+"""Data is checked before it costs anything: reports on files, previews of jobs, rows by their loss."""
 
 import json
 from pathlib import Path
@@ -93,6 +93,20 @@ def test_a_preview_tells_what_the_job_then_does(service):
     refused = service.cli("jobs", "preview", *arguments, "--hyperparameters", '{"n_epochs": 0}', check=False)
     assert refused.returncode != 0
     assert "n_epochs" in refused.stdout and "between 1 and 50" in refused.stdout
+
+
+def test_a_wrong_label_is_at_the_top_of_the_rows(service):
+    rows = sums(24)
+    rows[13] = chat(rows[13]["messages"][0]["content"], "Zq xylophone vortex!")
+    job = service.finish(service.create_job(rows, TINY, n_epochs=6, batch_size=4, learning_rate=5e-3).id)
+    ranked = service.get(f"/fine_tuning/jobs/{job.id}/rows?order=loss&limit=100")["data"]
+    assert ranked[0]["line"] == 14
+    assert sorted(row["line"] for row in ranked) == list(range(1, 25))
+    losses = [row["loss"] for row in ranked]
+    assert losses == sorted(losses, reverse=True)
+    # The last epoch's rows: their losses are those of the curve's last steps.
+    last = service.metrics(job.id)[-1]
+    assert any(row["step"] == last["step"] for row in ranked)
 
 
 def test_every_cell_of_the_result_file_is_a_number_to_pandas(service, client):

@@ -126,6 +126,45 @@ impl Batch {
             .filter(|target| target.weight != 0.0)
     }
 
+    /// Of each of the batch's sequences, in their order, its row with Σ wᵢ·NLLᵢ and Σ wᵢ over its
+    /// own targets, each with the weight that it has in the row. `nll` is that of the batch's
+    /// targets, in order, and `weights` gives the weights of a row's sequence of these ids.
+    ///
+    /// A token of a shared beginning is predicted once, and its loss is that of every row that
+    /// shares it.
+    ///
+    pub fn row_sums<'a>(
+        &self,
+        nll: &[f64],
+        weights: impl Fn(usize, &[u32]) -> &'a [f32],
+    ) -> Vec<(usize, f64, f64)> {
+        let mut of_token = vec![0.0; self.ids.len()];
+        let predicted = self.segments.iter().flat_map(Segment::predictions);
+        let targets = predicted.filter(|&(_, token)| self.weights[token] != 0.0);
+        targets.zip(nll).for_each(|((_, token), &nll)| of_token[token] = nll);
+        let is_shared = |segment: &Segment| {
+            self.segments
+                .iter()
+                .any(|other| !other.prefix.is_empty() && other.prefix == segment.tokens)
+        };
+        let own = self.segments.iter().filter(|segment| !is_shared(segment));
+        own.zip(&self.rows)
+            .map(|(segment, &row)| {
+                let tokens = || segment.prefix.clone().chain(segment.tokens.clone());
+                let ids: Vec<u32> = tokens().map(|token| self.ids[token]).collect();
+                let weighted = tokens().zip(weights(row, &ids)).skip(1);
+                let add = |(sum, total), (token, &weight): (usize, &f32)| {
+                    let weight = f64::from(weight);
+                    // A target of no weight was not computed.
+                    let loss = if weight == 0.0 { 0.0 } else { weight * of_token[token] };
+                    (sum + loss, total + weight)
+                };
+                let (sum, weight) = weighted.fold((0.0, 0.0), add);
+                (row, sum, weight)
+            })
+            .collect()
+    }
+
     /// Σ of the weights of all targets: the denominator of the mean loss.
     #[must_use]
     pub fn total_weight(&self) -> f64 {
@@ -237,6 +276,33 @@ mod tests {
         assert_eq!(targets, [(0, 11, 0.2), (1, 12, 0.5), (1, 20, 0.7), (3, 21, 1.0)]);
         assert_eq!((batch.tokens(), batch.row_tokens(), batch.longest_context()), (5, 7, 4));
         assert!(batch.check().is_ok());
+    }
+
+    #[test]
+    fn sums_of_a_row_are_those_of_its_own_targets() {
+        let rows = [vec![9.0, 0.0, 0.5], vec![9.0, 1.0]];
+        let batch = two_segments();
+        let sums = batch.row_sums(&[3.0, 4.0], |row, _| rows[row].as_slice());
+        assert_eq!(sums, [(0, 1.5, 0.5), (1, 4.0, 1.0)]);
+        // Of two targets, the heavier counts more.
+        let batch = Batch { weights: vec![9.0, 0.25, 0.75, 9.0, 1.0], ..two_segments() };
+        let rows = [vec![9.0, 0.25, 0.75], vec![9.0, 1.0]];
+        let sums = batch.row_sums(&[4.0, 8.0, 1.0], |row, _| rows[row].as_slice());
+        assert_eq!(sums, [(0, 7.0, 1.0), (1, 1.0, 1.0)]);
+    }
+
+    #[test]
+    fn rows_with_a_shared_beginning_have_their_own_weights_in_it() {
+        // The first row learns the second token with weight 1, the other row does not.
+        let batch = Batch { weights: vec![9.0, 1.0, 1.0, 0.0, 1.0], ..shared_beginning() };
+        let rows = [vec![9.0, 1.0, 1.0], vec![9.0, 0.0, 0.0, 1.0]];
+        let targets: Vec<_> = batch.targets().map(|target| target.id).collect();
+        assert_eq!(targets, [11, 12, 21]);
+        let sums = batch.row_sums(&[2.0, 4.0, 5.0], |row, ids| {
+            assert_eq!(ids[..2], [10, 11]);
+            rows[row].as_slice()
+        });
+        assert_eq!(sums, [(0, 6.0, 2.0), (1, 5.0, 1.0)]);
     }
 
     #[test]

@@ -156,17 +156,30 @@ impl TrainableModel {
         scale: f64,
         dropout_key: DropoutKey,
     ) -> Result<BatchOutcome, EngineError> {
+        self.forward_backward_with_nll(batch, scale, dropout_key).map(|(outcome, _)| outcome)
+    }
+
+    /// The same, and beside it −log p of each of the batch's targets, in their order.
+    ///
+    /// # Errors
+    /// As [`TrainableModel::forward_backward`].
+    pub fn forward_backward_with_nll(
+        &mut self,
+        batch: &Batch,
+        scale: f64,
+        dropout_key: DropoutKey,
+    ) -> Result<(BatchOutcome, Vec<f64>), EngineError> {
         self.check(batch)?;
         if self.gradient_checkpointing {
             let Self { decoder, parameters, .. } = self;
-            let check = |head: &HeadLoss| outcome(head, batch);
+            let check = |head: &HeadLoss| Ok((outcome(head, batch)?, head.nll.clone()));
             return decoder.backward_recomputed(parameters, batch, scale, dropout_key, check);
         }
         let head = self.decoder.loss(&self.parameters, batch, Some(dropout_key))?;
         let outcome = outcome(&head, batch)?;
         let mut gradients = head.loss.mul_scalar(scale).backward();
         self.parameters.accumulate(&mut gradients);
-        Ok(outcome)
+        Ok((outcome, head.nll))
     }
 
     /// The batch's loss and accuracy, without gradients and without dropout.

@@ -26,6 +26,8 @@ pub(crate) struct HeadLoss {
     pub(crate) loss: Tensor<1>,
     /// Σ w·nll, summed in f64.
     pub(crate) weighted_nll: f64,
+    /// nll of each target.
+    pub(crate) nll: Vec<f64>,
     /// Σ w over the targets than which no token was more likely.
     pub(crate) weighted_correct: f64,
 }
@@ -67,11 +69,12 @@ pub(super) fn portable(
     let weighted = |values: &mut dyn Iterator<Item = f64>| -> f64 {
         values.zip(&weights).map(|(x, &w)| x * f64::from(w)).sum()
     };
-    let weighted_nll = weighted(&mut values.into_iter());
+    let weighted_nll = weighted(&mut values.iter().copied());
     let weighted_correct = weighted(&mut correct.into_iter().map(f64::from));
     let weights = TensorData::new(weights, [targets.len()]);
     let weights: Tensor<1> = Tensor::from_data(weights, &nll.device());
-    Ok(HeadLoss { loss: (nll * weights).sum(), weighted_nll, weighted_correct })
+    let loss = (nll * weights).sum();
+    Ok(HeadLoss { loss, weighted_nll, nll: values, weighted_correct })
 }
 
 #[cfg(test)]

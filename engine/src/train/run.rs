@@ -1,5 +1,6 @@
 //! One run: steps, evaluations, checkpoints, and their reports.
 
+use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::thread;
@@ -7,8 +8,10 @@ use std::time::Instant;
 
 use tunesmith_core::dataset::{TokenizedPair, TokenizedRow};
 use tunesmith_core::hyperparameters::{AdapterType, Method, Precision, ResolvedHyperparameters};
-use tunesmith_core::metrics::StepMetrics;
-use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Started, TrainRequest};
+use tunesmith_core::metrics::{MAX_ROW_LOSSES, RowLoss, StepMetrics};
+use tunesmith_core::protocol::{
+    CheckpointWritten, FromTrainer, MAX_ROWS_A_FRAME, Started, TrainRequest,
+};
 
 use super::checkpoint::{self, Progress};
 use super::dataset::Dataset;
@@ -72,9 +75,14 @@ impl Clock {
     }
 }
 
+/// A step's means, its tokens, and rows with their mean losses.
+type Passes = (Evaluation, u64, Vec<(usize, f64)>);
+
 /// What one update showed, before it is a report.
 struct Update {
     train: Evaluation,
+    /// Rows with their mean losses; none of pairs.
+    row_losses: Vec<(usize, f64)>,
     learning_rate: f64,
     grad_norm: f64,
     tokens: u64,
@@ -196,13 +204,16 @@ impl<'a> Run<'a> {
                 self.stop(sink)?;
                 return Ok(Outcome::Stopped);
             }
-            let metrics = match self.step(&clock) {
-                Ok(metrics) => metrics,
+            let (metrics, row_losses) = match self.step(&clock) {
+                Ok(shown) => shown,
                 Err(error) => {
                     self.go_back(error, sink)?;
                     continue;
                 }
             };
+            for rows in row_losses.chunks(MAX_ROWS_A_FRAME) {
+                self.report(sink, FromTrainer::Rows(rows.to_vec()))?;
+            }
             self.report(sink, FromTrainer::Step(metrics.clone()))?;
             self.tell_findings(false, sink)?;
             if self.checkpoint_is_due() {
@@ -223,8 +234,8 @@ impl<'a> Run<'a> {
         self.progress.step >= self.total_steps || self.is_out_of_patience()
     }
 
-    /// One step with its evaluation.
-    fn step(&mut self, clock: &Clock) -> Result<StepMetrics, EngineError> {
+    /// One step with its evaluation, and what its rows showed.
+    fn step(&mut self, clock: &Clock) -> Result<(StepMetrics, Vec<RowLoss>), EngineError> {
         let update = self.update()?;
         self.progress.step += 1;
         self.progress.tokens += update.tokens;
@@ -232,7 +243,20 @@ impl<'a> Run<'a> {
         self.progress.curve.push_train(update.train.loss);
         let (valid, full_valid) = self.evaluate()?;
         self.progress.elapsed_seconds = clock.elapsed_seconds();
-        Ok(self.metrics(&update, valid, full_valid))
+        Ok((self.metrics(&update, valid, full_valid), self.rows_of(&update)))
+    }
+
+    /// The rows of a step that is done, as they are reported.
+    fn rows_of(&self, update: &Update) -> Vec<RowLoss> {
+        let step = self.progress.step;
+        let kept = update.row_losses.iter().filter(|&&(row, _)| (row as u64) < MAX_ROW_LOSSES);
+        kept.map(|&(row, loss)| RowLoss {
+            row: row as u64,
+            line: self.train[row].line as u64,
+            step,
+            loss,
+        })
+        .collect()
     }
 
     /// What pairs are compared with, where the loss asks for it: the model as it is now, before
@@ -260,15 +284,16 @@ impl<'a> Run<'a> {
         measured.map_err(|error| self.at_step(error, "validation loss", None))
     }
 
-    /// The passes of one optimiser step on `rows`: their means, and their tokens.
-    fn passes(&mut self, rows: &[usize]) -> Result<(Evaluation, u64), EngineError> {
+    /// The passes of one optimiser step on `rows`: their means, their tokens, and each row's loss
+    /// where rows have one.
+    fn passes(&mut self, rows: &[usize]) -> Result<Passes, EngineError> {
         let step = self.progress.step;
         if let Some(preference) = &self.preference {
             let references = self.progress.references.as_ref();
             let seed = self.request.spec.seed;
             let key = |micro_batch| DropoutKey { seed, step, micro_batch };
             let passed = preference.step(&mut self.model, references, rows, key);
-            return passed.map(|passed| (passed.evaluation, passed.tokens)).map_err(
+            return passed.map(|passed| (passed.evaluation, passed.tokens, Vec::new())).map_err(
                 |FailedPass { error, rows }| self.at_step(error, "training loss", Some(&rows)),
             );
         }
@@ -284,14 +309,27 @@ impl<'a> Run<'a> {
         let seed = self.request.spec.seed;
         let outcomes = self.model.accumulate(&owners, |model, micro_batch| {
             let key = DropoutKey { seed, step, micro_batch: micro_batch as u64 };
-            model.forward_backward(&batches[micro_batch], scale, key)
+            model.forward_backward_with_nll(&batches[micro_batch], scale, key)
         });
         let outcomes = outcomes.map_err(|(micro_batch, error)| {
             self.at_step(error, "training loss", Some(&batches[micro_batch].rows))
         })?;
         let mut sum = BatchOutcome::default();
-        outcomes.into_iter().for_each(|outcome| sum += outcome);
-        Ok((sum.into(), batches.iter().map(|batch| batch.row_tokens() as u64).sum()))
+        // A row of several sequences may be parted among passes.
+        let mut sums: BTreeMap<usize, (f64, f64)> = BTreeMap::new();
+        for (batch, (outcome, nll)) in batches.iter().zip(outcomes) {
+            sum += outcome;
+            for (row, loss, weight) in
+                batch.row_sums(&nll, |row, ids| self.train[row].weights_of(ids))
+            {
+                let entry = sums.entry(row).or_default();
+                *entry = (entry.0 + loss, entry.1 + weight);
+            }
+        }
+        let row_losses = rows.iter().filter_map(|row| Some((*row, sums.get(row)?)));
+        let row_losses = row_losses.map(|(row, &(loss, weight))| (row, loss / weight)).collect();
+        let tokens = batches.iter().map(|batch| batch.row_tokens() as u64).sum();
+        Ok((sum.into(), tokens, row_losses))
     }
 
     /// One optimiser step.
@@ -299,7 +337,7 @@ impl<'a> Run<'a> {
         let began = Instant::now();
         let step = self.progress.step;
         let rows = self.sampler.rows_of_step(step);
-        let (train, tokens) = self.passes(&rows)?;
+        let (train, tokens, row_losses) = self.passes(&rows)?;
         self.check_for_a_leap(&train, &rows)?;
         let hyperparameters = &self.request.spec.hyperparameters;
         let learning_rate = self.peak_learning_rate() * self.schedule.factor(step);
@@ -319,6 +357,7 @@ impl<'a> Run<'a> {
             .map_err(|error| self.at_step(error, "gradient", Some(&rows)))?;
         Ok(Update {
             train,
+            row_losses,
             learning_rate,
             grad_norm,
             tokens,

@@ -100,6 +100,42 @@ fn first_weight_of_a_segment_counts_for_nothing() {
 }
 
 #[test]
+fn loss_of_each_row_of_a_pass_equals_its_loss_alone_shared_beginning_or_not() {
+    let beginning = tiny_ids(20, 9);
+    let own = [tiny_ids(7, 1), tiny_ids(1, 2), tiny_ids(12, 3)];
+    let alike = own.into_iter().map(|own| [beginning.clone(), own].concat());
+    let rows: Vec<TokenizedRow> = alike
+        .chain([tiny_ids(9, 4), tiny_ids(14, 5)])
+        .enumerate()
+        .map(|(line, ids)| {
+            let weights = (0..ids.len()).map(|i| [0.1, 1.0, 0.0][(i + line) % 3]).collect();
+            TokenizedRow { line, ids, weights, starts: vec![0], truncated: false }
+        })
+        .collect();
+    let order = [3, 0, 2, 4, 1];
+    for (share_prefixes, gradient_checkpointing) in [(true, false), (false, false), (true, true)] {
+        let mut model = stirred_model(&lora());
+        model.set_gradient_checkpointing(gradient_checkpointing);
+        let batching =
+            Batching { batch_size: 8, packing: true, share_prefixes, tokens_per_pass: 1000 };
+        let [batch] = &batching.micro_batches(&rows, &order)[..] else { panic!("one pass") };
+        let (outcome, nll) = model.forward_backward_with_nll(batch, 1.0, KEY).unwrap();
+        let sums = batch.row_sums(&nll, |row, ids| rows[row].weights_of(ids));
+        assert_eq!(sums.len(), rows.len());
+        let mut sum = 0.0;
+        for (row, weighted_nll, weight) in sums {
+            let loss = weighted_nll / weight;
+            let TokenizedRow { ids, weights, .. } = rows[row].clone();
+            let alone = model.evaluate(&pack(&[(ids, weights)])).unwrap();
+            let expected = alone.weighted_nll / alone.weight;
+            assert!((loss - expected).abs() < 1e-5 * expected, "row {row}: {loss} {expected}");
+            sum += weighted_nll;
+        }
+        assert!((sum - outcome.weighted_nll).abs() < 1e-5 * sum, "{sum} {}", outcome.weighted_nll);
+    }
+}
+
+#[test]
 fn rows_that_share_their_beginning_have_the_loss_and_gradient_of_rows_apart() {
     let beginning = tiny_ids(20, 9);
     let row = |(line, own): (usize, Vec<u32>)| {

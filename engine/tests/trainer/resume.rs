@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use tunesmith_core::hyperparameters::Precision;
-use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::metrics::{RowLoss, StepMetrics};
 use tunesmith_core::protocol::TrainRequest;
 use tunesmith_engine::EngineError;
 use tunesmith_engine::train::{Outcome, TrainOptions};
@@ -63,9 +63,13 @@ pub(crate) fn check_equal(
     assert_eq!(second.started().initial_valid_loss, straight.started().initial_valid_loss);
     let done = first.steps.iter().filter(|metrics| metrics.step <= step).cloned();
     let together: Vec<StepMetrics> = done.chain(second.steps.iter().cloned()).collect();
+    let times = together.clone();
     assert_eq!(timeless(&together), timeless(&straight.steps));
+    let done = first.rows.iter().filter(|row| row.step <= step).cloned();
+    let together: Vec<RowLoss> = done.chain(second.rows.iter().cloned()).collect();
+    assert_eq!(together, straight.rows);
     assert_eq!(bits(second.checkpoint(10)), bits(straight.checkpoint(10)));
-    let times: Vec<f64> = together.iter().map(|metrics| metrics.elapsed_seconds).collect();
+    let times: Vec<f64> = times.iter().map(|metrics| metrics.elapsed_seconds).collect();
     assert!(times.windows(2).all(|pair| pair[0] <= pair[1]), "{times:?}");
 }
 

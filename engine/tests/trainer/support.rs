@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters};
 use tunesmith_core::job::TrainSpec;
-use tunesmith_core::metrics::StepMetrics;
+use tunesmith_core::metrics::{RowLoss, StepMetrics};
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Note, Started, TrainRequest};
 use tunesmith_engine::train::{Outcome, StopFlag, TrainOptions, train_with};
 use tunesmith_engine::{EngineError, NamedTensor};
@@ -210,6 +210,7 @@ impl Bench {
 pub(crate) struct Transcript {
     pub(crate) started: Option<Started>,
     pub(crate) steps: Vec<StepMetrics>,
+    pub(crate) rows: Vec<RowLoss>,
     pub(crate) checkpoints: Vec<CheckpointWritten>,
     pub(crate) notes: Vec<Note>,
     pub(crate) last: Option<FromTrainer>,
@@ -220,6 +221,7 @@ impl Transcript {
         match &message {
             FromTrainer::Started(started) => self.started = Some(started.clone()),
             FromTrainer::Step(metrics) => self.steps.push(metrics.clone()),
+            FromTrainer::Rows(rows) => self.rows.extend(rows.iter().cloned()),
             FromTrainer::Checkpoint(checkpoint) => self.checkpoints.push(checkpoint.clone()),
             FromTrainer::Note(note) => self.notes.push(note.clone()),
             _ => {}

@@ -34,6 +34,32 @@ fn five_rows_by_four_make_two_steps_an_epoch_and_all_are_reported() {
 }
 
 #[test]
+fn every_row_is_reported_once_an_epoch_with_its_line_and_the_loss_that_it_has_alone() {
+    let bench = Bench::new(5);
+    // A rate of next to nothing: the model of the second epoch is that of the first.
+    let fields = json!({"batch_size": 4, "n_epochs": 2, "learning_rate": 1e-12,
+                        "prompt_loss_weight": 0.3});
+    let together = finish(&bench.request("together", &fields));
+    let steps: Vec<u64> = together.rows.iter().map(|row| row.step).collect();
+    assert_eq!(steps, [1, 1, 1, 1, 2, 3, 3, 3, 3, 4]);
+    let mut lines: Vec<u64> = together.rows[..5].iter().map(|row| row.line).collect();
+    lines.sort_unstable();
+    assert_eq!(lines, [1, 2, 3, 4, 5]);
+    // Steps of one row, whose loss is the step's.
+    let alone = json!({"batch_size": 1, "n_epochs": 1, "learning_rate": 1e-12,
+                       "prompt_loss_weight": 0.3});
+    let alone = finish(&bench.request("alone", &alone));
+    for (row, step) in alone.rows.iter().zip(&alone.steps) {
+        assert_eq!(row.step, step.step);
+        assert!(close(row.loss, step.train_loss), "{row:?} {step:?}");
+        let same = together.rows.iter().filter(|other| other.row == row.row);
+        let losses: Vec<f64> = same.map(|other| other.loss).collect();
+        assert_eq!(losses.len(), 2);
+        assert!(losses.iter().all(|&loss| close(loss, row.loss)), "{row:?} {losses:?}");
+    }
+}
+
+#[test]
 fn training_lowers_the_loss() {
     let bench = Bench::new(10);
     let request = bench.request(

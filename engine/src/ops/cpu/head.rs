@@ -178,21 +178,23 @@ pub(in crate::ops) fn head_with_loss(
     let weight = contiguous(weight.into_primitive());
     let tracked = (hidden_tracked, weight_tracked);
     let (sums, saved) = compute(&hidden, &weight, softcap, targets, tracked);
-    let loss = from_values(vec![sums.nll as f32], [1]);
+    let loss = from_values(vec![sums.weighted_nll as f32], [1]);
     HeadLoss {
         loss: tensor(match step.stateful() {
             OpsKind::Tracked(step) => step.finish(saved, loss),
             OpsKind::UnTracked(step) => step.finish(loss),
         }),
-        weighted_nll: sums.nll,
+        weighted_nll: sums.weighted_nll,
+        nll: sums.nll,
         weighted_correct: sums.correct,
     }
 }
 
-/// Σ w·nll and Σ w of the correct.
+/// Σ w·nll, each nll, and Σ w of the correct.
 #[derive(Default)]
 struct Sums {
-    nll: f64,
+    weighted_nll: f64,
+    nll: Vec<f64>,
     correct: f64,
 }
 
@@ -222,7 +224,8 @@ fn compute(
         |_, target| target.weight,
         |chunk| {
             for (target, &(nll, correct)) in chunk.targets.iter().zip(chunk.losses) {
-                sums.nll += f64::from(target.weight) * nll;
+                sums.weighted_nll += f64::from(target.weight) * nll;
+                sums.nll.push(nll);
                 sums.correct += if correct { f64::from(target.weight) } else { 0.0 };
             }
             if let Some(d_hidden) = &mut d_hidden {
