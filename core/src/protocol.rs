@@ -72,7 +72,10 @@ pub enum FromTrainer {
     /// The model and the data are loaded; training begins.
     Started(Started),
     /// What the rows of the next step showed, up to [`MAX_ROWS_A_FRAME`] of them.
-    Rows(Vec<RowLoss>),
+    Rows {
+        /// Each with its loss.
+        rows: Vec<RowLoss>,
+    },
     /// A step is done.
     Step(StepMetrics),
     /// A checkpoint directory is complete on disk.
@@ -237,6 +240,17 @@ mod tests {
         assert_eq!(read_frame(&mut reader).expect("read"), Some(ToTrainer::Stop));
         assert_eq!(read_frame(&mut reader).expect("read"), Some(note));
         assert_eq!(read_frame::<ToTrainer>(&mut reader).expect("read"), None);
+    }
+
+    #[test]
+    fn a_message_that_holds_a_list_comes_back() {
+        let row = RowLoss { row: 3, line: 5, step: 2, loss: 1.5 };
+        for rows in [vec![], vec![row.clone(), row]] {
+            let message = FromTrainer::Rows { rows };
+            let mut wire = Vec::new();
+            write_frame(&mut wire, &message).expect("write");
+            assert_eq!(read_frame(&mut wire.as_slice()).expect("read"), Some(message));
+        }
     }
 
     #[test]

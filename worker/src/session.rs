@@ -219,7 +219,7 @@ impl<'a> Session<'a> {
                         self.reporter.set_total_steps(run.total_steps);
                         retry("record_started", || store.record_started(lease, &run)).await?;
                     }
-                    Ok(Some(FromTrainer::Rows(rows))) => self.reporter.add_rows(rows),
+                    Ok(Some(FromTrainer::Rows { rows })) => self.reporter.add_rows(rows),
                     Ok(Some(FromTrainer::Step(metrics))) => self.reporter.add(metrics),
                     Ok(Some(FromTrainer::Checkpoint(checkpoint))) => {
                         // A checkpoint is never seen before the steps that led to it.

@@ -99,7 +99,7 @@ mod tests {
             completion: completion.to_owned(),
         };
         let row = Row { line: 7, example };
-        let parts = parts_of(&chatml(), &row, &options).ok().expect("tokens");
+        let parts = parts_of(&chatml(), &row, &options).expect("tokens");
         ShownRow::new(&chatml(), &row, &parts[0], &options, None)
     }
 

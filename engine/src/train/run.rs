@@ -212,7 +212,7 @@ impl<'a> Run<'a> {
                 }
             };
             for rows in row_losses.chunks(MAX_ROWS_A_FRAME) {
-                self.report(sink, FromTrainer::Rows(rows.to_vec()))?;
+                self.report(sink, FromTrainer::Rows { rows: rows.to_vec() })?;
             }
             self.report(sink, FromTrainer::Step(metrics.clone()))?;
             self.tell_findings(false, sink)?;

@@ -221,7 +221,7 @@ impl Transcript {
         match &message {
             FromTrainer::Started(started) => self.started = Some(started.clone()),
             FromTrainer::Step(metrics) => self.steps.push(metrics.clone()),
-            FromTrainer::Rows(rows) => self.rows.extend(rows.iter().cloned()),
+            FromTrainer::Rows { rows } => self.rows.extend(rows.iter().cloned()),
             FromTrainer::Checkpoint(checkpoint) => self.checkpoints.push(checkpoint.clone()),
             FromTrainer::Note(note) => self.notes.push(note.clone()),
             _ => {}
