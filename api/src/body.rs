@@ -1,6 +1,6 @@
 //! A request's JSON body, read with a cap and hashed on the way.
 
-use crate::failure::{Failure, broken_body};
+use crate::failure::{Failure, broken_body, invalid_value};
 use actix_web::web::Payload;
 use bytes::BytesMut;
 use futures::StreamExt as _;
@@ -23,7 +23,8 @@ pub(crate) struct JsonBody {
 /// Reads the body to its end.
 ///
 /// # Errors
-/// `payload_too_large`, or `invalid_body` for one that breaks off or is not a JSON object.
+/// `payload_too_large`, `invalid_body` for one that breaks off or is not a JSON object, or
+/// `invalid_value` for text that holds U+0000.
 pub(crate) async fn read_json(mut payload: Payload) -> Result<JsonBody, Failure> {
     let mut body = BytesMut::new();
     while let Some(piece) = payload.next().await {
@@ -50,10 +51,37 @@ fn parse(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
         )
     };
     match serde_json::from_slice(body) {
-        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(Value::Object(fields)) => match nul_in_fields(&fields, "") {
+            None => Ok(fields),
+            Some(path) => {
+                Err(invalid_value(&path, "text with U+0000", "text without that character"))
+            }
+        },
         Ok(_) => Err(not_json(&"it is JSON, but not an object")),
         Err(error) => Err(not_json(&error)),
     }
+}
+
+/// Where the text holds U+0000, which JSON can write and PostgreSQL cannot store.
+fn nul_in(value: &Value, path: &str) -> Option<String> {
+    match value {
+        Value::String(text) => text.contains('\0').then(|| path.to_owned()),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .find_map(|(index, item)| nul_in(item, &format!("{path}[{index}]"))),
+        Value::Object(fields) => nul_in_fields(fields, path),
+        Value::Null | Value::Bool(_) | Value::Number(_) => None,
+    }
+}
+
+fn nul_in_fields(fields: &Map<String, Value>, path: &str) -> Option<String> {
+    fields.iter().find_map(|(key, value)| {
+        let is_in_key = key.contains('\0');
+        let key = key.replace('\0', "\\u0000");
+        let path = if path.is_empty() { key } else { format!("{path}.{key}") };
+        if is_in_key { Some(path) } else { nul_in(value, &path) }
+    })
 }
 
 #[cfg(test)]
@@ -67,6 +95,22 @@ mod tests {
         assert!(error.message.contains("line 1 column 11"), "{error}");
         assert!(parse(b"[]").is_err());
         assert!(parse(b"").is_err());
+    }
+
+    #[test]
+    fn text_that_cannot_be_stored_is_refused_with_its_path() {
+        for (body, path) in [
+            (r#"{"model": "a\u0000"}"#, "model"),
+            (r#"{"metadata": {"a": "b", "c": "\u0000"}}"#, "metadata.c"),
+            (r#"{"part_ids": ["a", "\u0000"]}"#, "part_ids[1]"),
+            (r#"{"metadata": {"a\u0000b": ""}}"#, "metadata.a\\u0000b"),
+        ] {
+            let error = parse(body.as_bytes()).expect_err(body);
+            assert_eq!(error.code, ErrorCode::InvalidValue);
+            assert_eq!(error.param.as_deref(), Some(path));
+        }
+        // A backslash and a u are not that character.
+        assert!(parse(br#"{"model": "\\u0000"}"#).is_ok());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a job would take: steps, tokens, time, memory and money, each with what it rests on.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use tunesmith_core::dataset::FileReport;
 use tunesmith_core::hyperparameters::{Precision, ResolvedHyperparameters};
@@ -25,7 +26,7 @@ impl Default for Prices {
 }
 
 /// Everything that is estimated of a job.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Estimates {
     pub(crate) steps: Steps,
     pub(crate) tokens: Amount,
@@ -35,7 +36,7 @@ pub(crate) struct Estimates {
 }
 
 /// The run's optimiser steps.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Steps {
     pub(crate) total: u64,
     pub(crate) per_epoch: u64,
@@ -45,7 +46,7 @@ pub(crate) struct Steps {
 }
 
 /// A number, and what it rests on; the number is missing where there is nothing to rest it on.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Amount {
     pub(crate) value: Option<f64>,
     pub(crate) unit: &'static str,
@@ -53,7 +54,7 @@ pub(crate) struct Amount {
 }
 
 /// The peak, and its parts.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Memory {
     pub(crate) peak_bytes: Option<u64>,
     pub(crate) parts: Option<MemoryEstimate>,
@@ -61,7 +62,7 @@ pub(crate) struct Memory {
 }
 
 /// A sum of money.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Cost {
     pub(crate) amount: Option<f64>,
     pub(crate) currency: String,

@@ -7,9 +7,9 @@ use std::ops::RangeInclusive;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 
 /// OpenAI's limits of the client's own notes.
-const MAX_METADATA_PAIRS: usize = 16;
-const MAX_METADATA_KEY: usize = 64;
-const MAX_METADATA_VALUE: usize = 512;
+pub(crate) const MAX_METADATA_PAIRS: usize = 16;
+pub(crate) const MAX_METADATA_KEY: usize = 64;
+pub(crate) const MAX_METADATA_VALUE: usize = 512;
 
 /// The field, unless it is absent or null.
 pub(crate) fn given<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {

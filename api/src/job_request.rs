@@ -23,8 +23,8 @@ const FIELDS: [&str; 9] = [
     "hyperparameters",
     "method",
 ];
-const MAX_SUFFIX: usize = 64;
-const MAX_SEED: u64 = (1 << 31) - 1;
+pub(crate) const MAX_SUFFIX: usize = 64;
+pub(crate) const MAX_SEED: u64 = (1 << 31) - 1;
 
 /// A job that a client asks for, checked as far as the request alone allows.
 #[derive(Debug, PartialEq)]

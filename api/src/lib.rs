@@ -34,5 +34,6 @@ mod webhooks;
 
 pub use estimate::Prices;
 pub use limits::ProjectLimits;
+pub use routes::openapi_yaml;
 pub use server::{ApiConfig, ApiServer, DEFAULT_MAX_FILE_BYTES};
 pub use webhooks::IpNet;

@@ -1,7 +1,7 @@
 //! Around every request: its id, one log line, and an error body in OpenAI's shape whatever went
 //! wrong, a panic included.
 
-use crate::failure::{self, Failure};
+use crate::failure::{self, Failure, invalid_value};
 use crate::limits::Standing;
 use crate::server::AppState;
 use crate::telemetry::Telemetry;
@@ -9,7 +9,7 @@ use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::error::InternalError;
 use actix_web::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
-use actix_web::http::{Method, StatusCode};
+use actix_web::http::{Method, StatusCode, Uri};
 use actix_web::middleware::Next;
 use actix_web::{Error, HttpMessage as _, HttpResponse, web};
 use futures::FutureExt as _;
@@ -33,6 +33,9 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
         telemetry: request.app_data::<web::Data<AppState>>().map(|state| state.telemetry.clone()),
         started: Instant::now(),
     };
+    if let Err(refused) = storable(request.uri()) {
+        return Err(line.into_error(refused.into()));
+    }
     // A handler owns nothing that outlives it but what the store guards by transactions.
     match AssertUnwindSafe(next.call(request)).catch_unwind().await {
         Ok(Ok(response)) => {
@@ -42,6 +45,16 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
         Ok(Err(error)) => Err(line.into_error(error)),
         Err(panic) => Err(line.into_error(Failure::internal(panic_text(&*panic)).into())),
     }
+}
+
+/// Names and cursors of a URL are looked for in the database, which has no text with U+0000.
+fn storable(uri: &Uri) -> Result<(), Failure> {
+    if uri.path().contains("%00") || uri.query().is_some_and(|query| query.contains("%00")) {
+        return Err(
+            invalid_value("url", "text with %00", "text without the character U+0000").into()
+        );
+    }
+    Ok(())
 }
 
 /// What the log says of one request.

@@ -1,9 +1,11 @@
 //! Lists on the wire.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// One page of a list, in OpenAI's envelope.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ListOf{T}")]
 pub(crate) struct Page<T> {
     object: &'static str,
     data: Vec<T>,

@@ -56,6 +56,8 @@ enum Command {
     /// Uploaded files
     #[command(subcommand)]
     Files(commands::files::Command),
+    /// Print the description of the REST API, OpenAPI 3.1 in YAML
+    Openapi,
     /// The worker's trainer: speaks frames on standard input and output
     #[command(hide = true)]
     Train,
@@ -81,6 +83,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Train => return Ok(commands::train::run()),
         Command::Generate(args) => return commands::generate::run(&args),
+        Command::Openapi => {
+            print!("{}", tunesmith_api::openapi_yaml());
+            return Ok(ExitCode::SUCCESS);
+        }
         _ => {}
     }
     // Every TLS client of the process takes this one; it fails only when one is installed already.
@@ -100,7 +106,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Models(command) => commands::models::run(command).await,
             Command::Jobs(command) => commands::jobs::run(command).await,
             Command::Files(command) => commands::files::run(command).await,
-            Command::Train | Command::Generate(_) => Ok(ExitCode::SUCCESS),
+            Command::Train | Command::Generate(_) | Command::Openapi => Ok(ExitCode::SUCCESS),
         }
     })
 }

@@ -2,14 +2,16 @@
 //!
 //! An [`ApiError`] is what a client reads, as a reply or as the `error` of a failed job.
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 
 macro_rules! error_table {
-    ($($(#[$doc:meta])* $name:ident = $code:literal, $status:literal, $kind:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident = $code:literal, $status:literal, $kind:literal;)*) => {
         /// Every error code of the service.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum ErrorCode {
-            $($(#[$doc])* $name,)*
+            $($(#[doc = $doc])* $name,)*
         }
 
         impl ErrorCode {
@@ -32,6 +34,12 @@ macro_rules! error_table {
             #[must_use]
             pub const fn kind(self) -> &'static str {
                 match self { $(Self::$name => $kind,)* }
+            }
+
+            /// What it means, in a sentence.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc),*).trim_ascii(),)* }
             }
         }
     };
@@ -143,8 +151,19 @@ impl<'de> Deserialize<'de> for ErrorCode {
     }
 }
 
+impl JsonSchema for ErrorCode {
+    fn schema_name() -> Cow<'static, str> {
+        "ErrorCode".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let codes: Vec<&str> = Self::ALL.iter().map(|code| code.as_str()).collect();
+        json_schema!({ "type": "string", "enum": codes })
+    }
+}
+
 /// An error as a client reads it. The message names the place, the rule and the way out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
     /// Which error of the table.
@@ -179,6 +198,7 @@ mod tests {
             assert_eq!(ErrorCode::parse(code.as_str()), Some(code));
             assert!(!ErrorCode::ALL[..index].iter().any(|c| c.as_str() == code.as_str()));
             assert!((400..600).contains(&code.http_status()));
+            assert!(code.meaning().ends_with('.'), "{}", code.meaning());
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::hyperparameters::{
     AdapterConfig, AdapterType, InitLoraWeights, Optimizer, Precision, ResolvedHyperparameters,
     TARGET_MODULES,
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 use std::fmt;
@@ -53,7 +54,7 @@ pub struct PassSize {
 }
 
 /// Bytes by part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct MemoryEstimate {
     /// The model, and its adapter.
     pub weights: u64,

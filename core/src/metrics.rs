@@ -1,10 +1,11 @@
 //! The loss curve: one row a step.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What one optimiser step showed. Losses are means over the step's total loss weight, measured
 /// before the step's update; accuracies are weighted the same way.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StepMetrics {
     /// From 1.
     pub step: u64,

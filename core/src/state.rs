@@ -3,11 +3,12 @@
 //! This table is the only one: the SQL guards in `store` are made from [`sources_of`], so a move
 //! that is not here cannot be written.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Where a job stands. The text is the wire's and the database's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum JobStatus {
     /// The files are being read row by row.

@@ -12,6 +12,7 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::{HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use tunesmith_core::ids::{PermissionId, ProjectId};
@@ -20,12 +21,12 @@ use tunesmith_store::page::{Order, PageRequest};
 use tunesmith_store::permissions::Permission;
 
 /// OpenAI's default; the maxima are ours.
-const DEFAULT_LIST: u64 = 10;
-const MAX_LIST: u64 = 1000;
-const MAX_PROJECTS: usize = 100;
+pub(super) const DEFAULT_LIST: u64 = 10;
+pub(super) const MAX_LIST: u64 = 1000;
+pub(super) const MAX_PROJECTS: usize = 100;
 
 /// A permission on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct PermissionObject {
     id: String,
     object: &'static str,

@@ -29,7 +29,7 @@ pub(crate) const EXPIRES_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 3600..=2
 const MAX_DRAIN_BYTES: usize = 64 << 20;
 
 /// What a client may upload a file for; other purposes are for files that the service makes.
-const UPLOAD_PURPOSES: [Purpose; 6] = [
+pub(super) const UPLOAD_PURPOSES: [Purpose; 6] = [
     Purpose::FineTune,
     Purpose::Batch,
     Purpose::Assistants,

@@ -1,5 +1,6 @@
 //! `/v1/files`: what clients upload and jobs produce.
 
+use super::openapi::words;
 use crate::auth::Authenticated;
 use crate::failure::Failure;
 use crate::page::Page;
@@ -12,6 +13,7 @@ use actix_web::http::header::{
     ACCEPT_RANGES, CONTENT_RANGE, ContentDisposition, ContentType, ETAG, RANGE,
 };
 use actix_web::{HttpRequest, HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use tunesmith_core::errors::{ApiError, ErrorCode};
@@ -20,17 +22,20 @@ use tunesmith_store::files::{File, FileStatus, Purpose};
 use tunesmith_store::page::{Order, PageRequest};
 
 /// OpenAI's limit and default.
-const MAX_LIST: u64 = 10_000;
+pub(super) const MAX_LIST: u64 = 10_000;
 
 /// A file on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct FileObject {
     id: String,
+    #[schemars(extend("const" = "file"))]
     object: &'static str,
     bytes: u64,
     created_at: i64,
     filename: String,
+    #[schemars(extend("enum" = words(Purpose::ALL, Purpose::as_str)))]
     purpose: &'static str,
+    #[schemars(extend("enum" = words(FileStatus::ALL, FileStatus::as_str)))]
     status: &'static str,
     expires_at: Option<i64>,
     status_details: Option<String>,

@@ -17,10 +17,10 @@ use tunesmith_store::jobs::{Idempotency, NewJob};
 use tunesmith_store::tenants::Caller;
 
 /// The standard header of a client that names its own request.
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+pub(super) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// How often the OpenAI SDKs have sent the request before; they send no idempotency key.
 const X_STAINLESS_RETRY_COUNT: &str = "x-stainless-retry-count";
-const MAX_IDEMPOTENCY_KEY: usize = 255;
+pub(super) const MAX_IDEMPOTENCY_KEY: usize = 255;
 
 /// Makes a job, once, however often the client asks.
 pub(crate) async fn create(

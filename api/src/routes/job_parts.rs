@@ -6,6 +6,7 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::{Either, HttpRequest, HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 use tunesmith_core::hyperparameters::Precision;
@@ -16,12 +17,12 @@ use tunesmith_store::events::Event;
 use tunesmith_store::watch::Topic;
 
 /// OpenAI's defaults; the maximum is ours.
-const DEFAULT_EVENTS: u64 = 20;
-const DEFAULT_CHECKPOINTS: u64 = 10;
-const MAX_LIST: u64 = 1000;
+pub(super) const DEFAULT_EVENTS: u64 = 20;
+pub(super) const DEFAULT_CHECKPOINTS: u64 = 10;
+pub(super) const MAX_LIST: u64 = 1000;
 
 /// An event on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct EventObject {
     id: String,
     object: &'static str,
@@ -48,7 +49,7 @@ impl From<Event> for EventObject {
 }
 
 /// A checkpoint on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CheckpointObject {
     id: String,
     object: &'static str,
@@ -60,7 +61,7 @@ pub(crate) struct CheckpointObject {
 }
 
 /// The measures that OpenAI's clients know; what was not measured is left out.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct CheckpointMetrics {
     step: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,7 +116,7 @@ impl From<Checkpoint> for CheckpointObject {
 }
 
 /// The loss curve on the wire, with the facts that a picture of it needs. Ours.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Curve {
     object: &'static str,
     data: Vec<StepMetrics>,

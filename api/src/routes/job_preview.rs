@@ -13,6 +13,7 @@ use crate::routes::job_create::{base_model, job_file};
 use crate::server::AppState;
 use crate::warnings;
 use actix_web::{HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tunesmith_core::dataset::{
@@ -30,8 +31,8 @@ const SHOWN_ROWS: usize = 3;
 const MAX_MISTAKES: usize = 50;
 
 /// A job that is not made.
-#[derive(Debug, Serialize)]
-struct Preview {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Preview {
     object: &'static str,
     /// Whether a job of this body would come to train.
     would_run: bool,
@@ -41,6 +42,7 @@ struct Preview {
     model: Option<String>,
     method: Option<&'static str>,
     /// With nothing left to choose.
+    #[schemars(with = "Option<Map<String, Value>>")]
     hyperparameters: Option<Value>,
     training_file: Option<FileReport>,
     validation_file: Option<FileReport>,
@@ -51,7 +53,7 @@ struct Preview {
 }
 
 /// A mistake.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Refusal {
     code: &'static str,
     message: String,

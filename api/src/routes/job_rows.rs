@@ -8,17 +8,18 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::web;
+use schemars::JsonSchema;
 use serde::Serialize;
 use tunesmith_core::hyperparameters::Method;
 use tunesmith_core::ids::JobId;
 use tunesmith_core::metrics::{MAX_ROW_LOSSES, RowLoss};
 use tunesmith_store::row_losses::RowOrder;
 
-const DEFAULT_ROWS: u64 = 20;
-const MAX_ROWS: u64 = 1000;
+pub(super) const DEFAULT_ROWS: u64 = 20;
+pub(super) const MAX_ROWS: u64 = 1000;
 
 /// A row on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct RowObject {
     /// The row's number, by which the list goes on.
     id: String,

@@ -6,8 +6,9 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::web;
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use tunesmith_core::errors::ApiError;
@@ -17,13 +18,13 @@ use tunesmith_core::state::JobStatus;
 use tunesmith_store::jobs::{Job, MetadataFilter};
 
 /// OpenAI's default; the maximum is ours.
-const DEFAULT_LIST: u64 = 20;
-const MAX_LIST: u64 = 1000;
+pub(super) const DEFAULT_LIST: u64 = 20;
+pub(super) const MAX_LIST: u64 = 1000;
 /// The hyperparameters that the job's old, top-level place shows: OpenAI's three.
 const TOP_LEVEL_HYPERPARAMETERS: [&str; 3] = ["n_epochs", "batch_size", "learning_rate_multiplier"];
 
 /// A job on the wire. What the SDKs declare is there even when it is null.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct JobObject {
     id: String,
     object: &'static str,
@@ -43,8 +44,13 @@ pub(crate) struct JobObject {
     result_files: Vec<String>,
     seed: u64,
     error: Option<ApiError>,
+    /// OpenAI's three.
+    #[schemars(with = "Map<String, Value>")]
     hyperparameters: Value,
+    /// The type of the method, and under its name all hyperparameters.
+    #[schemars(with = "Map<String, Value>")]
     method: Value,
+    #[schemars(with = "Vec<Value>", extend("maxItems" = 0))]
     integrations: [(); 0],
     metadata: BTreeMap<String, String>,
 }

@@ -14,14 +14,17 @@ mod job_preview;
 mod job_rows;
 mod jobs;
 mod models;
+mod openapi;
 mod organization;
 mod uploads;
 mod webhook_endpoints;
 mod weights;
 
 pub(crate) use job_parts::EventObject;
+pub use openapi::yaml as openapi_yaml;
 
 use crate::failure::Failure;
+use actix_web::http::header::ALLOW;
 use actix_web::middleware::Compress;
 use actix_web::web::{self, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse, Resource};
@@ -33,6 +36,8 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .service(path("/healthz").get(health::live))
         .service(path("/readyz").get(health::ready))
         .service(path("/metrics").get(health::metrics))
+        .service(path("/openapi.yaml").get(openapi::document).wrap(Compress::default()))
+        .service(path("/docs").get(openapi::reference).wrap(Compress::default()))
         .service(path("/jobs/{id}").get(dashboard::page))
         .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
         // Lists are compressed for who takes that; a reply to a POST is too short to gain by it.
@@ -103,7 +108,13 @@ async fn unknown_url(request: HttpRequest) -> Result<HttpResponse, Failure> {
     Err(ApiError::new(ErrorCode::UnknownUrl, message).into())
 }
 
-async fn method_not_allowed(request: HttpRequest) -> Result<HttpResponse, Failure> {
+async fn method_not_allowed(request: HttpRequest) -> HttpResponse {
     let message = format!("Not allowed to {} on {}.", request.method(), request.path());
-    Err(ApiError::new(ErrorCode::MethodNotAllowed, message).into())
+    let failure = Failure::from(ApiError::new(ErrorCode::MethodNotAllowed, message));
+    let mut reply = HttpResponse::from_error(failure);
+    let methods = openapi::methods_of(&request.match_pattern().unwrap_or_default());
+    if let Ok(methods) = methods.try_into() {
+        reply.headers_mut().insert(ALLOW, methods);
+    }
+    reply
 }

@@ -5,6 +5,7 @@ use crate::failure::{Failure, no_such_model};
 use crate::page::Page;
 use crate::server::AppState;
 use actix_web::{HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 use tunesmith_core::errors::{ApiError, ErrorCode};
@@ -16,7 +17,7 @@ use tunesmith_store::models::Model;
 const INSTALLATION: &str = "tunesmith";
 
 /// A model on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ModelObject {
     id: String,
     object: &'static str,

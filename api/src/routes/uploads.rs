@@ -11,6 +11,7 @@ use crate::warnings;
 use actix_multipart::Multipart;
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures::{StreamExt as _, TryStreamExt as _};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::time::Duration;
@@ -22,13 +23,13 @@ use tunesmith_store::tenants::Caller;
 use tunesmith_store::uploads::{NewUpload, Upload, UploadPart};
 
 /// OpenAI's limit for a file in parts: 8 GB.
-const MAX_UPLOAD_BYTES: u64 = 8 << 30;
-const MAX_MIME_TYPE: usize = 255;
+pub(super) const MAX_UPLOAD_BYTES: u64 = 8 << 30;
+pub(super) const MAX_MIME_TYPE: usize = 255;
 /// What a client may send to begin one.
 const FIELDS: [&str; 5] = ["bytes", "filename", "mime_type", "purpose", "expires_after"];
 
 /// An upload on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct UploadObject {
     id: String,
     object: &'static str,
@@ -42,7 +43,7 @@ pub(crate) struct UploadObject {
 }
 
 /// A part on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct PartObject {
     id: String,
     object: &'static str,

@@ -14,8 +14,8 @@ use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_store::StoreError;
 
-const ADAPTER: &str = "adapter";
-const MERGED: &str = "merged";
+pub(super) const ADAPTER: &str = "adapter";
+pub(super) const MERGED: &str = "merged";
 
 /// Sends the weights.
 pub(crate) async fn download(

@@ -12,6 +12,7 @@ use super::tokenize::{TokenizeOptions, Tokens, join, parts_of};
 use super::tokenize_pair::{answer_of, answers_of};
 use super::tokenizer::ChatTokenizer;
 use crate::hyperparameters::Method;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead};
@@ -44,11 +45,11 @@ pub enum ReportError {
 }
 
 /// What a file is, what is wrong with it, and what would train.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct FileReport {
-    /// How the rows lie in the file; `None` where not even that can be told.
+    /// How the rows lie in the file; nothing where not even that can be told.
     pub container: Option<Container>,
-    /// What the rows say; `None` where none of them is in order.
+    /// What the rows say; nothing where none of them is in order.
     pub shape: Option<Shape>,
     /// What learns from such rows.
     pub method: Option<Method>,
@@ -70,11 +71,11 @@ pub struct FileReport {
     /// Whether every copy was told; in a file of very many different rows only those of the first
     /// ones are.
     pub duplicates_are_exact: bool,
-    /// `None` where nothing counted them.
+    /// The tokens of all rows; nothing where there is no model to count them for.
     pub tokens: Option<TokenCounts>,
     /// How many problems there are.
     pub problem_count: usize,
-    /// The first [`MAX_PROBLEMS`] of them.
+    /// The first 100 of them.
     pub problems: Vec<Problem>,
     /// All of them, by what is wrong.
     pub problem_kinds: Vec<ProblemKind>,
@@ -89,7 +90,7 @@ pub struct FileReport {
 
 /// The tokens of a file's rows. Of a preference pair both answers count, each with its prompt; of a
 /// conversation that a template writes in several ways, each sequence.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TokenCounts {
     /// The length at which rows are cut.
     pub max_seq_length: usize,
@@ -108,7 +109,7 @@ pub struct TokenCounts {
 }
 
 /// Rows of about one length.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Bin {
     /// The most tokens of such a row; more than half of this.
     pub up_to: u64,
@@ -117,7 +118,7 @@ pub struct Bin {
 }
 
 /// A rule that a row breaks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
     /// Where the row begins, from 1.
     pub line: usize,
@@ -130,7 +131,7 @@ pub struct Problem {
 }
 
 /// How often a rule is broken.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProblemKind {
     /// The key path without the numbers of list entries.
     pub place: Option<String>,
@@ -142,8 +143,8 @@ pub struct ProblemKind {
     pub first_line: usize,
 }
 
-/// A [`Repair`] with its name and its meaning.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Something unusual that was read for what it means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NamedRepair {
     /// Which.
     pub name: Repair,

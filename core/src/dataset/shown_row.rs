@@ -3,13 +3,14 @@
 use super::row::Row;
 use super::tokenize::{TokenizeOptions, Tokens};
 use super::tokenizer::ChatTokenizer;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Tokens of a row that are shown.
 const MAX_SHOWN_TOKENS: usize = 512;
 
 /// A row token by token.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ShownRow {
     /// Where it begins in its file, from 1.
     pub line: usize,
@@ -25,7 +26,7 @@ pub struct ShownRow {
 }
 
 /// A token and what it counts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ShownToken {
     /// Its number in the vocabulary.
     pub id: u32,

@@ -4,8 +4,11 @@
 //! another model's opinion, embeddings, a dictionary of synonyms) are refused by name.
 
 mod formula;
+mod schema;
 mod similarity;
 mod template;
+
+pub use schema::schema;
 
 use crate::errors::{ApiError, ErrorCode};
 use formula::Formula;

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Which weights train.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AdapterType {
     /// Low-rank matrices beside frozen weights (Hu et al. 2021).
@@ -16,7 +17,7 @@ pub enum AdapterType {
 }
 
 /// Where A and B start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum InitLoraWeights {
     /// A random, B zero.
@@ -53,7 +54,7 @@ pub fn fused_module_of(target: &str) -> Option<&'static str> {
 }
 
 /// What is trained, and how a LoRA adapter is shaped. Field names and meanings are PEFT's.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct AdapterConfig {
     /// LoRA or full fine-tuning.
@@ -65,7 +66,7 @@ pub struct AdapterConfig {
     pub alpha: f64,
     /// Probability that an input of A is zeroed in training.
     pub dropout: f64,
-    /// Which projections get an adapter, in the order of [`TARGET_MODULES`].
+    /// Which projections get an adapter, in the order of a layer.
     pub target_modules: Vec<String>,
     /// Scale alpha / √r (rank-stabilised LoRA, Kalajdzievski 2023) in place of alpha / r.
     pub use_rslora: bool,

@@ -2,11 +2,12 @@
 
 use super::{Auto, Hyperparameters};
 use crate::errors::{ApiError, ErrorCode};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What a job learns from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
     /// Examples of what to write.
@@ -43,7 +44,7 @@ impl fmt::Display for Method {
 }
 
 /// What is minimised over pairs of answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PreferenceLoss {
     /// Direct preference optimisation (Rafailov et al. 2023): against the base model.

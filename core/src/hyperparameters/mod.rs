@@ -3,6 +3,7 @@
 //! A default value, a range and a parameter's name are each written once, here.
 
 use crate::errors::{ApiError, ErrorCode};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -11,6 +12,7 @@ mod method;
 mod optimization;
 mod precision;
 mod reader;
+mod schema;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +22,7 @@ pub use adapter::{
 pub use method::{Method, PreferenceLoss};
 pub use optimization::{LrScheduler, MuonLearningRate, OnDivergence, Optimizer};
 pub use precision::Precision;
+pub use schema::request_schema;
 
 use method::PREFERENCE_NAMES;
 use reader::{Reader, above, closed};
@@ -75,7 +78,7 @@ macro_rules! hyperparameters {
         }
 
         /// The same with nothing left to choose, as the job shows it and the trainer obeys it.
-        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
         #[serde(default)]
         pub struct ResolvedHyperparameters {
             /// What the job learns from.
@@ -228,7 +231,7 @@ impl Hyperparameters {
         let has = |name: &str| method != Method::Supervised || !PREFERENCE_NAMES.contains(&name);
         let own = fields.iter().filter(|(name, _)| has(name));
         let own = own.map(|(name, value)| (name.clone(), value.clone())).collect();
-        let parsed = Self::read(method, &Reader { fields: &own, path })?;
+        let parsed = Self::read(method, &Reader { fields: &own, path, notes: None })?;
         if let (Auto::Value(_), Auto::Value(_)) =
             (parsed.learning_rate, parsed.learning_rate_multiplier)
         {

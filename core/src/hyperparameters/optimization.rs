@@ -2,10 +2,11 @@
 
 use super::{AdapterType, Auto, Hyperparameters};
 use crate::errors::{ApiError, ErrorCode};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How the learning rate moves after warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LrScheduler {
     /// Stays at its peak.
@@ -21,7 +22,7 @@ pub enum LrScheduler {
 }
 
 /// What turns gradients into new weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Optimizer {
     /// Loshchilov and Hutter 2019.
@@ -36,7 +37,7 @@ pub enum Optimizer {
 }
 
 /// How Muon's learning rate follows a matrix's shape. The words are PyTorch's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MuonLearningRate {
     /// Jordan's √max(1, rows / columns).
@@ -48,7 +49,7 @@ pub enum MuonLearningRate {
 }
 
 /// What a run does when its loss or gradient is no number, or its loss leaps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnDivergence {
     /// The job ends, naming the step and the rows.

@@ -1,9 +1,10 @@
 //! In which numbers a run computes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The numbers that products with the base model's matrices multiply; sums are in f32 in any case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// The worker's device decides: bf16 where it multiplies bf16, else f32.

@@ -6,15 +6,29 @@ use crate::errors::{ApiError, ErrorCode};
 use serde::de::{DeserializeOwned, Deserializer, Visitor, value::Error as Refused};
 use serde::{Deserialize as _, forward_to_deserialize_any};
 use serde_json::{Map, Value};
+use std::cell::RefCell;
 use std::fmt;
 
 /// A closed range of numbers (open below where `above_min`), as an error message states it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Range {
-    min: f64,
-    max: f64,
-    above_min: bool,
+    pub(super) min: f64,
+    pub(super) max: f64,
+    pub(super) above_min: bool,
 }
+
+/// What a field may be beside `"auto"`.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Rule {
+    Number(Range),
+    Integer(Range),
+    Boolean,
+    Words(&'static [&'static str]),
+}
+
+/// The fields that a reading asks for, each with the path of its object: what there is to be given
+/// is written once, where it is read.
+pub(super) type Notes = RefCell<Vec<(String, String, Rule)>>;
 
 pub(super) const fn closed(min: f64, max: f64) -> Range {
     Range { min, max, above_min: false }
@@ -45,12 +59,19 @@ impl fmt::Display for Range {
 pub(super) struct Reader<'a> {
     pub(super) fields: &'a Map<String, Value>,
     pub(super) path: &'a str,
+    pub(super) notes: Option<&'a Notes>,
 }
 
 impl Reader<'_> {
     /// The field, unless it is absent, null or `"auto"`.
     fn given(&self, name: &str) -> Option<&Value> {
         self.fields.get(name).filter(|value| !value.is_null() && *value != "auto")
+    }
+
+    fn note(&self, name: &str, rule: Rule) {
+        if let Some(notes) = self.notes {
+            notes.borrow_mut().push((self.path.to_owned(), name.to_owned(), rule));
+        }
     }
 
     fn invalid(&self, name: &str, value: &Value, rule: impl fmt::Display) -> ApiError {
@@ -62,6 +83,7 @@ impl Reader<'_> {
     }
 
     pub(super) fn number(&self, name: &str, range: Range) -> Result<Auto<f64>, ApiError> {
+        self.note(name, Rule::Number(range));
         let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
         value
             .as_f64()
@@ -71,6 +93,7 @@ impl Reader<'_> {
     }
 
     pub(super) fn integer(&self, name: &str, range: Range) -> Result<Auto<u64>, ApiError> {
+        self.note(name, Rule::Integer(range));
         let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
         value
             .as_f64()
@@ -82,6 +105,7 @@ impl Reader<'_> {
     }
 
     pub(super) fn boolean(&self, name: &str) -> Result<Auto<bool>, ApiError> {
+        self.note(name, Rule::Boolean);
         let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
         value
             .as_bool()
@@ -91,6 +115,7 @@ impl Reader<'_> {
 
     /// One of the words of an enum of words.
     pub(super) fn word<T: DeserializeOwned>(&self, name: &str) -> Result<Auto<T>, ApiError> {
+        self.note(name, Rule::Words(words::<T>()));
         let Some(value) = self.given(name) else { return Ok(Auto::Auto) };
         T::deserialize(value)
             .map(Auto::Value)
@@ -104,7 +129,7 @@ impl Reader<'_> {
             return Err(self.invalid("adapter", value, "an object such as {\"type\": \"lora\"}"));
         };
         let path = format!("{}.adapter", self.path);
-        let reader = Reader { fields, path: &path };
+        let reader = Reader { fields, path: &path, notes: self.notes };
         const KNOWN: [&str; 10] = [
             "type",
             "r",

@@ -11,27 +11,29 @@ use crate::fields::{self, metadata, required};
 use crate::page::Page;
 use crate::query::Query;
 use crate::routes::job_create::idempotency;
+use crate::routes::openapi::words;
 use crate::routes::path;
 use crate::routes::uploads::expires_after;
 use crate::server::AppState;
 use crate::warnings;
 use actix_web::web::{self, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse};
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use tunesmith_core::ids::{BatchId, FileId};
 use tunesmith_store::StoreError;
-use tunesmith_store::batches::{Batch, NewBatch};
+use tunesmith_store::batches::{Batch, BatchStatus, NewBatch};
 use tunesmith_store::files::Purpose;
 
 /// OpenAI's limits.
-const DEFAULT_LIST: u64 = 20;
-const MAX_LIST: u64 = 100;
-const WINDOW: &str = "24h";
+pub(super) const DEFAULT_LIST: u64 = 20;
+pub(super) const MAX_LIST: u64 = 100;
+pub(super) const WINDOW: &str = "24h";
 /// The endpoints that a batch may be for.
-const ENDPOINTS: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
+pub(super) const ENDPOINTS: [&str; 2] = ["/v1/chat/completions", "/v1/completions"];
 const FIELDS: [&str; 5] =
     ["input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"];
 
@@ -46,15 +48,17 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
 }
 
 /// A batch on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct BatchObject {
     id: String,
     object: &'static str,
     endpoint: String,
     model: Option<String>,
+    #[schemars(with = "Option<Map<String, Value>>")]
     errors: Option<Value>,
     input_file_id: String,
     completion_window: &'static str,
+    #[schemars(extend("enum" = words(BatchStatus::ALL, BatchStatus::as_str)))]
     status: &'static str,
     output_file_id: Option<String>,
     error_file_id: Option<String>,
@@ -67,6 +71,7 @@ pub(crate) struct BatchObject {
     expired_at: Option<i64>,
     cancelling_at: Option<i64>,
     cancelled_at: Option<i64>,
+    #[schemars(with = "BTreeMap<String, u64>")]
     request_counts: Value,
     metadata: Option<BTreeMap<String, String>>,
 }

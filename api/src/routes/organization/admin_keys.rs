@@ -9,17 +9,19 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::{HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::time::Duration;
 use tunesmith_core::ids::AdminKeyId;
 use tunesmith_store::tenants::AdminKey;
 
 /// The longest life of a key that has one: a hundred years.
-const MAX_LIFETIME_SECONDS: u64 = 100 * 365 * 24 * 3600;
+pub(crate) const MAX_LIFETIME_SECONDS: u64 = 100 * 365 * 24 * 3600;
 
 /// An admin key on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "AdminKeyObject")]
 pub(crate) struct KeyObject {
     id: String,
     object: &'static str,
@@ -28,6 +30,7 @@ pub(crate) struct KeyObject {
     created_at: i64,
     expires_at: Option<i64>,
     last_used_at: Option<i64>,
+    #[schemars(with = "Map<String, Value>")]
     owner: Value,
     /// The secret: of a key that was just made.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,8 +1,8 @@
 //! `/v1/organization`: projects and keys, for whoever has an admin key.
 
-mod admin_keys;
-mod project_keys;
-mod projects;
+pub(super) mod admin_keys;
+pub(super) mod project_keys;
+pub(super) mod projects;
 
 use crate::failure::invalid_value;
 use crate::fields;
@@ -12,9 +12,9 @@ use serde_json::{Map, Value};
 use tunesmith_core::errors::ApiError;
 
 /// OpenAI's limits of lists here.
-const DEFAULT_LIST: u64 = 20;
-const MAX_LIST: u64 = 100;
-const MAX_NAME: usize = 255;
+pub(super) const DEFAULT_LIST: u64 = 20;
+pub(super) const MAX_LIST: u64 = 100;
+pub(super) const MAX_NAME: usize = 255;
 
 /// The paths of this group.
 pub(crate) fn configure(config: &mut ServiceConfig) {

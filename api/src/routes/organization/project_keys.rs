@@ -9,8 +9,9 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::{HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tunesmith_core::ids::{ApiKeyId, ProjectId};
 use tunesmith_store::tenants::ApiKey;
 
@@ -18,7 +19,8 @@ use tunesmith_store::tenants::ApiKey;
 const ROLE: &str = "member";
 
 /// A key on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ProjectKeyObject")]
 pub(crate) struct KeyObject {
     id: String,
     object: &'static str,
@@ -28,6 +30,7 @@ pub(crate) struct KeyObject {
     last_used_at: Option<i64>,
     expires_at: Option<i64>,
     owner_project_access: &'static str,
+    #[schemars(with = "Map<String, Value>")]
     owner: Value,
 }
 

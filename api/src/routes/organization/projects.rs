@@ -8,12 +8,13 @@ use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
 use actix_web::web;
+use schemars::JsonSchema;
 use serde::Serialize;
 use tunesmith_core::ids::ProjectId;
 use tunesmith_store::tenants::Project;
 
 /// A project on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ProjectObject {
     id: String,
     object: &'static str,

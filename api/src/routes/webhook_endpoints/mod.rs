@@ -11,6 +11,7 @@ use crate::server::AppState;
 use crate::webhooks::{Message, new_secret, send};
 use actix_web::HttpResponse;
 use actix_web::web::{self, ServiceConfig};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
@@ -19,9 +20,12 @@ use tunesmith_core::ids::{WebhookEndpointId, random_text};
 use tunesmith_store::webhooks::{NewWebhookEndpoint, WebhookChange, WebhookEndpoint, WebhookEvent};
 
 /// OpenAI's default; the maxima are ours.
-const DEFAULT_LIST: u64 = 20;
-const MAX_LIST: u64 = 100;
-const MAX_NAME: usize = 255;
+pub(super) const DEFAULT_LIST: u64 = 20;
+pub(super) const MAX_LIST: u64 = 100;
+pub(super) const MAX_NAME: usize = 255;
+
+/// The field of a rotation that lets the old secret sign too, for a day.
+pub(super) const KEEP: &str = "keep_old_secret_active_for_24_hours";
 
 /// The paths of this group.
 pub(crate) fn configure(config: &mut ServiceConfig) {
@@ -34,7 +38,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
 }
 
 /// An endpoint on the wire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct EndpointObject {
     id: String,
     object: &'static str,
@@ -151,7 +155,6 @@ pub(crate) async fn rotate_secret(
     id: web::Path<String>,
     payload: web::Payload,
 ) -> Result<web::Json<EndpointObject>, Failure> {
-    const KEEP: &str = "keep_old_secret_active_for_24_hours";
     let body = read_json(payload).await?;
     let keep = match given(&body.fields, KEEP) {
         None => false,
