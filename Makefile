@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test test-rust test-black-box test-sdk check-cuda bench bench-validation lint dashboard fixtures
+.PHONY: demo test start-python test-rust test-black-box test-sdk check-cuda bench bench-validation lint dashboard fixtures
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -8,7 +8,12 @@ demo:
 	@python3 demo/demo.py
 
 # Everything: the types of the cuda feature, unit tests, then the black-box tests.
-test: check-cuda test-rust test-black-box
+test: start-python check-cuda test-rust test-black-box
+
+# The tests' Python packages come down while the compiler works; who needs them waits for them.
+start-python:
+	@scripts/packages.sh test
+	@scripts/test-python.sh >/dev/null 2>&1 &
 
 test-rust:
 	scripts/packages.sh test
