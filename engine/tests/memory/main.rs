@@ -18,16 +18,9 @@ fn model_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-models/SmolLM2-135M-Instruct")
 }
 
-const CASES: [&str; 8] = [
-    "lora",
-    "lora-recomputed",
-    "lora-bf16",
-    "lora-bf16-recomputed",
-    "full",
-    "full-recomputed",
-    "full-bf16",
-    "full-bf16-recomputed",
-];
+/// Every part of the estimate is in one of them.
+const CASES: [&str; 6] =
+    ["lora", "lora-recomputed", "lora-bf16", "full", "full-recomputed", "full-bf16-recomputed"];
 
 /// What a case trains and in which numbers, and whether it computes layers again.
 fn case(name: &str) -> (AdapterConfig, Precision, bool) {
