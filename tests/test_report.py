@@ -84,7 +84,10 @@ def test_a_preview_tells_what_the_job_then_does(service):
     assert len(service.metrics(job.id)) == preview["steps"]["total"] == 10
     assert job.trained_tokens == preview["tokens"]["value"]
     shown = job.method.supervised.hyperparameters.model_dump()
-    assert shown == preview["hyperparameters"]
+    # The machine that runs the job chooses its precision.
+    assert preview["hyperparameters"]["precision"] == "auto"
+    assert shown == preview["hyperparameters"] | {"precision": shown["precision"]}
+    assert shown["precision"] in ("fp32", "bf16")
 
     table = service.cli("jobs", "preview", *arguments, "--hyperparameters", json.dumps(hyperparameters)).stdout
     assert table.startswith("The job would run.")

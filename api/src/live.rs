@@ -302,8 +302,8 @@ impl Watcher {
     }
 }
 
-/// A comment.
-const KEEP_ALIVE: Bytes = Bytes::from_static(b": waiting\n\n");
+/// A comment, and no blank line: that would end an event, and the SDKs would read an empty one.
+const KEEP_ALIVE: Bytes = Bytes::from_static(b": waiting\n");
 /// As OpenAI's streams end.
 const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
@@ -323,4 +323,15 @@ fn frame(id: &str, data: &impl Serialize) -> Bytes {
     // JSON as it is written here has no line breaks, and these types have no map keys to fail on.
     let data = serde_json::to_string(data).unwrap_or_default();
     format!("id: {id}\ndata: {data}\n\n").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keep_alive_is_a_comment_that_ends_no_event() {
+        assert!(KEEP_ALIVE.starts_with(b":") && KEEP_ALIVE.ends_with(b"\n"));
+        assert!(!KEEP_ALIVE.ends_with(b"\n\n"));
+    }
 }
