@@ -19,8 +19,7 @@ fn model_dir() -> PathBuf {
 }
 
 /// Every part of the estimate is in one of them.
-const CASES: [&str; 6] =
-    ["lora", "lora-recomputed", "lora-bf16", "full", "full-recomputed", "full-bf16-recomputed"];
+const CASES: [&str; 4] = ["lora", "lora-bf16-recomputed", "full-bf16", "full-recomputed"];
 
 /// What a case trains and in which numbers, and whether it computes layers again.
 fn case(name: &str) -> (AdapterConfig, Precision, bool) {
