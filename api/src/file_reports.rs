@@ -3,6 +3,7 @@
 //! This happens beside the validation of jobs, after the upload was answered. A file is read as a
 //! stream out of the object store: neither memory nor disk grows with it.
 
+use crate::background::{Work, work_off};
 use crate::tokenizers::Tokenizers;
 use futures::TryStreamExt as _;
 use serde_json::{Value, json};
@@ -19,37 +20,19 @@ use tunesmith_core::dataset::{
 use tunesmith_core::ids::FileId;
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::file_reports::{REPORT_CLAIM, ReportClaim};
-use tunesmith_store::notify::{Channel, Listener};
+use tunesmith_store::notify::Channel;
 use tunesmith_store::objects::ObjectKey;
 use tunesmith_store::{Store, StoreError};
 
 /// A notification may be lost: look this often without one.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// After an error, before the next try.
-const PAUSE: Duration = Duration::from_secs(1);
 /// Bytes that are taken out of the object store's stream at a time.
 const BUFFER: usize = 256 << 10;
 
 /// Makes reports until `stopped` turns true.
-pub(crate) async fn run(
-    store: Store,
-    tokenizers: Arc<Tokenizers>,
-    mut stopped: watch::Receiver<bool>,
-) {
+pub(crate) async fn run(store: Store, tokenizers: Arc<Tokenizers>, stopped: watch::Receiver<bool>) {
     let maker = ReportMaker { store, tokenizers };
-    let mut listener = None;
-    while !*stopped.borrow() {
-        let pause = match maker.next().await {
-            Ok(true) => continue,
-            Ok(false) => maker.wait(&mut listener).await,
-            Err(error) => Err(error),
-        };
-        let Err(error) = pause else { continue };
-        tracing::warn!(%error, "reports on files paused; it goes on in a moment");
-        listener = None;
-        // Also ends at once when the server stops.
-        let _ = tokio::time::timeout(PAUSE, stopped.changed()).await;
-    }
+    work_off(&maker, stopped).await;
 }
 
 struct ReportMaker {
@@ -66,10 +49,16 @@ impl Drop for StopOnDrop {
     }
 }
 
-impl ReportMaker {
-    /// Makes one report; says whether there was one to make.
-    async fn next(&self) -> Result<bool, StoreError> {
-        let Some(claim) = self.store.claim_report().await? else { return Ok(false) };
+impl Work for ReportMaker {
+    const CHANNEL: Channel = Channel::Reports;
+    const NAME: &str = "reporting on files";
+
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
+    async fn next(&self) -> Result<Option<Duration>, StoreError> {
+        let Some(claim) = self.store.claim_report().await? else { return Ok(Some(LOOK_EVERY)) };
         match self.make(&claim).await {
             Ok(None) => {}
             Ok(Some((report, complaint))) => {
@@ -81,18 +70,11 @@ impl ReportMaker {
                 return Err(error);
             }
         }
-        Ok(true)
+        Ok(None)
     }
+}
 
-    async fn wait(&self, listener: &mut Option<Listener>) -> Result<(), StoreError> {
-        if let Some(listener) = listener {
-            return listener.wait(LOOK_EVERY).await;
-        }
-        // What came before the listener was there is found by looking once more.
-        *listener = Some(self.store.listen(Channel::Reports).await?);
-        Ok(())
-    }
-
+impl ReportMaker {
     /// The report, and what it says at a glance; `None` when nobody wants it any more.
     async fn make(
         &self,

@@ -5,6 +5,7 @@
 
 mod archive;
 mod auth;
+mod background;
 mod batches;
 mod body;
 mod estimate;

@@ -23,7 +23,6 @@ use tunesmith_store::watch::{News, Said, Topic};
 use tunesmith_store::{Store, StoreError};
 
 use crate::routes::EventObject;
-use crate::telemetry::Telemetry;
 
 /// A notification may be lost: look this often without one.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -192,10 +191,9 @@ impl Live {
             .streaming(watcher.stream())
     }
 
-    /// Counts the open streams that wait for news.
-    pub(crate) fn count_streams(&self, telemetry: &Telemetry) {
-        let streams = self.feeds().values().map(|feed| feed.sender.receiver_count()).sum();
-        telemetry.set_open_streams(streams);
+    /// Open streams that wait for news.
+    pub(crate) fn open_streams(&self) -> usize {
+        self.feeds().values().map(|feed| feed.sender.receiver_count()).sum()
     }
 
     fn feeds(&self) -> std::sync::MutexGuard<'_, Feeds> {

@@ -177,7 +177,7 @@ impl ApiServer {
     /// # Errors
     /// The server broke down.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> io::Result<()> {
-        let (store, stopped) = (self.store.clone(), self.stop.subscribe());
+        let (store, stop, stopped) = (self.store.clone(), self.stop.clone(), self.stop.subscribe());
         let maintenance = tokio::spawn(maintenance::run(store.clone(), stopped.clone()));
         let live = tokio::spawn(self.live.clone().run());
         let deliveries =
@@ -188,6 +188,8 @@ impl ApiServer {
             tokio::spawn(file_reports::run(store.clone(), tokenizers.clone(), stopped.clone()));
         let mut validator = tokio::spawn(validator::run(store, tokenizers, stopped));
         let served = self.serve(shutdown).await;
+        // Nobody has said so yet where the server broke down.
+        stop.send_replace(true);
         let limit = Duration::from_secs(SHUTDOWN_SECONDS);
         if tokio::time::timeout(limit, &mut validator).await.is_err() {
             // Another validator takes the job up when the claim runs out.

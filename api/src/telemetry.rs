@@ -103,12 +103,9 @@ impl Telemetry {
         self.0.requests.get_or_create(&RequestLabels { method, route, status }).inc();
     }
 
-    pub(crate) fn set_open_streams(&self, streams: usize) {
-        self.0.open_streams.set(streams as u64);
-    }
-
-    /// All figures; those of jobs are as given.
-    pub(crate) fn text(&self, unfinished_jobs: &[(JobStatus, u64)]) -> String {
+    /// All figures; those of jobs and of streams are as given.
+    pub(crate) fn text(&self, unfinished_jobs: &[(JobStatus, u64)], open_streams: usize) -> String {
+        self.0.open_streams.set(open_streams as u64);
         for status in JobStatus::ALL.iter().filter(|status| !status.is_terminal()) {
             let jobs = unfinished_jobs.iter().find(|(of, _)| of == status);
             self.0

@@ -3,6 +3,7 @@
 //! Any number of processes may do this side by side: a claim keeps a job to one of them for a
 //! minute, and whoever is first decides.
 
+use crate::background::{Work, work_off};
 use crate::tokenizers::Tokenizers;
 use std::fs::File;
 use std::io::BufReader;
@@ -22,36 +23,18 @@ use tunesmith_core::hyperparameters::{
 use tunesmith_core::ids::FileId;
 use tunesmith_store::events::{Level, NewEvent};
 use tunesmith_store::jobs::Job;
-use tunesmith_store::notify::{Channel, Listener};
+use tunesmith_store::notify::Channel;
 use tunesmith_store::objects::ObjectKey;
 use tunesmith_store::validation::{VALIDATION_CLAIM, Validated};
 use tunesmith_store::{Store, StoreError};
 
 /// A notification may be lost: look this often without one.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// After an error, before the next try.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// Validates until `stopped` turns true; a job at hand is finished first.
-pub(crate) async fn run(
-    store: Store,
-    tokenizers: Arc<Tokenizers>,
-    mut stopped: watch::Receiver<bool>,
-) {
+pub(crate) async fn run(store: Store, tokenizers: Arc<Tokenizers>, stopped: watch::Receiver<bool>) {
     let validator = Validator { store, tokenizers };
-    let mut listener = None;
-    while !*stopped.borrow() {
-        let pause = match validator.next().await {
-            Ok(true) => continue,
-            Ok(false) => validator.wait(&mut listener).await,
-            Err(error) => Err(error),
-        };
-        let Err(error) = pause else { continue };
-        tracing::warn!(%error, "validating jobs paused; it goes on in a moment");
-        listener = None;
-        // Also ends at once when the server stops.
-        let _ = tokio::time::timeout(PAUSE, stopped.changed()).await;
-    }
+    work_off(&validator, stopped).await;
 }
 
 struct Validator {
@@ -62,35 +45,36 @@ struct Validator {
 /// How the files of a job turned out.
 type Outcome = Result<Validated, ApiError>;
 
-impl Validator {
-    /// Validates one job; says whether there was one.
-    async fn next(&self) -> Result<bool, StoreError> {
-        let Some(job) = self.store.claim_for_validation().await? else { return Ok(false) };
+impl Work for Validator {
+    const CHANNEL: Channel = Channel::Validation;
+    const NAME: &str = "validating jobs";
+
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
+    async fn next(&self) -> Result<Option<Duration>, StoreError> {
+        let Some(job) = self.store.claim_for_validation().await? else {
+            return Ok(Some(LOOK_EVERY));
+        };
         let told = match self.validate(&job).await {
             Ok(Ok(validated)) => self.store.accept_files(&job.id, validated).await,
             Ok(Err(error)) => self.store.refuse_files(&job.id, error).await,
             Err(error) => Err(error),
         };
         match told {
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(None),
             // Cancelled meanwhile, or another validator was faster: nothing is left to do.
-            Err(StoreError::Superseded { .. }) => Ok(true),
+            Err(StoreError::Superseded { .. }) => Ok(None),
             Err(error) => {
                 tracing::warn!(job = %job.id, "the job's files are validated again in a minute");
                 Err(error)
             }
         }
     }
+}
 
-    async fn wait(&self, listener: &mut Option<Listener>) -> Result<(), StoreError> {
-        if let Some(listener) = listener {
-            return listener.wait(LOOK_EVERY).await;
-        }
-        // What came before the listener was there is found by looking once more.
-        *listener = Some(self.store.listen(Channel::Validation).await?);
-        Ok(())
-    }
-
+impl Validator {
     async fn validate(&self, job: &Job) -> Result<Outcome, StoreError> {
         let base = self.store.base_model_by_id(&job.base_model_id).await?;
         let tokenizer = match self.tokenizers.of(&base).await? {
@@ -115,7 +99,7 @@ impl Validator {
         let (method, request) = (job.method, job.hyperparameters.clone());
         let superseded = Superseded::default();
         let stop = superseded.clone();
-        let layers = base.config["num_hidden_layers"].as_u64().map(|layers| layers as usize);
+        let layers = base.num_hidden_layers();
         let reading = tokio::task::spawn_blocking(move || {
             let (asked, _) = Hyperparameters::parse_for(method, &request, "hyperparameters")?;
             if let Some(layers) = layers {

@@ -36,6 +36,12 @@ impl BaseModel {
         ObjectPrefix::BaseModel(self.id.clone()).file(name)
     }
 
+    /// How many decoder layers its config.json says that it has.
+    #[must_use]
+    pub fn num_hidden_layers(&self) -> Option<usize> {
+        self.config["num_hidden_layers"].as_u64().and_then(|layers| layers.try_into().ok())
+    }
+
     /// The size of all its files.
     #[must_use]
     pub fn bytes(&self) -> u64 {

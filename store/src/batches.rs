@@ -277,24 +277,11 @@ impl Store {
         project: &ProjectId,
         request: &PageRequest,
     ) -> Result<Page<Batch>, StoreError> {
-        let after = request
-            .sequence(
-                &self.pool,
-                "SELECT sequence FROM batches WHERE id = $1 AND project_id = $2",
-                project.as_str(),
-            )
-            .await?;
-        let found = sqlx::query_as(
-            "SELECT * FROM batches
+        let cursor = "SELECT sequence FROM batches WHERE id = $1 AND project_id = $2";
+        let list = "SELECT * FROM batches
              WHERE project_id = $1 AND ($2::bigint IS NULL OR sequence < $2)
-             ORDER BY sequence DESC LIMIT $3",
-        )
-        .bind(project.as_str())
-        .bind(after)
-        .bind(request.fetch())
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::cut(found, request))
+             ORDER BY sequence DESC LIMIT $3";
+        request.fetch_page(&self.pool, cursor, list, Some(project.as_str())).await
     }
 
     /// Gives a batch up. One that is being given up already is no error.

@@ -50,24 +50,11 @@ impl Store {
         request: &PageRequest,
     ) -> Result<Page<Checkpoint>, StoreError> {
         self.require_job(project, job).await?;
-        let after = request
-            .sequence(
-                &self.pool,
-                "SELECT sequence FROM checkpoints WHERE id = $1 AND job_id = $2",
-                job.as_str(),
-            )
-            .await?;
-        let found = sqlx::query_as(
-            "SELECT id, job_id, name, step, metrics, created_at FROM checkpoints
+        let cursor = "SELECT sequence FROM checkpoints WHERE id = $1 AND job_id = $2";
+        let list = "SELECT id, job_id, name, step, metrics, created_at FROM checkpoints
              WHERE job_id = $1 AND deleted_at IS NULL
                AND ($2::bigint IS NULL OR sequence < $2)
-             ORDER BY sequence DESC LIMIT $3",
-        )
-        .bind(job.as_str())
-        .bind(after)
-        .bind(request.fetch())
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::cut(found, request))
+             ORDER BY sequence DESC LIMIT $3";
+        request.fetch_page(&self.pool, cursor, list, Some(job.as_str())).await
     }
 }

@@ -221,6 +221,10 @@ pub(crate) async fn insert(
     Ok(())
 }
 
+/// Selects the place of the event `$1` of the job `$2`.
+pub(crate) const EVENT_SEQUENCE: &str =
+    "SELECT sequence FROM job_events WHERE id = $1 AND job_id = $2";
+
 impl Store {
     /// The events of a job, newest first.
     ///
@@ -233,23 +237,10 @@ impl Store {
         request: &PageRequest,
     ) -> Result<Page<Event>, StoreError> {
         self.require_job(project, job).await?;
-        let after = request
-            .sequence(
-                &self.pool,
-                "SELECT sequence FROM job_events WHERE id = $1 AND job_id = $2",
-                job.as_str(),
-            )
-            .await?;
-        let found = sqlx::query_as(
-            "SELECT id, created_at, level, type, message, data FROM job_events
+        let cursor = EVENT_SEQUENCE;
+        let list = "SELECT id, created_at, level, type, message, data FROM job_events
              WHERE job_id = $1 AND ($2::bigint IS NULL OR sequence < $2)
-             ORDER BY sequence DESC LIMIT $3",
-        )
-        .bind(job.as_str())
-        .bind(after)
-        .bind(request.fetch())
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::cut(found, request))
+             ORDER BY sequence DESC LIMIT $3";
+        request.fetch_page(&self.pool, cursor, list, Some(job.as_str())).await
     }
 }

@@ -206,7 +206,7 @@ impl Store {
             .sequence(
                 &self.pool,
                 "SELECT sequence FROM files WHERE id = $1 AND project_id = $2",
-                project.as_str(),
+                Some(project.as_str()),
             )
             .await?;
         let statement = match request.order {

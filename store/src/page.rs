@@ -1,7 +1,8 @@
 //! Pages of lists.
 
 use crate::StoreError;
-use sqlx::PgPool;
+use sqlx::postgres::PgRow;
+use sqlx::{FromRow, PgPool};
 
 /// Which end of a list comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,13 +37,32 @@ impl PageRequest {
         i64::from(self.limit) + 1
     }
 
+    /// The page of a list that depends on its owner alone. `cursor` is as for
+    /// [`sequence`](Self::sequence); `list` selects the rows by `$1`, whose list it is, `$2`, the
+    /// place where it goes on, null for its beginning, and `$3`, the most rows.
+    pub(crate) async fn fetch_page<T>(
+        &self,
+        pool: &PgPool,
+        cursor: &'static str,
+        list: &'static str,
+        owner: Option<&str>,
+    ) -> Result<Page<T>, StoreError>
+    where
+        T: for<'row> FromRow<'row, PgRow> + Send + Unpin,
+    {
+        let after = self.sequence(pool, cursor, owner).await?;
+        let found =
+            sqlx::query_as(list).bind(owner).bind(after).bind(self.fetch()).fetch_all(pool).await?;
+        Ok(Page::cut(found, self))
+    }
+
     /// Where the list goes on: the `sequence` of `after`, which `statement` selects by `$1`, that
-    /// id, and `$2`, whose list it is. None from the list's beginning.
+    /// id, and `$2`, whose list it is, null for everybody's. None from the list's beginning.
     pub(crate) async fn sequence(
         &self,
         pool: &PgPool,
         statement: &'static str,
-        owner: &str,
+        owner: Option<&str>,
     ) -> Result<Option<i64>, StoreError> {
         let Some(after) = &self.after else { return Ok(None) };
         let found: Option<i64> =

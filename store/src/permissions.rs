@@ -96,7 +96,7 @@ impl Store {
             .sequence(
                 &self.pool,
                 "SELECT sequence FROM checkpoint_permissions WHERE id = $1 AND model_name = $2",
-                name,
+                Some(name),
             )
             .await?;
         let statement = match request.order {

@@ -1,6 +1,6 @@
 //! What each training row showed when it was last trained on.
 
-use crate::page::Page;
+use crate::page::{Page, PageRequest};
 use crate::{Store, StoreError, rows};
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
@@ -58,17 +58,16 @@ impl Store {
                  ORDER BY row_number LIMIT $4"
             }
         };
+        let request = PageRequest::first(limit);
         let found = sqlx::query(statement)
             .bind(job.as_str())
             .bind(after.map(rows::bigint))
             .bind(loss_after)
-            .bind(i64::from(limit) + 1)
+            .bind(request.fetch())
             .fetch_all(&self.pool)
             .await?;
-        let mut items = found.iter().map(row_loss).collect::<sqlx::Result<Vec<_>>>()?;
-        let has_more = items.len() > limit as usize;
-        items.truncate(limit as usize);
-        Ok(Page { items, has_more })
+        let items = found.iter().map(row_loss).collect::<sqlx::Result<Vec<_>>>()?;
+        Ok(Page::cut(items, &request))
     }
 }
 

@@ -51,35 +51,8 @@ impl Store {
         organization: &str,
         name: &str,
     ) -> Result<ProjectId, StoreError> {
-        let organization_id = OrganizationId::generate(&mut rand::rng());
-        let project_id = ProjectId::generate(&mut rand::rng());
-        sqlx::query(
-            "INSERT INTO organizations (id, name) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING",
-        )
-        .bind(organization_id.as_str())
-        .bind(organization)
-        .execute(&self.pool)
-        .await?;
-        sqlx::query(
-            "INSERT INTO projects (id, organization_id, name)
-             SELECT $1, id, $3 FROM organizations WHERE name = $2
-             ON CONFLICT (organization_id, name) DO NOTHING",
-        )
-        .bind(project_id.as_str())
-        .bind(organization)
-        .bind(name)
-        .execute(&self.pool)
-        .await?;
-        let row = sqlx::query(
-            "SELECT projects.id FROM projects
-             JOIN organizations ON organizations.id = projects.organization_id
-             WHERE organizations.name = $1 AND projects.name = $2",
-        )
-        .bind(organization)
-        .bind(name)
-        .fetch_one(&self.pool)
-        .await?;
-        Ok(rows::text(&row, "id")?)
+        let organization = self.create_organization(organization).await?;
+        Ok(self.create_project_of(&organization, name).await?.id)
     }
 
     /// A new key to `project`; `name` is for people.

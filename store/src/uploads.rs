@@ -437,21 +437,19 @@ impl Upload {
     }
 }
 
+/// Selects an upload of a project.
+macro_rules! upload_of_project {
+    () => {
+        concat!("SELECT ", upload_columns!(), " FROM uploads WHERE id = $1 AND project_id = $2")
+    };
+}
+
 async fn find(
     executor: impl PgExecutor<'_>,
     project: &ProjectId,
     id: &UploadId,
 ) -> Result<Upload, StoreError> {
-    sqlx::query_as(concat!(
-        "SELECT ",
-        upload_columns!(),
-        " FROM uploads WHERE id = $1 AND project_id = $2"
-    ))
-    .bind(id.as_str())
-    .bind(project.as_str())
-    .fetch_optional(executor)
-    .await?
-    .ok_or_else(|| StoreError::not_found("upload", id))
+    select(executor, upload_of_project!(), project, id).await
 }
 
 /// The same, and nobody else changes it until the transaction ends.
@@ -460,16 +458,21 @@ async fn lock(
     project: &ProjectId,
     id: &UploadId,
 ) -> Result<Upload, StoreError> {
-    sqlx::query_as(concat!(
-        "SELECT ",
-        upload_columns!(),
-        " FROM uploads WHERE id = $1 AND project_id = $2 FOR UPDATE"
-    ))
-    .bind(id.as_str())
-    .bind(project.as_str())
-    .fetch_optional(executor)
-    .await?
-    .ok_or_else(|| StoreError::not_found("upload", id))
+    select(executor, concat!(upload_of_project!(), " FOR UPDATE"), project, id).await
+}
+
+async fn select(
+    executor: impl PgExecutor<'_>,
+    statement: &'static str,
+    project: &ProjectId,
+    id: &UploadId,
+) -> Result<Upload, StoreError> {
+    sqlx::query_as(statement)
+        .bind(id.as_str())
+        .bind(project.as_str())
+        .fetch_optional(executor)
+        .await?
+        .ok_or_else(|| StoreError::not_found("upload", id))
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 //! Everything that a job says is written under its row's lock, so within a job a place in the
 //! sequence is reached once all before it is there: nothing turns up behind a reader.
 
-use crate::events::Event;
+use crate::events::{EVENT_SEQUENCE, Event};
 use crate::metrics::{step_metrics, steps_of_job};
+use crate::page::PageRequest;
 use crate::{Store, StoreError, rows};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow as _, Row as _};
@@ -134,13 +135,9 @@ impl Store {
         id: Option<&str>,
     ) -> Result<i64, StoreError> {
         self.require_job(project, job).await?;
-        let Some(id) = id else { return Ok(0) };
-        sqlx::query_scalar("SELECT sequence FROM job_events WHERE id = $1 AND job_id = $2")
-            .bind(id)
-            .bind(job.as_str())
-            .fetch_optional(&self.pool)
-            .await?
-            .ok_or_else(|| StoreError::UnknownCursor { after: id.to_owned() })
+        let request = PageRequest { after: id.map(str::to_owned), ..PageRequest::first(0) };
+        let place = request.sequence(&self.pool, EVENT_SEQUENCE, Some(job.as_str())).await?;
+        Ok(place.unwrap_or(0))
     }
 }
 

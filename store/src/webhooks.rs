@@ -198,26 +198,15 @@ impl Store {
         project: &ProjectId,
         request: &PageRequest,
     ) -> Result<Page<WebhookEndpoint>, StoreError> {
-        let after = request
-            .sequence(
-                &self.pool,
-                "SELECT sequence FROM webhook_endpoints WHERE id = $1 AND project_id = $2",
-                project.as_str(),
-            )
-            .await?;
-        let found = sqlx::query_as(concat!(
+        let cursor = "SELECT sequence FROM webhook_endpoints WHERE id = $1 AND project_id = $2";
+        let list = concat!(
             "SELECT ",
             endpoint_columns!(),
             " FROM webhook_endpoints
               WHERE project_id = $1 AND ($2::bigint IS NULL OR sequence < $2)
               ORDER BY sequence DESC LIMIT $3"
-        ))
-        .bind(project.as_str())
-        .bind(after)
-        .bind(request.fetch())
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::cut(found, request))
+        );
+        request.fetch_page(&self.pool, cursor, list, Some(project.as_str())).await
     }
 
     /// Changes an endpoint. What is to be delivered already goes to the new place.

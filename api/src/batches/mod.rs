@@ -6,6 +6,7 @@
 mod lines;
 mod request;
 
+use crate::background::{Work, work_off_until};
 use crate::failure::{model_not_served, wire};
 use futures::stream;
 use lines::Lines;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tunesmith_core::ids::random_text;
 use tunesmith_store::batches::{Batch, BatchError, BatchFile, BatchResult};
-use tunesmith_store::notify::{Channel, Listener};
+use tunesmith_store::notify::Channel;
 use tunesmith_store::objects::ObjectKey;
 use tunesmith_store::{Store, StoreError};
 
@@ -27,41 +28,30 @@ pub(crate) const MAX_INPUT_BYTES: u64 = 200 << 20;
 const MAX_ERRORS: usize = 100;
 /// A notification may be lost: look this often without one.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// After an error, before the next try.
-const PAUSE: Duration = Duration::from_secs(1);
 /// How often a claim is renewed; well within the minute that it lasts.
 const RENEW_EVERY: Duration = Duration::from_secs(15);
 
 /// Works until `stopped` turns true.
-pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
-    let mut listener = None;
-    while !*stopped.borrow() {
-        let round = async {
-            match store.claim_batch().await? {
-                Some(batch) => work(&store, &batch).await,
-                None => wait(&store, &mut listener).await,
-            }
-        };
-        let went = tokio::select! {
-            went = round => went,
-            // Another takes the batch up when the claim runs out.
-            _ = stopped.changed() => return,
-        };
-        let Err(error) = went else { continue };
-        tracing::warn!(%error, "working batches off paused; it goes on in a moment");
-        listener = None;
-        let _ = tokio::time::timeout(PAUSE, stopped.changed()).await;
-    }
+pub(crate) async fn run(store: Store, stopped: watch::Receiver<bool>) {
+    work_off_until(&Batches { store }, stopped).await;
 }
 
-async fn wait(store: &Store, listener: &mut Option<Listener>) -> Result<(), StoreError> {
-    match listener {
-        Some(listener) => listener.wait(LOOK_EVERY).await,
-        None => {
-            // What came before the listening began is looked for first.
-            *listener = Some(store.listen(Channel::Batches).await?);
-            Ok(())
-        }
+struct Batches {
+    store: Store,
+}
+
+impl Work for Batches {
+    const CHANNEL: Channel = Channel::Batches;
+    const NAME: &str = "working batches off";
+
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
+    async fn next(&self) -> Result<Option<Duration>, StoreError> {
+        let Some(batch) = self.store.claim_batch().await? else { return Ok(Some(LOOK_EVERY)) };
+        work(&self.store, &batch).await?;
+        Ok(None)
     }
 }
 

@@ -24,8 +24,8 @@ pub(crate) async fn metrics(state: web::Data<AppState>) -> HttpResponse {
         tracing::warn!(%error, "the metrics are told without the jobs");
         Vec::new()
     });
-    state.live.count_streams(&state.telemetry);
-    HttpResponse::Ok().content_type(telemetry::CONTENT_TYPE).body(state.telemetry.text(&unfinished))
+    let text = state.telemetry.text(&unfinished, state.live.open_streams());
+    HttpResponse::Ok().content_type(telemetry::CONTENT_TYPE).body(text)
 }
 
 #[cfg(test)]

@@ -171,6 +171,11 @@ impl Preview {
         let (asked_for, _) =
             Hyperparameters::parse_for(asked.method, &asked.hyperparameters, "hyperparameters")?;
         let Some(base) = base else { return Ok(()) };
+        if let Some(layers) = base.num_hidden_layers() {
+            asked_for
+                .check_layers(layers, "hyperparameters")
+                .unwrap_or_else(|error| self.refuse(error));
+        }
         for (param, file) in found {
             self.read(state, &base, &asked_for, param, &file).await?;
         }

@@ -116,7 +116,7 @@ impl TestApi {
         let new = NewBaseModel {
             name: BASE.to_owned(),
             context_length: CONTEXT,
-            config: json!({"model_type": "llama"}),
+            config: json!({"model_type": "llama", "num_hidden_layers": 1}),
         };
         self.store.import_base_model(&new, directory.path()).await.expect("import");
         self

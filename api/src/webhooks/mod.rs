@@ -12,10 +12,11 @@ pub use ipnet::IpNet;
 pub(crate) use send::{Message, send};
 pub(crate) use signature::new_secret;
 
+use crate::background::{Work, work_off_until};
 use futures::StreamExt as _;
 use std::time::Duration;
 use tokio::sync::watch;
-use tunesmith_store::notify::{Channel, Listener};
+use tunesmith_store::notify::Channel;
 use tunesmith_store::webhooks::Delivery;
 use tunesmith_store::{Store, StoreError};
 
@@ -23,29 +24,31 @@ use tunesmith_store::{Store, StoreError};
 const AT_ONCE: u32 = 16;
 /// A notification may be lost: look this often without one.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
-/// After an error, before the next try.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// Delivers until `stopped` turns true.
-pub(crate) async fn run(store: Store, policy: AddressPolicy, mut stopped: watch::Receiver<bool>) {
-    let mut listener = None;
-    while !*stopped.borrow() {
-        let round = async {
-            match deliver_due(&store, &policy).await {
-                Ok(true) => Ok(()),
-                Ok(false) => wait(&store, &mut listener).await,
-                Err(error) => Err(error),
-            }
-        };
-        let went = tokio::select! {
-            went = round => went,
-            // What was claimed is taken up again when the claim runs out.
-            _ = stopped.changed() => return,
-        };
-        let Err(error) = went else { continue };
-        tracing::warn!(%error, "webhook deliveries paused; they go on in a moment");
-        listener = None;
-        let _ = tokio::time::timeout(PAUSE, stopped.changed()).await;
+pub(crate) async fn run(store: Store, policy: AddressPolicy, stopped: watch::Receiver<bool>) {
+    work_off_until(&Deliveries { store, policy }, stopped).await;
+}
+
+struct Deliveries {
+    store: Store,
+    policy: AddressPolicy,
+}
+
+impl Work for Deliveries {
+    const CHANNEL: Channel = Channel::Webhooks;
+    const NAME: &str = "delivering webhooks";
+
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
+    async fn next(&self) -> Result<Option<Duration>, StoreError> {
+        if deliver_due(&self.store, &self.policy).await? {
+            return Ok(None);
+        }
+        let due = self.store.next_delivery_in().await?.unwrap_or(LOOK_EVERY);
+        Ok(Some(due.min(LOOK_EVERY)))
     }
 }
 
@@ -88,17 +91,4 @@ async fn deliver(
             store.record_attempt(&delivery, false, None, Some(&error.to_string())).await
         }
     }
-}
-
-async fn wait(store: &Store, listener: &mut Option<Listener>) -> Result<(), StoreError> {
-    let listener = match listener {
-        Some(listener) => listener,
-        None => {
-            // What came before the listening began is looked for first.
-            *listener = Some(store.listen(Channel::Webhooks).await?);
-            return Ok(());
-        }
-    };
-    let due = store.next_delivery_in().await?.unwrap_or(LOOK_EVERY);
-    listener.wait(due.min(LOOK_EVERY)).await
 }

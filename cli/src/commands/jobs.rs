@@ -135,12 +135,7 @@ fn row(job: &Job) -> [String; 5] {
 
 async fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let client = args.server.client()?;
-    let training_file = file_id(&client, &args.training_file).await?;
-    let validation_file = match &args.validation_file {
-        Some(file) => Some(file_id(&client, file).await?),
-        None => None,
-    };
-    let body = request(args, &training_file, validation_file.as_ref());
+    let body = body(&client, args).await?;
     let job: Job = client.post(&["fine_tuning", "jobs"], Some(&body)).await?;
     println!("{}", job.id);
     if args.follow { follow::follow(&client, &job.id).await } else { Ok(ExitCode::SUCCESS) }
@@ -149,16 +144,21 @@ async fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
 /// Prints what the server says of the job; the exit code is 0 if it would run.
 async fn preview(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let client = args.server.client()?;
-    let training_file = file_id(&client, &args.training_file).await?;
-    let validation_file = match &args.validation_file {
-        Some(file) => Some(file_id(&client, file).await?),
-        None => None,
-    };
-    let body = request(args, &training_file, validation_file.as_ref());
+    let body = body(&client, args).await?;
     let preview: Value = client.post(&["fine_tuning", "jobs", "preview"], Some(&body)).await?;
     print!("{}", preview_table::render(&preview));
     let would_run = preview["would_run"].as_bool().unwrap_or(false);
     Ok(if would_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The body of the request, once its files are there.
+async fn body(client: &Client, args: &CreateArgs) -> anyhow::Result<Value> {
+    let training_file = file_id(client, &args.training_file).await?;
+    let validation_file = match &args.validation_file {
+        Some(file) => Some(file_id(client, file).await?),
+        None => None,
+    };
+    Ok(request(args, &training_file, validation_file.as_ref()))
 }
 
 /// The body of the create request; what was not given is left to the server.

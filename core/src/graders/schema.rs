@@ -13,30 +13,22 @@ pub fn schema() -> Value {
         "description": "Text with `{{item.…}}`, `{{sample.output_text}}` and \
                         `{{sample.output_json.…}}` in it.",
     });
-    let string_check = json!({
-        "type": "object",
-        "title": "string_check",
-        "required": ["type", "name", "operation", "input", "reference"],
-        "properties": {
-            "type": { "const": "string_check" },
-            "name": { "type": "string" },
-            "operation": { "type": "string", "enum": operations },
-            "input": template,
-            "reference": template,
-        },
-    });
-    let text_similarity = json!({
-        "type": "object",
-        "title": "text_similarity",
-        "required": ["type", "name", "evaluation_metric", "input", "reference"],
-        "properties": {
-            "type": { "const": "text_similarity" },
-            "name": { "type": "string" },
-            "evaluation_metric": { "type": "string", "enum": metrics },
-            "input": template,
-            "reference": template,
-        },
-    });
+    let comparison = |kind: &str, how: &str, words: &[&str]| {
+        json!({
+            "type": "object",
+            "title": kind,
+            "required": ["type", "name", how, "input", "reference"],
+            "properties": {
+                "type": { "const": kind },
+                "name": { "type": "string" },
+                how: { "type": "string", "enum": words },
+                "input": template,
+                "reference": template,
+            },
+        })
+    };
+    let string_check = comparison("string_check", "operation", &operations);
+    let text_similarity = comparison("text_similarity", "evaluation_metric", &metrics);
     let multi = json!({
         "type": "object",
         "title": "multi",

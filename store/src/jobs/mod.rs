@@ -186,7 +186,7 @@ impl Store {
             .sequence(
                 &self.pool,
                 "SELECT sequence FROM jobs WHERE id = $1 AND project_id = $2",
-                project.as_str(),
+                Some(project.as_str()),
             )
             .await?;
         let held = match metadata {

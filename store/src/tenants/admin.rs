@@ -3,7 +3,7 @@
 use super::{hash, redacted};
 use crate::page::{Page, PageRequest};
 use crate::{Store, StoreError, rows};
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgQueryResult, PgRow};
 use sqlx::{FromRow, Row as _};
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -123,17 +123,27 @@ pub struct Administrator {
     pub admin_key_id: AdminKeyId,
 }
 
+/// Selects API keys with the names of their projects.
+macro_rules! api_keys {
+    () => {
+        "SELECT api_keys.id, api_keys.project_id, projects.name AS project, api_keys.name,
+             api_keys.redacted, api_keys.created_at
+         FROM api_keys JOIN projects ON projects.id = api_keys.project_id"
+    };
+}
+
 impl Store {
     /// The organisation `name`, which is made if it is not there.
     ///
     /// # Errors
     /// Those of the database.
     pub async fn create_organization(&self, name: &str) -> Result<OrganizationId, StoreError> {
+        let new = OrganizationId::generate(&mut rand::rng());
         let id: String = sqlx::query_scalar(
             "INSERT INTO organizations (id, name) VALUES ($1, $2)
              ON CONFLICT (name) DO UPDATE SET name = $2 RETURNING id",
         )
-        .bind(OrganizationId::generate(&mut rand::rng()).as_str())
+        .bind(new.as_str())
         .bind(name)
         .fetch_one(&self.pool)
         .await?;
@@ -149,11 +159,12 @@ impl Store {
         organization: &OrganizationId,
         name: &str,
     ) -> Result<Project, StoreError> {
+        let new = ProjectId::generate(&mut rand::rng());
         let id: String = sqlx::query_scalar(
             "INSERT INTO projects (id, organization_id, name) VALUES ($1, $2, $3)
              ON CONFLICT (organization_id, name) DO UPDATE SET name = $3 RETURNING id",
         )
-        .bind(ProjectId::generate(&mut rand::rng()).as_str())
+        .bind(new.as_str())
         .bind(organization.as_str())
         .bind(name)
         .fetch_one(&self.pool)
@@ -197,8 +208,9 @@ impl Store {
         let after = request
             .sequence(
                 &self.pool,
-                "SELECT sequence FROM projects WHERE id = $1 AND ($2 = '' OR organization_id = $2)",
-                organization.unwrap_or_default(),
+                "SELECT sequence FROM projects
+                 WHERE id = $1 AND ($2::text IS NULL OR organization_id = $2)",
+                organization,
             )
             .await?;
         let found = sqlx::query_as(concat!(
@@ -274,28 +286,15 @@ impl Store {
         project: Option<&ProjectId>,
         request: &PageRequest,
     ) -> Result<Page<ApiKey>, StoreError> {
-        let project = project.map(ProjectId::as_str);
-        let after = request
-            .sequence(
-                &self.pool,
-                "SELECT sequence FROM api_keys WHERE id = $1 AND ($2 = '' OR project_id = $2)",
-                project.unwrap_or_default(),
-            )
-            .await?;
-        let found = sqlx::query_as(
-            "SELECT api_keys.id, api_keys.project_id, projects.name AS project, api_keys.name,
-                 api_keys.redacted, api_keys.created_at
-             FROM api_keys JOIN projects ON projects.id = api_keys.project_id
-             WHERE ($1::text IS NULL OR api_keys.project_id = $1) AND api_keys.revoked_at IS NULL
+        let cursor = "SELECT sequence FROM api_keys
+             WHERE id = $1 AND ($2::text IS NULL OR project_id = $2)";
+        let list = concat!(
+            api_keys!(),
+            " WHERE ($1::text IS NULL OR api_keys.project_id = $1) AND api_keys.revoked_at IS NULL
                AND ($2::bigint IS NULL OR api_keys.sequence < $2)
-             ORDER BY api_keys.sequence DESC LIMIT $3",
-        )
-        .bind(project)
-        .bind(after)
-        .bind(request.fetch())
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::cut(found, request))
+             ORDER BY api_keys.sequence DESC LIMIT $3"
+        );
+        request.fetch_page(&self.pool, cursor, list, project.map(ProjectId::as_str)).await
     }
 
     /// A key of a project, unless it was revoked.
@@ -303,12 +302,10 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn api_key(&self, project: &ProjectId, id: &ApiKeyId) -> Result<ApiKey, StoreError> {
-        sqlx::query_as(
-            "SELECT api_keys.id, api_keys.project_id, projects.name AS project, api_keys.name,
-                 api_keys.redacted, api_keys.created_at
-             FROM api_keys JOIN projects ON projects.id = api_keys.project_id
-             WHERE api_keys.id = $1 AND api_keys.project_id = $2 AND api_keys.revoked_at IS NULL",
-        )
+        sqlx::query_as(concat!(
+            api_keys!(),
+            " WHERE api_keys.id = $1 AND api_keys.project_id = $2 AND api_keys.revoked_at IS NULL"
+        ))
         .bind(id.as_str())
         .bind(project.as_str())
         .fetch_optional(&self.pool)
@@ -333,11 +330,7 @@ impl Store {
         .bind(project.map(ProjectId::as_str))
         .execute(&self.pool)
         .await?;
-        if revoked.rows_affected() == 1 {
-            Ok(())
-        } else {
-            Err(StoreError::not_found("api key", id))
-        }
+        require_revoked(&revoked, id)
     }
 
     /// A new admin key to an organisation.
@@ -377,27 +370,13 @@ impl Store {
         organization: Option<&OrganizationId>,
         request: &PageRequest,
     ) -> Result<Page<AdminKey>, StoreError> {
-        let organization = organization.map(OrganizationId::as_str);
-        let after = request
-            .sequence(
-                &self.pool,
-                "SELECT sequence FROM admin_keys
-                 WHERE id = $1 AND ($2 = '' OR organization_id = $2)",
-                organization.unwrap_or_default(),
-            )
-            .await?;
-        let found = sqlx::query_as(
-            "SELECT id, name, redacted, created_at, expires_at FROM admin_keys
+        let cursor = "SELECT sequence FROM admin_keys
+             WHERE id = $1 AND ($2::text IS NULL OR organization_id = $2)";
+        let list = "SELECT id, name, redacted, created_at, expires_at FROM admin_keys
              WHERE ($1::text IS NULL OR organization_id = $1) AND revoked_at IS NULL
                AND ($2::bigint IS NULL OR sequence < $2)
-             ORDER BY sequence DESC LIMIT $3",
-        )
-        .bind(organization)
-        .bind(after)
-        .bind(request.fetch())
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::cut(found, request))
+             ORDER BY sequence DESC LIMIT $3";
+        request.fetch_page(&self.pool, cursor, list, organization.map(OrganizationId::as_str)).await
     }
 
     /// An admin key of an organisation, unless it was revoked.
@@ -437,11 +416,7 @@ impl Store {
         .bind(organization.map(OrganizationId::as_str))
         .execute(&self.pool)
         .await?;
-        if revoked.rows_affected() == 1 {
-            Ok(())
-        } else {
-            Err(StoreError::not_found("api key", id))
-        }
+        require_revoked(&revoked, id)
     }
 
     /// Whose admin key `secret` is, if it is one that still works.
@@ -466,4 +441,8 @@ impl Store {
             admin_key_id: rows::text(&row, "id")?,
         }))
     }
+}
+
+fn require_revoked(revoked: &PgQueryResult, id: impl ToString) -> Result<(), StoreError> {
+    if revoked.rows_affected() == 1 { Ok(()) } else { Err(StoreError::not_found("api key", id)) }
 }

@@ -129,3 +129,18 @@ async fn files_of_others_are_not_read() {
     assert_eq!(codes(&preview), [("file_not_found".to_owned(), "training_file".to_owned())]);
     assert_eq!(preview["training_file"], Value::Null);
 }
+
+#[tokio::test]
+async fn more_layers_than_the_base_model_has_are_named_as_the_job_would_name_them() {
+    let api = TestApi::with_validator().await.with_base_model().await;
+    let body = json!({"model": BASE, "training_file": api.upload(chat_rows(20)).await,
+        "hyperparameters": {"adapter": {"trainable_layers": 2}}});
+    let preview = api.post(PREVIEW, &body).await.ok();
+    assert_eq!(preview["would_run"], false);
+    let job = api.post("/v1/fine_tuning/jobs", &body).await.ok();
+    let job = api.validated(job["id"].as_str().expect("id")).await;
+    for key in ["code", "message", "param"] {
+        assert_eq!(preview["refusals"][0][key], job["error"][key], "{job}");
+    }
+    assert_eq!(job["error"]["param"], "hyperparameters.adapter.trainable_layers");
+}

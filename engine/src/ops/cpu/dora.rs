@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::bf16::{rounded, widened_part};
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
-use super::linear::{Branch, drop_elements, dropped, like};
+use super::linear::{Branch, base_product, drop_elements, dropped, like};
 use super::step::{Node, absent, contiguous, dims, from_values, matrix, tensor, values};
 use crate::ops::linear::LowRankPart;
 
@@ -55,20 +55,14 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
     let lengths = lengths(&branch, &weight);
     let gains = gains(&branch, values(&magnitude), &lengths, outputs);
 
-    let (x_view, weight_view) = (matrix(&x), matrix(&weight));
     let (mut y, mut u) = if branch.has_dropout() {
-        let mut y = match residual {
-            Some(residual) => {
-                product_plus(values(&residual), 1.0, x_view, weight_view.t(), Threads::Shared)
-            }
-            None => product(1.0, x_view, weight_view.t(), Threads::Shared),
-        };
+        let mut y = base_product(&x, &weight, residual.as_ref());
         // Stays 0 where no part is, so that nothing is added to y there.
         let mut u = vec![0.0; tokens * outputs];
         for (part, _, _) in branch.parts() {
             let dropped = dropped(&x, part.dropout);
             let target = MatMut::new(&mut u, tokens, outputs).columns(part.outputs.clone());
-            let weight = weight_view.rows(part.outputs.clone());
+            let weight = matrix(&weight).rows(part.outputs.clone());
             gemm(target, 1.0, like(&dropped, &x), weight.t(), Threads::Shared);
         }
         y.par_iter_mut().zip(&u).for_each(|(y, u)| *y -= u);
@@ -76,7 +70,7 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
     } else {
         let y = residual
             .map_or_else(|| vec![0.0; tokens * outputs], |residual| values(&residual).to_vec());
-        (y, product(1.0, x_view, weight_view.t(), Threads::Shared))
+        (y, base_product(&x, &weight, None))
     };
     branch.forward(&x, &mut u, outputs);
     y.par_chunks_mut(outputs).zip(u.par_chunks(outputs)).for_each(|(y, u)| {

@@ -53,13 +53,7 @@ pub(in crate::ops) fn linear(
     let x = if weight.dtype() == DType::BF16 { rounded(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));
     let ([tokens, _], [outputs, _]) = (dims(&x), dims(&weight));
-    let (x_view, weight_view) = (matrix(&x), matrix(&weight));
-    let mut y = match residual {
-        Some(residual) => {
-            product_plus(values(&residual), 1.0, x_view, weight_view.t(), Threads::Shared)
-        }
-        None => product(1.0, x_view, weight_view.t(), Threads::Shared),
-    };
+    let mut y = base_product(&x, &weight, residual.as_ref());
     let branch = branch.map(|(scale, parts)| {
         let (a, b) = (contiguous(a.into_primitive()), contiguous(b.into_primitive()));
         let mut branch = Branch::new(a, b, scale, parts);
@@ -71,6 +65,19 @@ pub(in crate::ops) fn linear(
         OpsKind::Tracked(step) => step.finish(Saved { x, weight, branch }, y),
         OpsKind::UnTracked(step) => step.finish(y),
     })
+}
+
+/// x·Wᵀ, added to the residual where there is one.
+pub(super) fn base_product(
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    residual: Option<&FlexTensor>,
+) -> Vec<f32> {
+    let (x, weight) = (matrix(x), matrix(weight).t());
+    match residual {
+        Some(residual) => product_plus(values(residual), 1.0, x, weight, Threads::Shared),
+        None => product(1.0, x, weight, Threads::Shared),
+    }
 }
 
 #[derive(Debug)]
