@@ -14,5 +14,6 @@ pub mod job;
 pub mod memory;
 pub mod metrics;
 pub mod protocol;
+pub mod sampling;
 pub mod state;
 pub mod weights;
