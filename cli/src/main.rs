@@ -61,6 +61,9 @@ enum Command {
     /// The worker's trainer: speaks frames on standard input and output
     #[command(hide = true)]
     Train,
+    /// The sampler's child, which holds one base model: speaks frames as the trainer does
+    #[command(hide = true)]
+    Sample,
     /// Answer one prompt, greedily, from a model directory
     #[command(hide = true)]
     Generate(commands::generate::Args),
@@ -82,6 +85,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     // The trainer has no sockets and no use for an async runtime's threads.
     match command {
         Command::Train => return Ok(commands::train::run()),
+        Command::Sample => return Ok(commands::sample::run()),
         Command::Generate(args) => return commands::generate::run(&args),
         Command::Openapi => {
             print!("{}", tunesmith_api::openapi_yaml());
@@ -106,7 +110,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Models(command) => commands::models::run(command).await,
             Command::Jobs(command) => commands::jobs::run(command).await,
             Command::Files(command) => commands::files::run(command).await,
-            Command::Train | Command::Generate(_) | Command::Openapi => Ok(ExitCode::SUCCESS),
+            Command::Train | Command::Sample | Command::Generate(_) | Command::Openapi => {
+                Ok(ExitCode::SUCCESS)
+            }
         }
     })
 }

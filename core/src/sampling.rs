@@ -68,6 +68,8 @@ pub enum ToSampler {
         precision: Precision,
         /// Answers that are computed side by side at most.
         max_batch: usize,
+        /// Memory for the keys and values of running answers and of prompts that may come again.
+        cache_bytes: u64,
     },
     /// Read an adapter and keep it until it is unloaded.
     LoadAdapter {

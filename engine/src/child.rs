@@ -34,7 +34,7 @@ pub fn run_trainer() -> ExitCode {
 
 /// Keeps the pipe to the worker for frames only: whatever else is printed in this process, by a
 /// driver's library for instance, goes to standard error.
-fn take_stdout() -> io::Result<std::fs::File> {
+pub(crate) fn take_stdout() -> io::Result<std::fs::File> {
     let output = rustix::io::dup(io::stdout())?;
     rustix::stdio::dup2_stdout(io::stderr())?;
     Ok(output.into())

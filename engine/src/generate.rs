@@ -2,7 +2,7 @@
 
 use crate::error::EngineError;
 use crate::model::TrainableModel;
-use crate::models::decoder::KeyValueCache;
+use crate::models::decoder::{Adaptation, KeyValueCache, RotaryTables, Sequence};
 use crate::parameter::{Parameters, read};
 
 /// One sequence that grows: feeds tokens in, gives the logits of the next token.
@@ -10,7 +10,9 @@ use crate::parameter::{Parameters, read};
 pub struct Generation<'a> {
     model: &'a TrainableModel,
     parameters: Parameters,
+    adaptation: Adaptation,
     cache: KeyValueCache,
+    rotary: RotaryTables,
 }
 
 impl Generation<'_> {
@@ -21,10 +23,16 @@ impl Generation<'_> {
     /// longer than the model can compute.
     pub fn advance(&mut self, ids: &[u32]) -> Result<Vec<f32>, EngineError> {
         self.model.check_ids(ids)?;
-        self.model.check_length(self.cache.tokens() + ids.len())?;
+        let tokens = self.cache.tokens() + ids.len();
+        self.model.check_length(tokens)?;
         let decoder = self.model.decoder();
-        let hidden = decoder.extend(&self.parameters, ids, &mut self.cache);
-        read(decoder.logits(&self.parameters, hidden, &[ids.len() - 1]))
+        if self.rotary.positions < tokens {
+            self.rotary = decoder.rotary_tables(tokens.next_power_of_two());
+        }
+        let adaptation = Some(&self.adaptation);
+        let sequence = Sequence { ids, cache: &mut self.cache, adaptation };
+        let hidden = decoder.extend(&self.parameters, &mut [sequence], &self.rotary);
+        read(decoder.next_logits(&self.parameters, hidden, &[ids.len() - 1]))
     }
 }
 
@@ -32,10 +40,13 @@ impl TrainableModel {
     /// Starts an empty sequence.
     #[must_use]
     pub fn generation(&self) -> Generation<'_> {
+        let parameters = self.parameters().frozen();
         Generation {
             model: self,
-            parameters: self.parameters().frozen(),
+            adaptation: self.decoder().own_adaptation(&parameters),
+            parameters,
             cache: KeyValueCache::default(),
+            rotary: self.decoder().rotary_tables(0),
         }
     }
 

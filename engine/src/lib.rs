@@ -3,8 +3,8 @@
 //! `ops` holds the few operations a decoder is made of, `models` composes them, `adapters` adds
 //! LoRA, `optim` updates the trainable tensors, `data` lays rows out as batches, `preference`
 //! compares pairs of answers, `train` is the loop with its checkpoints, `parallel` shares a step
-//! among devices, `import` and `export` read and write other people's formats, and
-//! `generate` samples. No SQL, no HTTP.
+//! among devices, `import` and `export` read and write other people's formats, `generate`
+//! continues one sequence, and `serve` answers many requests at once. No SQL, no HTTP.
 
 // The tests beside the code share their device with those under `tests`, which name the crate.
 #[cfg(test)]
@@ -28,6 +28,7 @@ pub mod parallel;
 pub mod parameter;
 pub mod preference;
 pub mod sample;
+pub mod serve;
 pub mod train;
 
 pub use batch::{Batch, BatchOutcome};

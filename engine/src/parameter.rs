@@ -20,7 +20,7 @@ pub struct NamedTensor {
 }
 
 /// Position of a parameter in [`Parameters`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct ParameterId(usize);
 
 /// One public tensor inside a stored one: a range of its rows.
@@ -98,6 +98,11 @@ impl Parameters {
             names,
         });
         ParameterId(self.entries.len() - 1)
+    }
+
+    /// The public tensors inside a parameter, in the order of their rows.
+    pub(crate) fn names(&self, id: ParameterId) -> &[NamedRows] {
+        self.entries[id.0].names()
     }
 
     /// Makes a parameter learn at `factor` times the learning rate of the others.

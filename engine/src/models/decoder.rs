@@ -1,17 +1,19 @@
 //! The decoder of all families: pre-norm layers of rotary grouped attention and a gated feed-forward
 //! block (Touvron et al. 2023), with what a family adds to these.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use super::config::ModelConfig;
 use super::rope::RotaryTable;
 use crate::adapters::lora::Lora;
 use crate::batch::{Batch, Target};
 use crate::error::EngineError;
-use crate::ops::attention::{self, Heads, KeyValues, Scores};
+use crate::ops::attention::{self, Heads, Scores};
 use crate::ops::bias::add_bias;
+use crate::ops::cached_attention::{Extension, KeyValues, cached_attention};
 use crate::ops::dropout::{Dropout, DropoutKey};
 use crate::ops::embedding::embedding;
 use crate::ops::gated_activation::gated_activation;
@@ -20,6 +22,7 @@ use crate::ops::head_norm::head_norm;
 use crate::ops::linear::{LowRank, LowRankPart, linear};
 use crate::ops::neftune::with_noise;
 use crate::ops::rms_norm::{Norm, rms_norm};
+use crate::ops::row_linear::{RowUpdate, Rows, row_linear};
 use crate::ops::token_nll::{TokenNll, token_nll};
 use crate::parameter::{ParameterId, Parameters};
 
@@ -121,15 +124,42 @@ impl<'a> Pass<'a> {
     pub(super) fn layer(&self, parameters: &Parameters, index: usize, x: Tensor<2>) -> Tensor<2> {
         let decoder = self.decoder;
         let dropout = self.dropout.map(|key| (key, index));
-        decoder.layer(parameters, &decoder.layers[index], x, dropout, |qkv| {
+        let project = |projection: &Projection, x, residual| {
+            let low_rank = decoder.low_rank(parameters, projection, dropout);
+            linear(x, parameters.weight(projection.weight), residual, low_rank)
+        };
+        decoder.layer(parameters, &decoder.layers[index], x, project, |qkv| {
             let (scores, rotary) = (decoder.scores(index), &self.rotary[index]);
             attention::attention(qkv, decoder.heads(), scores, &self.batch.segments, rotary)
         })
     }
 }
 
-/// Keys and values of every layer for the tokens so far.
+/// Some tokens that follow those of a cache.
+#[derive(Debug)]
+pub(crate) struct Sequence<'a> {
+    /// The new tokens, at least one.
+    pub(crate) ids: &'a [u32],
+    /// The tokens before them.
+    pub(crate) cache: &'a mut KeyValueCache,
+    /// The adapter to compute them with.
+    pub(crate) adaptation: Option<&'a Adaptation>,
+}
+
+/// An adapter's part of each projection, by the projection's weight.
 #[derive(Debug, Default)]
+pub(crate) struct Adaptation(pub(crate) HashMap<ParameterId, RowUpdate>);
+
+/// The rotations of the positions from 0 on.
+#[derive(Debug)]
+pub(crate) struct RotaryTables {
+    by_layer: Vec<RotaryTable>,
+    /// How many positions there are.
+    pub(crate) positions: usize,
+}
+
+/// Keys and values of every layer for the tokens so far.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct KeyValueCache {
     layers: Vec<Option<KeyValues>>,
     tokens: usize,
@@ -140,6 +170,41 @@ impl KeyValueCache {
     pub(crate) fn tokens(&self) -> usize {
         self.tokens
     }
+
+    #[cfg(test)]
+    pub(crate) fn of_layers(layers: Vec<Option<KeyValues>>, tokens: usize) -> Self {
+        Self { layers, tokens }
+    }
+
+    /// A cache of the first `tokens` tokens, where all of them are kept.
+    pub(crate) fn prefix(&self, tokens: usize) -> Option<Self> {
+        let prefix = |layer: &Option<KeyValues>| layer.as_ref()?.prefix(tokens).map(Some);
+        let layers = self.layers.iter().map(prefix).collect::<Option<_>>()?;
+        Some(Self { layers, tokens })
+    }
+}
+
+/// The rows of each adaptation; neighbours that share one are one range.
+fn adapted_rows<'a>(sequences: &[Sequence<'a>]) -> Vec<(Range<usize>, &'a Adaptation)> {
+    let mut adapted: Vec<(Range<usize>, &Adaptation)> = Vec::new();
+    let mut end = 0;
+    for sequence in sequences {
+        let start = end;
+        end += sequence.ids.len();
+        let Some(adaptation) = sequence.adaptation else { continue };
+        match adapted.last_mut() {
+            Some((rows, last)) if rows.end == start && std::ptr::eq(*last, adaptation) => {
+                rows.end = end;
+            }
+            _ => adapted.push((start..end, adaptation)),
+        }
+    }
+    adapted
+}
+
+fn indices(positions: &[usize], device: &Device) -> Tensor<1, Int> {
+    let rows: Vec<i32> = positions.iter().map(|&position| position as i32).collect();
+    Tensor::from_data(TensorData::new(rows, [positions.len()]), device)
 }
 
 impl Decoder {
@@ -246,24 +311,100 @@ impl Decoder {
         self.final_norm(parameters, x)
     }
 
-    /// Hidden states of `ids`, which follow the tokens of `cache` and are added to it.
+    /// Hidden states of new tokens of some sequences, one sequence after the other, and the tokens
+    /// are added to their caches. `rotary` reaches at least to the last of them.
     pub(crate) fn extend(
         &self,
         parameters: &Parameters,
-        ids: &[u32],
-        cache: &mut KeyValueCache,
+        sequences: &mut [Sequence<'_>],
+        rotary: &RotaryTables,
     ) -> Tensor<2> {
-        let rotary = self.rotary(cache.tokens, ids.len());
-        let heads = self.heads();
-        cache.layers.resize(self.layers.len(), None);
-        cache.tokens += ids.len();
-        let mut x = self.embed(parameters, ids);
-        for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
-            x = self.layer(parameters, layer, x, None, |qkv| {
-                attention::extend(qkv, heads, self.scores(index), &rotary[index], cache)
+        let ids: Vec<u32> = sequences.iter().flat_map(|sequence| sequence.ids).copied().collect();
+        let rows = match sequences.iter().all(|sequence| sequence.ids.len() == 1) {
+            true => Rows::Few,
+            false => Rows::Many,
+        };
+        let adapted = adapted_rows(sequences);
+        let project = |projection: &Projection, x, residual| {
+            let updates: Vec<(Range<usize>, &RowUpdate)> = adapted
+                .iter()
+                .filter_map(|(rows, adaptation)| {
+                    Some((rows.clone(), adaptation.0.get(&projection.weight)?))
+                })
+                .collect();
+            row_linear(x, parameters.weight(projection.weight), residual, rows, &updates)
+        };
+        let mut x = self.embed(parameters, &ids);
+        for (index, layer) in self.layers.iter().enumerate() {
+            x = self.layer(parameters, layer, x, project, |qkv| {
+                let mut end = 0;
+                let mut extensions: Vec<Extension<'_>> = sequences
+                    .iter_mut()
+                    .map(|Sequence { ids, cache, .. }| {
+                        let start = end;
+                        end += ids.len();
+                        cache.layers.resize(self.layers.len(), None);
+                        let (first_position, cache) = (cache.tokens, &mut cache.layers[index]);
+                        Extension { rows: start..end, first_position, cache }
+                    })
+                    .collect();
+                let (scores, rotary) = (self.scores(index), &rotary.by_layer[index]);
+                cached_attention(qkv, self.heads(), scores, rotary, &mut extensions)
             });
         }
+        for sequence in sequences {
+            sequence.cache.tokens += sequence.ids.len();
+        }
         self.final_norm(parameters, x)
+    }
+
+    /// Logits `[positions, vocab_size]` of the tokens after some rows of [`Decoder::extend`].
+    pub(crate) fn next_logits(
+        &self,
+        parameters: &Parameters,
+        hidden: Tensor<2>,
+        positions: &[usize],
+    ) -> Tensor<2> {
+        let hidden = hidden.clone().select(0, indices(positions, &hidden.device()));
+        let head = parameters.weight(self.head);
+        soft_capped(row_linear(hidden, head, None, Rows::Few, &[]), self.final_softcap())
+    }
+
+    /// The rotations of positions up to `positions`.
+    pub(crate) fn rotary_tables(&self, positions: usize) -> RotaryTables {
+        RotaryTables { by_layer: self.rotary(0, positions), positions }
+    }
+
+    /// The adapter that the model was loaded with, as [`Decoder::extend`] takes it.
+    pub(crate) fn own_adaptation(&self, parameters: &Parameters) -> Adaptation {
+        let Some(lora) = &self.lora else { return Adaptation::default() };
+        let updates = self.projections().filter_map(|(_, projection)| {
+            let adapter = projection.adapter.as_ref()?;
+            let update = RowUpdate {
+                a: parameters[adapter.a].clone(),
+                b: parameters[adapter.b].clone(),
+                scale: lora.scale,
+                gain: None,
+                outputs: adapter.parts.iter().map(|part| part.outputs.clone()).collect(),
+            };
+            let update = match adapter.magnitude {
+                Some(magnitude) => {
+                    let weight = parameters.weight(projection.weight);
+                    update.with_magnitude(parameters[magnitude].clone(), &weight)
+                }
+                None => update,
+            };
+            Some((projection.weight, update))
+        });
+        Adaptation(updates.collect())
+    }
+
+    /// Every projection, with the number of its layer.
+    pub(crate) fn projections(&self) -> impl Iterator<Item = (usize, &Projection)> {
+        self.layers.iter().enumerate().flat_map(|(index, layer)| {
+            [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]
+                .map(|projection| (index, projection))
+        })
     }
 
     /// Logits `[positions, vocab_size]` of some rows of `hidden`.
@@ -273,10 +414,8 @@ impl Decoder {
         hidden: Tensor<2>,
         positions: &[usize],
     ) -> Tensor<2> {
-        let rows: Vec<i32> = positions.iter().map(|&position| position as i32).collect();
-        let rows = TensorData::new(rows, [positions.len()]);
-        let rows = Tensor::<1, Int>::from_data(rows, &hidden.device());
-        let logits = linear(hidden.select(0, rows), parameters.weight(self.head), None, None);
+        let hidden = hidden.clone().select(0, indices(positions, &hidden.device()));
+        let logits = linear(hidden, parameters.weight(self.head), None, None);
         soft_capped(logits, self.final_softcap())
     }
 
@@ -290,15 +429,14 @@ impl Decoder {
         parameters: &Parameters,
         layer: &Layer,
         x: Tensor<2>,
-        dropout: Option<(DropoutKey, usize)>,
+        project: impl Fn(&Projection, Tensor<2>, Option<Tensor<2>>) -> Tensor<2>,
         attend: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
         let norm = |x: Tensor<2>, weight: ParameterId| {
             rms_norm(x, parameters[weight].clone(), self.norm_constants())
         };
         let project = |projection: &Projection, x, residual| {
-            let low_rank = self.low_rank(parameters, projection, dropout);
-            let y = linear(x, parameters.weight(projection.weight), residual, low_rank);
+            let y = project(projection, x, residual);
             match projection.bias {
                 Some(bias) => add_bias(y, parameters[bias].clone()),
                 None => y,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use half::bf16;
-use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, target_modules_of};
+use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, Precision, target_modules_of};
 
 use super::config::ModelConfig;
 use super::decoder::{AdaptedModule, Adapter, Decoder, HeadNorms, Layer, Projection};
@@ -41,10 +41,35 @@ pub(crate) fn load(
         start,
         device,
         bf16,
+        bf16_where_equal: false,
     };
     let decoder = loader.decoder(config)?;
     loader.weights.finish()?;
     loader.start.map_or(Ok(()), NamedSource::finish)?;
+    Ok((decoder, loader.parameters))
+}
+
+/// Builds the decoder of `dir` to answer and not to learn. Matrices are stored in bf16 when that is
+/// asked for, and with `Auto` where it loses nothing.
+pub(crate) fn load_frozen(
+    dir: &Path,
+    device: &Device,
+    precision: Precision,
+) -> Result<(Decoder, Parameters), EngineError> {
+    let config = ModelConfig::read(dir)?;
+    let mut loader = Loader {
+        weights: WeightFiles::open(dir)?,
+        parameters: Parameters::new(false),
+        lora: None,
+        trained: Trained::nothing(config.num_hidden_layers),
+        trains: false,
+        start: None,
+        device,
+        bf16: precision == Precision::Bf16,
+        bf16_where_equal: precision == Precision::Auto,
+    };
+    let decoder = loader.decoder(config)?;
+    loader.weights.finish()?;
     Ok((decoder, loader.parameters))
 }
 
@@ -60,6 +85,8 @@ struct Loader<'a> {
     start: Option<NamedSource>,
     device: &'a Device,
     bf16: bool,
+    /// Whether a frozen matrix is stored in bf16 when all of its values are numbers of bf16.
+    bf16_where_equal: bool,
 }
 
 /// What trains of a model.
@@ -74,6 +101,10 @@ struct Trained {
 }
 
 impl Trained {
+    fn nothing(layers: usize) -> Self {
+        Self { weights: false, vocabulary: false, first_layer: layers }
+    }
+
     fn of(adapter: &AdapterConfig, layers: usize) -> Result<Self, EngineError> {
         let last = adapter.trainable_layers;
         if let Some(rule) = adapter.too_many_layers(layers) {
@@ -364,7 +395,11 @@ impl Loader<'_> {
         // What trains stays f32, and so do vectors: norms are one row, biases one column. So does
         // what is frozen beside weights that train: it is exported with them, as it was.
         let is_kept = trainable || self.trained.weights;
-        let value = if self.bf16 && !is_kept && shape[0] > 1 && shape[1] > 1 {
+        let in_bf16 = !is_kept
+            && shape[0] > 1
+            && shape[1] > 1
+            && (self.bf16 || self.bf16_where_equal && values.iter().all(is_number_of_bf16));
+        let value = if in_bf16 {
             let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
             let options = (self.device.burn(), DType::BF16);
             Tensor::from_data(TensorData::new(values, shape), options)
@@ -373,6 +408,10 @@ impl Loader<'_> {
         };
         self.parameters.push(value, trainable, names)
     }
+}
+
+fn is_number_of_bf16(value: &f32) -> bool {
+    bf16::from_f32(*value).to_f32().to_bits() == value.to_bits()
 }
 
 fn round_to_bf16(values: &mut [f32]) {

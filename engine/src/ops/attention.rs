@@ -110,7 +110,7 @@ pub(super) fn portable(
             if !prefix.is_empty() {
                 all = Tensor::cat(vec![rows(prefix.clone()), all], 0);
             }
-            let (q, k, v) = rotated(all, heads, rotary);
+            let (q, k, v) = rotated(all, heads, rotary, 0);
             let context = prefix.len() + tokens.len();
             let q = q.slice([0..heads.query, prefix.len()..context, 0..heads.dim]);
             attend(q, k, v, scores)
@@ -119,41 +119,12 @@ pub(super) fn portable(
     Tensor::cat(outputs, 0)
 }
 
-/// Keys and values of the tokens so far, `[K, tokens, D]`.
-#[derive(Debug, Clone)]
-pub(crate) struct KeyValues {
-    keys: Tensor<3>,
-    values: Tensor<3>,
-}
-
-/// Attention of new tokens to themselves and to those of `cache`, which grows by them. The rows of
-/// `rotary` are the new tokens'. Tokens that no later window reaches are dropped from the cache.
-/// For generation: no gradients, one segment.
-pub(crate) fn extend(
-    qkv: Tensor<2>,
-    heads: Heads,
-    scores: Scores,
-    rotary: &RotaryTable,
-    cache: &mut Option<KeyValues>,
-) -> Tensor<2> {
-    let (q, mut keys, mut values) = rotated(qkv, heads, rotary);
-    if let Some(earlier) = cache.take() {
-        keys = Tensor::cat(vec![earlier.keys, keys], 1);
-        values = Tensor::cat(vec![earlier.values, values], 1);
-    }
-    let tokens = keys.dims()[1];
-    // One is kept even where a window of 1 asks for none: a tensor has no empty dimension.
-    let kept = scores.window.map_or(tokens, |window| tokens.min(window.saturating_sub(1).max(1)));
-    let recent = |x: &Tensor<3>| x.clone().slice_dim(1, tokens - kept..tokens);
-    *cache = Some(KeyValues { keys: recent(&keys), values: recent(&values) });
-    attend(q, keys, values, scores)
-}
-
-/// Splits rows into heads: q̂ `[H, n, D]`, k̂ and v `[K, n, D]`.
-fn rotated(
+/// Splits rows into heads: q̂ `[H, n, D]`, k̂ and v `[K, n, D]`. The first row is at position `first`.
+pub(super) fn rotated(
     qkv: Tensor<2>,
     heads: Heads,
     rotary: &RotaryTable,
+    first: usize,
 ) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
     let tokens = qkv.dims()[0];
     let device = qkv.device();
@@ -165,7 +136,7 @@ fn rotated(
     };
     let half = rotary.pairs();
     let table = |values: &[f32]| {
-        let values = values[..tokens * half].to_vec();
+        let values = values[first * half..(first + tokens) * half].to_vec();
         let half_table: Tensor<3> =
             Tensor::from_data(TensorData::new(values, [1, tokens, half]), &device);
         Tensor::cat(vec![half_table.clone(), half_table], 2)
@@ -192,7 +163,7 @@ fn rotated(
 const WINDOW_BLOCK: usize = 128;
 
 /// Causal attention where the queries are the last of the keys: `[n, H·D]`.
-fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, scores: Scores) -> Tensor<2> {
+pub(super) fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, scores: Scores) -> Tensor<2> {
     let (queries, keys) = (q.dims()[1], k.dims()[1]);
     let Some(window) = scores.window.filter(|&window| window < keys) else {
         return attend_block(q, k, v, Scores { window: None, ..scores });
@@ -410,27 +381,5 @@ mod tests {
     fn only_the_first_dimensions_turn_where_fewer_frequencies_are_given() {
         let heads = Heads { query: 2, key_value: 1, dim: 8 };
         assert_scores_equal(heads, plain(heads), &segments(&[6, 3]), &[0.7, 0.2, 0.05]);
-    }
-
-    #[test]
-    fn tokens_added_one_by_one_see_what_a_whole_sequence_sees() {
-        let heads = Heads { query: 4, key_value: 2, dim: 4 };
-        let qkv = on_test_device(random([6, heads.qkv_width()], 8));
-        let frequencies = frequencies(heads);
-        let whole = RotaryTable::from_frequencies(&frequencies, 1.0, 0, 6);
-        for window in [None, Some(1), Some(2), Some(3)] {
-            let scores = Scores { softcap: Some(3.0), window, ..plain(heads) };
-            let expected = portable(qkv.clone(), heads, scores, &segments(&[6]), &whole);
-            let mut cache = None;
-            let mut outputs = Vec::new();
-            for rows in [0..3, 3..4, 4..6] {
-                let rotary =
-                    RotaryTable::from_frequencies(&frequencies, 1.0, rows.start, rows.len());
-                let qkv = qkv.clone().slice([rows]);
-                outputs.push(extend(qkv, heads, scores, &rotary, &mut cache));
-            }
-            let output = read(Tensor::cat(outputs, 0)).unwrap();
-            assert_close(&format!("{window:?}"), &output, &read(expected).unwrap());
-        }
     }
 }

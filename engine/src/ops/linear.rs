@@ -115,7 +115,7 @@ pub(super) fn portable(
         let mut update = low_rank.mul_scalar(scale);
         if let (Some(magnitude), Some(base)) = (&magnitude, &base) {
             let weight = weight.clone().slice([part.outputs.clone(), 0..input]);
-            let lengths = portable_lengths(weight.clone(), a, b, scale);
+            let lengths = adapted_row_lengths(weight.clone(), a, b, scale);
             let gain = (magnitude.clone().slice([b_rows, 0..1]) / lengths).transpose();
             let base = match part.dropout {
                 Some(_) => matmul(dropped, weight.transpose()),
@@ -130,7 +130,12 @@ pub(super) fn portable(
 }
 
 /// Lengths of the rows of W + s·B·A, `[out, 1]`, which take no gradient.
-fn portable_lengths(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) -> Tensor<2> {
+pub(super) fn adapted_row_lengths(
+    weight: Tensor<2>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f32,
+) -> Tensor<2> {
     let sum =
         weight.detach().cast(FloatDType::F32) + b.detach().matmul(a.detach()).mul_scalar(scale);
     sum.square().sum_dim(1).sqrt()

@@ -11,8 +11,10 @@ pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod bf16;
 pub(crate) mod bias;
+pub(crate) mod cached_attention;
 pub(crate) mod dropout;
 pub(crate) mod embedding;
+pub(crate) mod exponentials;
 pub(crate) mod gated_activation;
 pub(crate) mod head;
 pub(crate) mod head_norm;
@@ -21,6 +23,7 @@ pub mod measure;
 pub(crate) mod muon;
 pub(crate) mod neftune;
 pub(crate) mod rms_norm;
+pub(crate) mod row_linear;
 pub(crate) mod squares;
 pub(crate) mod token_nll;
 

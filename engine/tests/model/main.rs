@@ -16,5 +16,6 @@ mod reference;
 mod reference_training;
 #[path = "../support/rerun.rs"]
 mod rerun;
+mod serving;
 mod support;
 mod threads;

@@ -5,6 +5,7 @@
 //! whose keys and values are copied in front of its own. So a unit's products run on contiguous
 //! memory, and its results are a slice of its own.
 
+pub(in crate::ops) mod cached;
 mod kernels;
 
 use burn::backend::Flex;

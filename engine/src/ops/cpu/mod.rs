@@ -16,11 +16,13 @@ pub(super) mod attention;
 pub(super) mod bf16;
 pub(super) mod bias;
 pub(super) mod embedding;
+pub(super) mod exponentials;
 pub(super) mod gated_activation;
 pub(super) mod head;
 pub(super) mod head_norm;
 pub(super) mod linear;
 pub(super) mod rms_norm;
+pub(super) mod row_linear;
 pub(super) mod squares;
 pub(super) mod token_nll;
 

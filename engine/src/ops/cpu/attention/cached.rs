@@ -1,0 +1,231 @@
+//! CPU form of [`crate::ops::cached_attention`].
+//!
+//! Keys and values lie token by token, so that a new one is appended. One query of a sequence is
+//! multiplied by its keys one after the other, in whose order its sums are made; the queries of a
+//! prompt are products of matrices, as in training.
+
+use burn::backend::Flex;
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use super::kernels::{Block, causal_softmax, rotate};
+use super::{QUERY_BLOCK, contiguous, from_values, values};
+use crate::models::rope::RotaryTable;
+use crate::ops::attention::{Heads, Scores};
+use crate::ops::cached_attention::{Extension, KeyValues as Cache};
+use crate::ops::cpu::gemm::{MatMut, MatRef, Threads, gemm};
+use crate::ops::cpu::isa::{Isa, simd_kernels};
+use crate::ops::cpu::math::{dot, exp, max, sum, tanh};
+
+/// k̂ and v, each `[tokens, K·D]`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct KeyValues {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// K·D.
+    width: usize,
+}
+
+impl KeyValues {
+    /// Those of the first `tokens` tokens.
+    pub(crate) fn prefix(&self, tokens: usize) -> Self {
+        let first = |x: &[f32]| x[..tokens * self.width].to_vec();
+        Self { keys: first(&self.keys), values: first(&self.values), width: self.width }
+    }
+
+    /// Appends a row's keys and values.
+    fn push(&mut self, isa: Isa, row: &[f32], heads: Heads, (cos, sin): (&[f32], &[f32])) {
+        self.width = heads.key_value_width();
+        let (keys, values) = row[heads.query_width()..].split_at(self.width);
+        let start = self.keys.len();
+        self.keys.resize(start + self.width, 0.0);
+        let rotated = self.keys[start..].chunks_exact_mut(heads.dim);
+        for (key, rotated) in keys.chunks_exact(heads.dim).zip(rotated) {
+            rotate(isa, key, cos, sin, rotated);
+        }
+        self.values.extend_from_slice(values);
+    }
+}
+
+pub(in crate::ops) fn cached_attention(
+    qkv: Tensor<2>,
+    heads: Heads,
+    scores: Scores,
+    rotary: &RotaryTable,
+    extensions: &mut [Extension<'_>],
+) -> Tensor<2> {
+    let isa = Isa::detect();
+    let qkv = contiguous(qkv.inner().try_into_primitive::<Flex>().expect("a tensor on the CPU"));
+    let rows: Vec<&[f32]> = values(&qkv).chunks_exact(heads.qkv_width()).collect();
+    for extension in extensions.iter_mut() {
+        let cache = extension.cache.get_or_insert_with(|| Cache::Rows(KeyValues::default()));
+        let Cache::Rows(cache) = cache else { unreachable!("a cache stays with its form") };
+        for (i, row) in rows[extension.rows.clone()].iter().enumerate() {
+            cache.push(isa, row, heads, rotary.row(extension.first_position + i));
+        }
+    }
+    let sequences: Vec<Sequence<'_>> = extensions
+        .iter()
+        .map(|extension| {
+            let Some(Cache::Rows(cache)) = &*extension.cache else { unreachable!("made above") };
+            let first_position = extension.first_position;
+            Sequence { rows: &rows[extension.rows.clone()], first_position, cache }
+        })
+        .collect();
+    // A unit is one head of keys of one sequence, with the query heads that read it.
+    let units: Vec<(&Sequence<'_>, usize)> = sequences
+        .iter()
+        .flat_map(|sequence| (0..heads.key_value).map(move |head| (sequence, head)))
+        .collect();
+    let shared = Shared { isa, heads, scores, rotary };
+    let by_unit: Vec<Vec<f32>> = units
+        .into_par_iter()
+        .map(|(sequence, head)| match sequence.rows {
+            [row] => shared.one_query(sequence, row, head),
+            _ => shared.queries(sequence, head),
+        })
+        .collect();
+    let mut output = Vec::with_capacity(rows.len() * heads.query_width());
+    let unit_width = heads.group() * heads.dim;
+    for (sequence, units) in sequences.iter().zip(by_unit.chunks_exact(heads.key_value)) {
+        for row in 0..sequence.rows.len() {
+            for unit in units {
+                output.extend_from_slice(&unit[row * unit_width..(row + 1) * unit_width]);
+            }
+        }
+    }
+    let output = from_values(output, [rows.len(), heads.query_width()]);
+    Tensor::from_primitive::<Flex>(output).autodiff()
+}
+
+/// A sequence's new rows, which its cache holds already.
+struct Sequence<'a> {
+    rows: &'a [&'a [f32]],
+    first_position: usize,
+    cache: &'a KeyValues,
+}
+
+struct Shared<'a> {
+    isa: Isa,
+    heads: Heads,
+    scores: Scores,
+    rotary: &'a RotaryTable,
+}
+
+impl Shared<'_> {
+    /// The q̂ of one query head of a row.
+    fn rotated(&self, row: &[f32], head: usize, position: usize, q: &mut [f32]) {
+        let dim = self.heads.dim;
+        let (cos, sin) = self.rotary.row(position);
+        rotate(self.isa, &row[head * dim..(head + 1) * dim], cos, sin, q);
+    }
+
+    /// Output of the query heads of key head `head` for a sequence's one row.
+    fn one_query(&self, sequence: &Sequence<'_>, row: &[f32], head: usize) -> Vec<f32> {
+        let Heads { dim, .. } = self.heads;
+        let (group, width) = (self.heads.group(), self.heads.key_value_width());
+        let position = sequence.first_position;
+        let seen = self.scores.first_key(position)..position + 1;
+        let KeyValues { keys, values, .. } = sequence.cache;
+        let strided =
+            |values| Strided { values, start: seen.start * width + head * dim, stride: width };
+        let (keys, values) = (strided(keys), strided(values));
+        let (mut q, mut scores) = (vec![0.0; dim], vec![0.0; seen.len()]);
+        let mut output = vec![0.0; group * dim];
+        for (i, output) in output.chunks_exact_mut(dim).enumerate() {
+            self.rotated(row, head * group + i, position, &mut q);
+            attend_one(self.isa, self.scores, &q, keys, values, &mut scores, output);
+        }
+        output
+    }
+
+    /// Output of the query heads of key head `head`, `[n, group · D]`.
+    fn queries(&self, sequence: &Sequence<'_>, head: usize) -> Vec<f32> {
+        let Heads { dim, .. } = self.heads;
+        let (group, width) = (self.heads.group(), self.heads.key_value_width());
+        let (n, first) = (sequence.rows.len(), sequence.first_position);
+        let columns = head * dim..(head + 1) * dim;
+        let matrix = |x| MatRef::new(x, first + n, width).columns(columns.clone());
+        let (keys, values) = (matrix(&sequence.cache.keys), matrix(&sequence.cache.values));
+        let mut q = vec![0.0; n * dim];
+        let (mut scores, mut log_sum) = (Vec::new(), Vec::new());
+        let mut output = vec![0.0; n * group * dim];
+        for i in 0..group {
+            for (t, (row, q)) in sequence.rows.iter().zip(q.chunks_exact_mut(dim)).enumerate() {
+                self.rotated(row, head * group + i, first + t, q);
+            }
+            for start in (0..n).step_by(QUERY_BLOCK) {
+                let end = n.min(start + QUERY_BLOCK);
+                let seen = self.scores.first_key(first + start)..first + end;
+                let block = Block {
+                    keys: seen.len(),
+                    first_position: first + start - seen.start,
+                    scale: self.scores.scale,
+                    softcap: self.scores.softcap,
+                    window: self.scores.window.unwrap_or(usize::MAX),
+                };
+                let queries = end - start;
+                scores.resize(queries * block.keys, 0.0);
+                log_sum.resize(queries, 0.0);
+                let q = MatRef::new(&q[start * dim..end * dim], queries, dim);
+                let target = MatMut::new(&mut scores, queries, block.keys);
+                gemm(target, 1.0, q, keys.rows(seen.clone()).t(), Threads::One);
+                causal_softmax(self.isa, block, &mut scores, &mut log_sum);
+                let p = MatRef::new(&scores, queries, block.keys);
+                let rows = &mut output[start * group * dim..end * group * dim];
+                let target = MatMut::new(rows, queries, group * dim);
+                let target = target.columns(i * dim..(i + 1) * dim);
+                gemm(target, 1.0, p, values.rows(seen), Threads::One);
+            }
+        }
+        output
+    }
+}
+
+/// One head's keys or values: vectors `stride` apart.
+#[derive(Clone, Copy)]
+struct Strided<'a> {
+    values: &'a [f32],
+    start: usize,
+    stride: usize,
+}
+
+impl<'a> Strided<'a> {
+    #[inline(always)]
+    fn row(self, token: usize, dim: usize) -> &'a [f32] {
+        &self.values[self.start + token * self.stride..][..dim]
+    }
+}
+
+simd_kernels! {
+    /// o = softmax(Ŝ)·v of one query, of as many keys as there are `scores`.
+    fn attend_one(
+        how: Scores, q: &[f32], keys: Strided<'_>, values: Strided<'_>, scores: &mut [f32],
+        output: &mut [f32],
+    ) {
+        let dim = q.len();
+        for (token, score) in scores.iter_mut().enumerate() {
+            *score = how.scale * dot::<M>(q, keys.row(token, dim));
+        }
+        if let Some(cap) = how.softcap {
+            for score in scores.iter_mut() {
+                *score = cap * tanh::<M>(*score / cap);
+            }
+        }
+        let greatest = max(scores);
+        for score in scores.iter_mut() {
+            *score = exp::<M>(*score - greatest);
+        }
+        let inverse = 1.0 / sum(scores);
+        output.fill(0.0);
+        for (token, p) in scores.iter().enumerate() {
+            let value = values.row(token, dim);
+            for i in 0..dim {
+                output[i] = M::mul_add(*p, value[i], output[i]);
+            }
+        }
+        for value in output.iter_mut() {
+            *value *= inverse;
+        }
+    }
+}

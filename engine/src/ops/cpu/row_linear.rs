@@ -1,0 +1,359 @@
+//! CPU form of [`crate::ops::row_linear`].
+//!
+//! A product of few rows reads W once from memory and computes each output as inner products of
+//! its row with all rows of x. A row's sums do not depend on how many rows there are, so that an
+//! answer has the same digits whatever is answered beside it.
+
+#![expect(
+    unsafe_code,
+    reason = "the inner products are vector instructions, whose memory is that of slices of the \
+              right length, and an `Isa` proves that the CPU has them"
+)]
+
+use burn::backend::Flex;
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+use std::ops::Range;
+
+use super::gemm::{Elements, MatRef, Threads, product};
+use super::isa::{Isa, Level};
+use super::step::{contiguous, dims, elements, from_values, values};
+use crate::ops::row_linear::{RowUpdate, Rows};
+
+/// Rows of W that a task handles.
+const BLOCK: usize = 32;
+/// Below this many multiply-adds, handing work to other threads costs more than it saves.
+const PARALLEL_MIN_MULTIPLY_ADDS: usize = 1 << 16;
+/// Rows of x that are multiplied by a row of W at a time.
+const GROUP: usize = 4;
+/// Partial sums of an inner product.
+const LANES: usize = 16;
+
+pub(in crate::ops) fn row_linear(
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    residual: Option<Tensor<2>>,
+    rows: Rows,
+    updates: &[(Range<usize>, &RowUpdate)],
+) -> Tensor<2> {
+    let (x, weight) = (on_flex(x), on_flex(weight));
+    let ([n, inputs], [outputs, _]) = (dims(&x), dims(&weight));
+    let x = values(&x);
+    let mut y = times_transposed(x, elements(&weight), [n, inputs, outputs], rows);
+    for (range, update) in updates {
+        let x = &x[range.start * inputs..range.end * inputs];
+        let y = &mut y[range.start * outputs..range.end * outputs];
+        add_update(x, update, rows, y, [range.len(), inputs, outputs]);
+    }
+    if let Some(residual) = residual {
+        let residual = on_flex(residual);
+        y.iter_mut().zip(values(&residual)).for_each(|(y, residual)| *y += residual);
+    }
+    Tensor::from_primitive::<Flex>(from_values(y, [n, outputs])).autodiff()
+}
+
+/// A tensor's values in order. There are no gradients here.
+fn on_flex(x: Tensor<2>) -> FlexTensor {
+    contiguous(x.inner().try_into_primitive::<Flex>().expect("a tensor on the CPU"))
+}
+
+/// Adds what an adapter gives for the rows `x` to their outputs `y`.
+fn add_update(
+    x: &[f32],
+    update: &RowUpdate,
+    rows: Rows,
+    y: &mut [f32],
+    [n, inputs, outputs]: [usize; 3],
+) {
+    let [a, b] = [&update.a, &update.b].map(|x| on_flex(x.clone()));
+    let gain = update.gain.clone().map(on_flex);
+    let (z_width, rank) = (dims(&a)[0], dims(&b)[1]);
+    let z = times_transposed(x, elements(&a), [n, inputs, z_width], rows);
+    for (z_columns, b_rows, part) in update.parts() {
+        let z = z.chunks_exact(z_width).flat_map(|z| &z[z_columns.clone()]);
+        let z: Vec<f32> = z.copied().collect();
+        let b = Elements::F32(&values(&b)[b_rows.start * rank..b_rows.end * rank]);
+        let u = times_transposed(&z, b, [n, rank, part.len()], rows);
+        let gain = gain.as_ref().map(|gain| &values(gain)[b_rows]);
+        for (y, u) in y.chunks_exact_mut(outputs).zip(u.chunks_exact(part.len())) {
+            for (i, (y, u)) in y[part.clone()].iter_mut().zip(u).enumerate() {
+                *y = (*y + update.scale * u) * gain.map_or(1.0, |gain| gain[i]);
+            }
+        }
+    }
+}
+
+/// x·Wᵀ, of `n` rows, `inputs` and `outputs`.
+fn times_transposed(
+    x: &[f32],
+    weight: Elements<'_>,
+    [n, inputs, outputs]: [usize; 3],
+    rows: Rows,
+) -> Vec<f32> {
+    match (rows, weight) {
+        (Rows::Few, Elements::F32(weight)) => few_rows(x, weight, [n, inputs, outputs]),
+        (Rows::Few, Elements::Bf16(weight)) => few_rows(x, weight, [n, inputs, outputs]),
+        (Rows::Many, Elements::Bf16(weight)) => {
+            // A product over bf16 would round x as well.
+            let mut widened = vec![0.0; weight.len()];
+            let blocks = widened.par_chunks_mut(BLOCK * inputs);
+            blocks
+                .zip(weight.par_chunks(BLOCK * inputs))
+                .for_each(|(y, x)| x.convert_to_f32_slice(y));
+            many_rows(x, Elements::F32(&widened), [n, inputs, outputs])
+        }
+        (_, weight) => many_rows(x, weight, [n, inputs, outputs]),
+    }
+}
+
+fn many_rows(x: &[f32], weight: Elements<'_>, [n, inputs, outputs]: [usize; 3]) -> Vec<f32> {
+    let weight = MatRef::of(weight, outputs, inputs);
+    product(1.0, MatRef::new(x, n, inputs), weight.t(), Threads::Shared)
+}
+
+fn few_rows<W: Element>(x: &[f32], weight: &[W], [n, inputs, outputs]: [usize; 3]) -> Vec<f32> {
+    let isa = Isa::detect();
+    // Output by output, `[outputs, n]`: each task writes what is its own.
+    let mut by_output = vec![0.0; outputs * n];
+    let task = |(y, weight): (&mut [f32], &[W])| W::inner_products(isa, x, weight, inputs, y);
+    if n * inputs * outputs < PARALLEL_MIN_MULTIPLY_ADDS {
+        task((&mut by_output, weight));
+    } else {
+        let blocks = by_output.par_chunks_mut(BLOCK * n);
+        blocks.zip(weight.par_chunks(BLOCK * inputs)).for_each(task);
+    }
+    if n == 1 {
+        return by_output;
+    }
+    let mut y = vec![0.0; n * outputs];
+    for (output, values) in by_output.chunks_exact(n).enumerate() {
+        for (row, value) in values.iter().enumerate() {
+            y[row * outputs + output] = *value;
+        }
+    }
+    y
+}
+
+/// A weight's element.
+trait Element: Copy + Sync {
+    /// `y` `[rows of weight, rows of x]`, each a row of `weight` times a row of `x`.
+    fn inner_products(isa: Isa, x: &[f32], weight: &[Self], inputs: usize, y: &mut [f32]);
+}
+
+impl Element for f32 {
+    fn inner_products(isa: Isa, x: &[f32], weight: &[f32], inputs: usize, y: &mut [f32]) {
+        inner_products_f32(isa, x, weight, inputs, y);
+    }
+}
+
+impl Element for bf16 {
+    fn inner_products(isa: Isa, x: &[f32], weight: &[bf16], inputs: usize, y: &mut [f32]) {
+        let n = x.len() / inputs;
+        if n <= GROUP {
+            return inner_products_bf16(isa, x, weight, inputs, y);
+        }
+        // Widened once for all groups.
+        let mut widened = vec![0.0; weight.len()];
+        weight.convert_to_f32_slice(&mut widened);
+        inner_products_f32(isa, x, &widened, inputs, y);
+    }
+}
+
+/// The sum of an inner product's lanes and what is left over of its rows.
+#[inline(always)]
+fn finish(mut lanes: [f32; LANES], rest: impl Iterator<Item = (f32, f32)>) -> f32 {
+    for (lane, (w, x)) in lanes.iter_mut().zip(rest) {
+        *lane += w * x;
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Defines the inner products of rows of `$element` with rows of f32, which are `inputs` long. Each
+/// sum is made in the same order, however many rows of x there are.
+macro_rules! inner_products {
+    ($name:ident, $element:ty, $load:ident, $widen:expr) => {
+        fn $name(isa: Isa, x: &[f32], weight: &[$element], inputs: usize, y: &mut [f32]) {
+            let n = x.len() / inputs;
+            assert_eq!(y.len() * inputs, weight.len() * n, "rows of W times rows of x");
+            // Group by group: its rows stay in the nearest cache, those of W in the next one.
+            for (group, x) in x.chunks(GROUP * inputs).enumerate() {
+                let columns = group * GROUP..group * GROUP + x.len() / inputs;
+                let rows_of_weight = weight.chunks_exact(inputs).zip(y.chunks_exact_mut(n));
+                for (weight, y) in rows_of_weight {
+                    let y = &mut y[columns.clone()];
+                    if y.len() == GROUP {
+                        y.copy_from_slice(&rows::<GROUP>(isa, x, weight));
+                        continue;
+                    }
+                    for (x, y) in x.chunks_exact(inputs).zip(y) {
+                        [*y] = rows::<1>(isa, x, weight);
+                    }
+                }
+            }
+
+            #[inline]
+            fn rows<const N: usize>(isa: Isa, x: &[f32], weight: &[$element]) -> [f32; N] {
+                match isa.level() {
+                    // SAFETY: an `Isa` of these levels is made only where the CPU has AVX2 and FMA.
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx512 | Level::Avx2 => unsafe { avx2(x, weight) },
+                    Level::Portable => portable(x, weight),
+                }
+            }
+
+            fn portable<const N: usize>(x: &[f32], weight: &[$element]) -> [f32; N] {
+                let (blocks, rest) = weight.as_chunks::<LANES>();
+                let done = blocks.len() * LANES;
+                std::array::from_fn(|row| {
+                    let x = &x[row * weight.len()..(row + 1) * weight.len()];
+                    let mut lanes = [0f32; LANES];
+                    for (w, x) in blocks.iter().zip(x.as_chunks::<LANES>().0) {
+                        for i in 0..LANES {
+                            lanes[i] += $widen(w[i]) * x[i];
+                        }
+                    }
+                    finish(lanes, rest.iter().map(|&w| $widen(w)).zip(x[done..].iter().copied()))
+                })
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2<const N: usize>(x: &[f32], weight: &[$element]) -> [f32; N] {
+                use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_setzero_ps};
+
+                let (blocks, rest) = weight.as_chunks::<LANES>();
+                let done = blocks.len() * LANES;
+                let mut x_blocks: [&[[f32; LANES]]; N] = [&[]; N];
+                for (row, x_blocks) in x_blocks.iter_mut().enumerate() {
+                    *x_blocks =
+                        &x[row * weight.len()..][..weight.len()].as_chunks().0[..blocks.len()];
+                }
+                // Their addresses are not taken, or they would lie in memory.
+                let mut low = [_mm256_setzero_ps(); N];
+                let mut high = [_mm256_setzero_ps(); N];
+                for block in 0..blocks.len() {
+                    let (w_low, w_high) = $load(&blocks[block]);
+                    for row in 0..N {
+                        let (x_low, x_high) = load_f32(&x_blocks[row][block]);
+                        low[row] = _mm256_fmadd_ps(w_low, x_low, low[row]);
+                        high[row] = _mm256_fmadd_ps(w_high, x_high, high[row]);
+                    }
+                }
+                let mut y = [0.0; N];
+                for row in 0..N {
+                    let x = &x[row * weight.len() + done..];
+                    let rest = rest.iter().map(|&w| $widen(w)).zip(x.iter().copied());
+                    y[row] = finish(store(low[row], high[row]), rest);
+                }
+                y
+            }
+        }
+    };
+}
+
+inner_products!(inner_products_f32, f32, load_f32, |w: f32| w);
+inner_products!(inner_products_bf16, bf16, load_bf16, |w: bf16| w.to_f32());
+
+#[cfg(target_arch = "x86_64")]
+use x86::{load_bf16, load_f32, store};
+
+/// The lanes of an inner product between memory and two registers.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::{
+        __m128i, __m256, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+        _mm256_loadu_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    };
+
+    use half::bf16;
+
+    use super::LANES;
+
+    const HALF: usize = LANES / 2;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn load_f32(x: &[f32; LANES]) -> (__m256, __m256) {
+        let x = x.as_ptr();
+        // SAFETY: twice eight values are there.
+        unsafe { (_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(HALF))) }
+    }
+
+    /// bf16 is the upper half of an f32.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn load_bf16(x: &[bf16; LANES]) -> (__m256, __m256) {
+        let x: *const __m128i = x.as_ptr().cast();
+        // SAFETY: twice eight values are there.
+        let (low, high) = unsafe { (_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))) };
+        let widen = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)));
+        (widen(low), widen(high))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn store(low: __m256, high: __m256) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: there is room for twice eight values.
+        unsafe {
+            _mm256_storeu_ps(lanes.as_mut_ptr(), low);
+            _mm256_storeu_ps(lanes.as_mut_ptr().add(HALF), high);
+        }
+        lanes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wave(n: usize, speed: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * speed).sin()).collect()
+    }
+
+    #[test]
+    fn products_of_few_rows_have_the_values_of_f64_on_every_path() {
+        for inputs in [1, 15, 16, 50] {
+            let (n, outputs) = (7, 3);
+            let (x, weight) = (wave(n * inputs, 0.7), wave(outputs * inputs, 0.4));
+            let halves: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
+            for isa in Isa::available() {
+                let (mut y, mut y_of_halves) = (vec![0.0; 21], vec![0.0; 21]);
+                inner_products_f32(isa, &x, &weight, inputs, &mut y);
+                inner_products_bf16(isa, &x, &halves, inputs, &mut y_of_halves);
+                for (index, (y, of_halves)) in y.iter().zip(&y_of_halves).enumerate() {
+                    let (output, row) = (index / n, index % n);
+                    let x = &x[row * inputs..(row + 1) * inputs];
+                    let exact = |weight: &dyn Fn(usize) -> f32| -> f64 {
+                        let weights = (output * inputs..(output + 1) * inputs).map(weight);
+                        x.iter().zip(weights).map(|(&x, w)| f64::from(x) * f64::from(w)).sum()
+                    };
+                    assert!((f64::from(*y) - exact(&|i| weight[i])).abs() < 1e-5, "{isa:?}");
+                    let expected = exact(&|i| halves[i].to_f32());
+                    assert!((f64::from(*of_halves) - expected).abs() < 1e-5, "{isa:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn row_has_the_same_bits_alone_and_among_others() {
+        let (n, inputs, outputs) = (11, 300, 400);
+        let (x, weight) = (wave(n * inputs, 0.7), wave(outputs * inputs, 0.4));
+        let together = few_rows(&x, &weight, [n, inputs, outputs]);
+        for row in 0..n {
+            let alone = few_rows(&x[row * inputs..][..inputs], &weight, [1, inputs, outputs]);
+            assert_eq!(alone, together[row * outputs..][..outputs], "row {row}");
+        }
+    }
+}

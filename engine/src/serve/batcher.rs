@@ -1,0 +1,359 @@
+//! Many answers at a time over one base model.
+//!
+//! Each step computes one token of every running answer in one pass: the base model's matrices are
+//! read once for all, whichever adapter each answer is computed with. Between two steps a part of
+//! one waiting prompt is computed, so that a long prompt delays nobody for long, and an answer that
+//! ends makes room at once for the next request (continuous batching, Yu et al. 2022).
+
+use std::collections::{HashMap, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::sampling::{EndReason, FromSampler, SampleRequest};
+
+use super::choice::{Choice, Chooser, NotNumbers};
+use super::model::ServedModel;
+use super::prefixes::Prefixes;
+use crate::error::EngineError;
+use crate::models::decoder::{Adaptation, KeyValueCache, Sequence};
+
+/// Tokens of a prompt that are computed between two steps.
+const PROMPT_PART: usize = 256;
+
+/// Answers requests over one base model.
+#[derive(Debug)]
+pub struct Batcher {
+    model: ServedModel,
+    adapters: HashMap<String, Arc<Adaptation>>,
+    /// Requests in the order of their arrival, those of low priority apart.
+    waiting: [VecDeque<Waiting>; 2],
+    reading: Option<Reading>,
+    /// Neighbours share an adapter where any two do.
+    answers: Vec<Answer>,
+    prefixes: Prefixes,
+    max_answers: usize,
+    /// Tokens whose keys and values fit into memory.
+    max_tokens: usize,
+}
+
+/// A request that nothing was done for yet.
+#[derive(Debug)]
+struct Waiting {
+    request: SampleRequest,
+    /// As it was when the request came.
+    adaptation: Option<Arc<Adaptation>>,
+}
+
+/// A request whose prompt is being computed.
+#[derive(Debug)]
+struct Reading {
+    request: SampleRequest,
+    adaptation: Option<Arc<Adaptation>>,
+    cache: KeyValueCache,
+    cached_tokens: u32,
+}
+
+/// An answer that grows.
+#[derive(Debug)]
+struct Answer {
+    id: u64,
+    index: u32,
+    adaptation: Option<Arc<Adaptation>>,
+    /// The prompt and the answer so far; the cache lacks the last one.
+    ids: Vec<u32>,
+    cache: KeyValueCache,
+    /// Where the answer ends at the latest, in tokens with the prompt.
+    limit: usize,
+    chooser: Chooser,
+    cached_tokens: u32,
+}
+
+/// What is said to the sampler.
+type Sink<'a> = &'a mut dyn FnMut(FromSampler);
+
+impl Batcher {
+    /// Answers with `model`, up to `max_answers` at a time, while their keys and values and those
+    /// of earlier prompts take `cache_bytes` at most.
+    #[must_use]
+    pub fn new(model: ServedModel, max_answers: usize, cache_bytes: usize) -> Self {
+        let max_tokens = cache_bytes / model.cache_bytes_per_token().max(1);
+        Self {
+            model,
+            adapters: HashMap::new(),
+            waiting: Default::default(),
+            reading: None,
+            answers: Vec::new(),
+            prefixes: Prefixes::default(),
+            max_answers,
+            max_tokens,
+        }
+    }
+
+    /// Reads the PEFT adapter in `dir` and keeps it as `name`.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the model, or that cannot be read.
+    pub fn load_adapter(&mut self, name: String, dir: &Path) -> Result<(), EngineError> {
+        let adaptation = self.model.read_adapter(dir)?;
+        self.unload_adapter(&name);
+        self.adapters.insert(name, Arc::new(adaptation));
+        Ok(())
+    }
+
+    /// Forgets an adapter; answers that run with it go on.
+    pub fn unload_adapter(&mut self, name: &str) {
+        if let Some(adaptation) = self.adapters.remove(name) {
+            self.prefixes.forget(&adaptation);
+        }
+    }
+
+    /// Takes a request, or says at once why not.
+    pub fn submit(&mut self, request: SampleRequest, sink: Sink<'_>) {
+        match self.check(&request) {
+            Ok(adaptation) => {
+                let queue = &mut self.waiting[usize::from(request.low_priority)];
+                queue.push_back(Waiting { request, adaptation });
+            }
+            Err(message) => {
+                sink(FromSampler::Failed {
+                    id: request.id,
+                    code: ErrorCode::InvalidValue,
+                    message,
+                });
+            }
+        }
+    }
+
+    /// The adapter of a request that can be answered.
+    fn check(&self, request: &SampleRequest) -> Result<Option<Arc<Adaptation>>, String> {
+        let (context, vocabulary) = (self.model.context_length(), self.model.vocab_size());
+        if request.prompt.is_empty() {
+            return Err("The prompt has no token.".to_owned());
+        }
+        if request.prompt.len() >= context {
+            return Err(format!(
+                "The prompt has {} tokens, and the model's context of {context} leaves none for an \
+                 answer: shorten the prompt.",
+                request.prompt.len()
+            ));
+        }
+        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(format!(
+                "Token id {id} lies outside of the model's vocabulary of {vocabulary}."
+            ));
+        }
+        let adaptation = match &request.adapter {
+            None => None,
+            Some(name) => match self.adapters.get(name) {
+                Some(adaptation) => Some(Arc::clone(adaptation)),
+                None => return Err(format!("The adapter {name} is not loaded.")),
+            },
+        };
+        if request.n == 0 || request.n as usize > self.max_answers {
+            return Err(format!("n is {}: use 1 to {}.", request.n, self.max_answers));
+        }
+        let tokens = self.tokens_of(request);
+        if tokens > self.max_tokens {
+            return Err(format!(
+                "{} answers to a prompt of {} tokens need room for the keys and values of \
+                 {tokens} tokens, and this sampler has it for {}: lower n or max_tokens, or start \
+                 the sampler with more cache.",
+                request.n,
+                request.prompt.len(),
+                self.max_tokens
+            ));
+        }
+        Ok(adaptation)
+    }
+
+    /// Tokens of each answer at most, with the prompt.
+    fn limit_of(&self, request: &SampleRequest) -> usize {
+        let asked = request.prompt.len().saturating_add(request.sampling.max_tokens as usize);
+        asked.min(self.model.context_length())
+    }
+
+    /// Tokens that a request's answers may have in the cache.
+    fn tokens_of(&self, request: &SampleRequest) -> usize {
+        self.limit_of(request) * request.n as usize
+    }
+
+    /// Forgets a request.
+    pub fn cancel(&mut self, id: u64) {
+        for waiting in &mut self.waiting {
+            waiting.retain(|waiting| waiting.request.id != id);
+        }
+        self.reading.take_if(|reading| reading.request.id == id);
+        let (ended, running) =
+            std::mem::take(&mut self.answers).into_iter().partition(|answer| answer.id == id);
+        self.answers = running;
+        for answer in ended {
+            self.keep(answer);
+        }
+    }
+
+    /// Whether there is nothing to do until the next request.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.answers.is_empty()
+            && self.reading.is_none()
+            && self.waiting.iter().all(VecDeque::is_empty)
+    }
+
+    /// Computes a part of a waiting prompt and the next token of every running answer.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails: nothing goes on then.
+    pub fn step(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
+        if self.reading.is_none() {
+            self.admit();
+        }
+        self.read_prompt(sink)?;
+        self.extend_answers(sink)
+    }
+
+    /// Begins with the next request where there is room for it.
+    fn admit(&mut self) {
+        let Some(queue) = self.waiting.iter().position(|queue| !queue.is_empty()) else { return };
+        let request = &self.waiting[queue][0].request;
+        let running: usize = self.answers.iter().map(|answer| answer.limit).sum();
+        let tokens = running + self.tokens_of(request);
+        let has_room = self.answers.len() + request.n as usize <= self.max_answers
+            && tokens <= self.max_tokens;
+        if !has_room {
+            return;
+        }
+        self.prefixes.shrink_to(self.max_tokens - tokens);
+        let Some(Waiting { request, adaptation }) = self.waiting[queue].pop_front() else { return };
+        let cache = self.prefixes.find(&adaptation, &request.prompt);
+        let cached_tokens = cache.tokens() as u32;
+        self.reading = Some(Reading { request, adaptation, cache, cached_tokens });
+    }
+
+    fn read_prompt(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
+        let Some(mut reading) = self.reading.take() else { return Ok(()) };
+        let prompt = &reading.request.prompt;
+        let done = reading.cache.tokens();
+        let part = &prompt[done..prompt.len().min(done + PROMPT_PART)];
+        let sequence = Sequence {
+            ids: part,
+            cache: &mut reading.cache,
+            adaptation: reading.adaptation.as_deref(),
+        };
+        let logits = self.model.extend(&mut [sequence])?.remove(0);
+        if reading.cache.tokens() < prompt.len() {
+            self.reading = Some(reading);
+            return Ok(());
+        }
+        let Reading { request, adaptation, cache, cached_tokens } = reading;
+        let limit = self.limit_of(&request);
+        for index in 0..request.n {
+            let answer = Answer {
+                id: request.id,
+                index,
+                adaptation: adaptation.clone(),
+                ids: request.prompt.clone(),
+                cache: cache.clone(),
+                limit,
+                chooser: Chooser::new(request.sampling.clone(), index),
+                cached_tokens,
+            };
+            if !self.continue_with(answer, logits.clone(), sink) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn extend_answers(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
+        if self.answers.is_empty() {
+            return Ok(());
+        }
+        let mut sequences: Vec<Sequence<'_>> = self
+            .answers
+            .iter_mut()
+            .map(|Answer { ids, cache, adaptation, .. }| Sequence {
+                ids: &ids[ids.len() - 1..],
+                cache,
+                adaptation: adaptation.as_deref(),
+            })
+            .collect();
+        let logits = self.model.extend(&mut sequences)?;
+        let answers = std::mem::take(&mut self.answers);
+        let chosen: Vec<(Answer, Result<Choice, NotNumbers>)> = answers
+            .into_par_iter()
+            .zip(logits)
+            .map(|(mut answer, logits)| {
+                let choice = answer.chooser.choose(logits);
+                (answer, choice)
+            })
+            .collect();
+        let mut failed = Vec::new();
+        for (answer, choice) in chosen {
+            let id = answer.id;
+            if !failed.contains(&id) && !self.append(answer, choice, sink) {
+                failed.push(id);
+            }
+        }
+        self.answers.retain(|answer| !failed.contains(&answer.id));
+        Ok(())
+    }
+
+    fn continue_with(&mut self, mut answer: Answer, logits: Vec<f32>, sink: Sink<'_>) -> bool {
+        let choice = answer.chooser.choose(logits);
+        self.append(answer, choice, sink)
+    }
+
+    /// Says what was chosen, and lets the answer run on or ends it. False where the whole request
+    /// came to nothing.
+    fn append(
+        &mut self,
+        mut answer: Answer,
+        choice: Result<Choice, NotNumbers>,
+        sink: Sink<'_>,
+    ) -> bool {
+        let (id, index) = (answer.id, answer.index);
+        let Ok(Choice { token, top }) = choice else {
+            let message = "The model's logits are not numbers: its weights, or those of its \
+                           adapter, are damaged."
+                .to_owned();
+            sink(FromSampler::Failed { id, code: ErrorCode::Internal, message });
+            return false;
+        };
+        let cached_tokens = answer.cached_tokens;
+        let end = |reason| FromSampler::End { id, index, reason, cached_tokens };
+        if answer.chooser.sampling().stop_ids.contains(&token.id) {
+            sink(end(EndReason::Stop));
+            self.keep(answer);
+            return true;
+        }
+        sink(FromSampler::Token { id, index, token, top });
+        answer.ids.push(token.id);
+        if answer.ids.len() >= answer.limit {
+            sink(end(EndReason::Length));
+            self.keep(answer);
+            return true;
+        }
+        let same = |other: &Answer| match (&other.adaptation, &answer.adaptation) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        let place = self.answers.iter().rposition(same).map_or(self.answers.len(), |i| i + 1);
+        self.answers.insert(place, answer);
+        true
+    }
+
+    /// Keeps the cache of an answer that has ended for prompts that begin like it.
+    fn keep(&mut self, answer: Answer) {
+        let Answer { adaptation, ids, cache, .. } = answer;
+        let is_loaded = adaptation
+            .as_ref()
+            .is_none_or(|ours| self.adapters.values().any(|other| Arc::ptr_eq(ours, other)));
+        if is_loaded {
+            self.prefixes.keep(adaptation, ids, cache);
+            let running: usize = self.answers.iter().map(|answer| answer.limit).sum();
+            self.prefixes.shrink_to(self.max_tokens.saturating_sub(running));
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! From logits to a token.
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tunesmith_core::sampling::{Sampling, TokenLogprob};
+
+use crate::ops::exponentials::exponentials;
+
+/// Candidates that top-p looks at first; most of the time they are enough.
+const FIRST_CANDIDATES: usize = 64;
+
+/// What chooses the tokens of one answer.
+#[derive(Debug)]
+pub(super) struct Chooser {
+    sampling: Sampling,
+    generator: ChaCha8Rng,
+    /// How often the answer holds a token.
+    counts: HashMap<u32, u32>,
+}
+
+/// A token that was chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Choice {
+    pub(super) token: TokenLogprob,
+    pub(super) top: Vec<TokenLogprob>,
+}
+
+/// The logits are not all numbers.
+#[derive(Debug, PartialEq)]
+pub(super) struct NotNumbers;
+
+impl Chooser {
+    /// That of answer number `index`, which draws from a stream of its own.
+    pub(super) fn new(sampling: Sampling, index: u32) -> Self {
+        let mut generator = ChaCha8Rng::seed_from_u64(sampling.seed);
+        generator.set_stream(u64::from(index));
+        Self { sampling, generator, counts: HashMap::new() }
+    }
+
+    pub(super) fn sampling(&self) -> &Sampling {
+        &self.sampling
+    }
+
+    /// Chooses the next token.
+    pub(super) fn choose(&mut self, mut logits: Vec<f32>) -> Result<Choice, NotNumbers> {
+        let mut scratch = vec![0.0; logits.len()];
+        let (greatest, total) = exponentials(&logits, 1.0, &mut scratch);
+        if !total.is_finite() || !greatest.is_finite() {
+            return Err(NotNumbers);
+        }
+        let log_total = f64::from(greatest) + total.ln();
+        let with_logprob = |id: u32, logit: f32| TokenLogprob {
+            id,
+            logprob: (f64::from(logit) - log_total) as f32,
+        };
+        let top = most_likely(&logits, usize::from(self.sampling.top_logprobs))
+            .into_iter()
+            .map(|id| with_logprob(id, logits[id as usize]))
+            .collect();
+        let changed = self.penalised(&logits);
+        let own_logit = |id: u32| {
+            let before = changed.iter().find(|(changed, _)| *changed == id);
+            before.map(|&(_, logit)| logit)
+        };
+        for &(id, _) in &changed {
+            let logit = &mut logits[id as usize];
+            *logit += self.shift(id);
+        }
+        let id = match self.sampling.temperature > 0.0 {
+            true => self.draw(&logits, &mut scratch),
+            false => most_likely(&logits, 1)[0],
+        };
+        let logit = own_logit(id).unwrap_or(logits[id as usize]);
+        *self.counts.entry(id).or_default() += 1;
+        Ok(Choice { token: with_logprob(id, logit), top })
+    }
+
+    /// The tokens whose logits are shifted, with their logits before.
+    fn penalised(&self, logits: &[f32]) -> Vec<(u32, f32)> {
+        let counted = self.counts.keys().copied();
+        let mut ids: Vec<u32> =
+            counted.chain(self.sampling.logit_bias.iter().map(|&(id, _)| id)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids.into_iter().filter_map(|id| Some((id, *logits.get(id as usize)?))).collect()
+    }
+
+    /// What is added to a token's logit.
+    fn shift(&self, id: u32) -> f32 {
+        let Sampling { frequency_penalty, presence_penalty, logit_bias, .. } = &self.sampling;
+        let bias: f32 =
+            logit_bias.iter().filter(|(biased, _)| *biased == id).map(|(_, bias)| bias).sum();
+        match self.counts.get(&id) {
+            Some(&count) => bias - frequency_penalty * count as f32 - presence_penalty,
+            None => bias,
+        }
+    }
+
+    /// Draws from softmax(logits / temperature), of the most likely tokens up to top_p.
+    fn draw(&mut self, logits: &[f32], p: &mut [f32]) -> u32 {
+        let (_, total) = exponentials(logits, 1.0 / self.sampling.temperature, p);
+        let point: f64 = self.generator.random();
+        if self.sampling.top_p >= 1.0 {
+            return pick((0..p.len() as u32).map(|id| (id, p[id as usize])), point * total);
+        }
+        let wanted = f64::from(self.sampling.top_p) * total;
+        let mut count = FIRST_CANDIDATES;
+        let (candidates, sum) = loop {
+            let candidates = most_likely(p, count);
+            let mut sum = 0.0;
+            let enough = candidates.iter().position(|&id| {
+                sum += f64::from(p[id as usize]);
+                sum >= wanted
+            });
+            match enough {
+                Some(last) => break (candidates[..=last].to_vec(), sum),
+                None if candidates.len() == p.len() => break (candidates, sum),
+                None => count *= 8,
+            }
+        };
+        pick(candidates.into_iter().map(|id| (id, p[id as usize])), point * sum)
+    }
+}
+
+/// The token in whose share of the sum `point` lies.
+fn pick(shares: impl Iterator<Item = (u32, f32)>, mut point: f64) -> u32 {
+    let mut last = 0;
+    for (id, share) in shares {
+        if share > 0.0 {
+            last = id;
+            if point < f64::from(share) {
+                break;
+            }
+        }
+        point -= f64::from(share);
+    }
+    last
+}
+
+/// The ids of the `count` greatest values, the greatest first, and of equals the lower id.
+fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
+    if count == 0 {
+        return Vec::new();
+    }
+    let order = |&a: &u32, &b: &u32| -> Ordering {
+        values[b as usize].total_cmp(&values[a as usize]).then(a.cmp(&b))
+    };
+    if count == 1 {
+        let greater = |best: u32, id: u32| if order(&id, &best).is_lt() { id } else { best };
+        return vec![(0..values.len() as u32).fold(0, greater)];
+    }
+    let mut ids: Vec<u32> = (0..values.len() as u32).collect();
+    if count < ids.len() {
+        ids.select_nth_unstable_by(count, order);
+        ids.truncate(count);
+    }
+    ids.sort_unstable_by(order);
+    ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn greedy() -> Sampling {
+        Sampling {
+            max_tokens: 10,
+            temperature: 0.0,
+            top_p: 1.0,
+            seed: 1,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            top_logprobs: 0,
+            stop_ids: Vec::new(),
+        }
+    }
+
+    fn logits() -> Vec<f32> {
+        vec![0.0, 2.0, -1.0, 2.0, 1.0]
+    }
+
+    /// Softmax of some of the tokens.
+    fn shares(logits: &[f32], temperature: f64, among: &[u32]) -> Vec<f64> {
+        let exp: Vec<f64> = logits
+            .iter()
+            .enumerate()
+            .map(|(id, &logit)| match among.contains(&(id as u32)) {
+                true => (f64::from(logit) / temperature).exp(),
+                false => 0.0,
+            })
+            .collect();
+        let total: f64 = exp.iter().sum();
+        exp.into_iter().map(|value| value / total).collect()
+    }
+
+    fn frequencies(sampling: Sampling, draws: u32) -> Vec<f64> {
+        let mut counts = [0.0; 5];
+        for index in 0..draws {
+            let choice = Chooser::new(sampling.clone(), index).choose(logits()).unwrap();
+            counts[choice.token.id as usize] += 1.0 / f64::from(draws);
+        }
+        counts.to_vec()
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals_with_its_log_probability() {
+        let sampling = Sampling { top_logprobs: 3, ..greedy() };
+        let choice = Chooser::new(sampling, 0).choose(logits()).unwrap();
+        let p = shares(&logits(), 1.0, &[0, 1, 2, 3, 4]);
+        assert_eq!(choice.token.id, 1);
+        assert_eq!(choice.top.iter().map(|token| token.id).collect::<Vec<_>>(), [1, 3, 4]);
+        for token in choice.top {
+            let expected = p[token.id as usize].ln();
+            assert!((f64::from(token.logprob) - expected).abs() < 1e-6, "{token:?} {expected}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_drawn_as_often_as_temperature_and_top_p_say() {
+        let cases = [
+            (Sampling { temperature: 1.0, ..greedy() }, vec![0, 1, 2, 3, 4]),
+            (Sampling { temperature: 0.5, ..greedy() }, vec![0, 1, 2, 3, 4]),
+            // The three greatest have 0.93 of the probability.
+            (Sampling { temperature: 1.0, top_p: 0.9, ..greedy() }, vec![1, 3, 4]),
+            (Sampling { temperature: 1.0, top_p: 0.5, ..greedy() }, vec![1, 3]),
+            (Sampling { temperature: 1.0, top_p: 1e-6, ..greedy() }, vec![1]),
+        ];
+        for (sampling, among) in cases {
+            let expected = shares(&logits(), f64::from(sampling.temperature), &among);
+            let seen = frequencies(sampling.clone(), 20_000);
+            for (seen, expected) in seen.iter().zip(&expected) {
+                // Five standard deviations of the rarest and the most frequent alike.
+                assert!((seen - expected).abs() < 0.018, "{sampling:?}: {seen} {expected}");
+                assert!(*expected > 0.0 || *seen == 0.0, "{sampling:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn top_p_looks_further_where_many_tokens_are_alike() {
+        let sampling = Sampling { temperature: 1.0, top_p: 0.95, ..greedy() };
+        let ids: Vec<u32> = (0..2000)
+            .map(|index| {
+                Chooser::new(sampling.clone(), index).choose(vec![0.0; 1000]).unwrap().token.id
+            })
+            .collect();
+        assert!(ids.iter().all(|&id| id < 950), "the first 950 hold 0.95");
+        assert!(ids.iter().any(|&id| id >= 900));
+    }
+
+    #[test]
+    fn penalties_and_bias_shift_the_choice_and_not_the_log_probability() {
+        let sampling = Sampling {
+            frequency_penalty: 0.6,
+            presence_penalty: 0.5,
+            logit_bias: vec![(3, -100.0), (2, 1.5)],
+            ..greedy()
+        };
+        let mut chooser = Chooser::new(sampling, 0);
+        let chosen: Vec<TokenLogprob> =
+            (0..4).map(|_| chooser.choose(logits()).unwrap().token).collect();
+        // 1 falls from 2 to 0.9, then 4 at 1 wins and falls to −0.1, then 1 falls to 0.3.
+        assert_eq!(chosen.iter().map(|token| token.id).collect::<Vec<_>>(), [1, 4, 1, 2]);
+        assert_eq!(chosen[0].logprob, chosen[2].logprob);
+    }
+
+    #[test]
+    fn same_seed_gives_the_same_tokens_and_answers_differ() {
+        let sampling = Sampling { temperature: 2.0, ..greedy() };
+        let draw = |seed, index| -> Vec<u32> {
+            let mut chooser = Chooser::new(Sampling { seed, ..sampling.clone() }, index);
+            (0..20).map(|_| chooser.choose(logits()).unwrap().token.id).collect()
+        };
+        assert_eq!(draw(7, 0), draw(7, 0));
+        assert_ne!(draw(7, 0), draw(7, 1));
+        assert_ne!(draw(7, 0), draw(8, 0));
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_told() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut logits = logits();
+            logits[2] = bad;
+            assert_eq!(Chooser::new(greedy(), 0).choose(logits), Err(NotNumbers));
+        }
+    }
+}
