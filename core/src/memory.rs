@@ -98,9 +98,17 @@ impl MemoryEstimate {
             (false, true) => activations.max(gradients),
         };
         let frozen = if bf16 { BF16 } else { F32 };
+        let base = match hyperparameters.adapter.quantization.bits() {
+            Some(bits) => {
+                let projections = size.num_hidden_layers * size.layer_projections();
+                let blocks = (projections as f64 * bits / 8.0) as u64;
+                blocks + frozen * (weights - projections)
+            }
+            None => frozen * weights,
+        };
         Self {
             weights: match hyperparameters.adapter.kind {
-                AdapterType::Lora => frozen * weights + F32 * (adapter + start),
+                AdapterType::Lora => base + F32 * (adapter + start),
                 AdapterType::Full => F32 * weights,
             },
             gradients,
@@ -211,12 +219,17 @@ impl ModelSize {
             + self.hidden_size
     }
 
-    fn layer_parameters(&self) -> u64 {
+    /// Values of all projections of one layer.
+    fn layer_projections(&self) -> u64 {
         let projections = TARGET_MODULES.iter().map(|module| {
             let (inputs, outputs) = self.projection(module);
             inputs * outputs
         });
-        projections.sum::<u64>() + 2 * self.hidden_size
+        projections.sum()
+    }
+
+    fn layer_parameters(&self) -> u64 {
+        self.layer_projections() + 2 * self.hidden_size
     }
 
     /// What `adapter` trains of this model.
@@ -323,7 +336,7 @@ impl ModelSize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hyperparameters::{DataFacts, Hyperparameters};
+    use crate::hyperparameters::{DataFacts, Hyperparameters, Quantization};
 
     const SMOLLM2_135M: ModelSize = ModelSize {
         vocab_size: 49_152,
@@ -350,11 +363,14 @@ mod tests {
     }
 
     fn estimate_with(fields: &serde_json::Value, tokens: u64, recompute: bool) -> MemoryEstimate {
+        let pass = PassSize { tokens, several: false, recompute };
+        MemoryEstimate::new(&SMOLLM2_135M, &resolved(fields), pass)
+    }
+
+    fn resolved(fields: &serde_json::Value) -> ResolvedHyperparameters {
         let (parsed, _) =
             Hyperparameters::parse(fields.as_object().expect("object"), "").expect("valid");
-        let resolved = parsed.resolve(&DataFacts { examples: 100, context_length: 2048 });
-        let pass = PassSize { tokens, several: false, recompute };
-        MemoryEstimate::new(&SMOLLM2_135M, &resolved, pass)
+        parsed.resolve(&DataFacts { examples: 100, context_length: 2048 })
     }
 
     #[test]
@@ -446,6 +462,21 @@ mod tests {
         assert!(half.activations * 4 < single.activations * 3, "{single} {half}");
         let (single, half) = (estimate("full", 1, false), estimate_in("bf16", "full", 1, false));
         assert_eq!(single.weights, half.weights);
+    }
+
+    #[test]
+    fn quantised_projections_take_their_bits_and_the_rest_is_as_it_was() {
+        let mut resolved = resolved(&serde_json::json!({"precision": "fp32"}));
+        let pass = PassSize { tokens: 1, several: false, recompute: false };
+        let whole = MemoryEstimate::new(&SMOLLM2_135M, &resolved, pass);
+        // 30 layers of q, k, v and o, and of gate, up and down.
+        let projections = 30 * (576 * (2 * 576 + 2 * 192) + 3 * 576 * 1536);
+        for (quantization, bits) in [(Quantization::Int8, 17), (Quantization::Nf4, 9)] {
+            resolved.adapter.quantization = quantization;
+            let less = MemoryEstimate::new(&SMOLLM2_135M, &resolved, pass);
+            assert_eq!(whole.weights - less.weights, 4 * projections - projections * bits / 16);
+            assert_eq!(MemoryEstimate { weights: whole.weights, ..less }, whole);
+        }
     }
 
     #[test]

@@ -109,7 +109,7 @@ impl Device {
     }
 
     /// Whether this is the CPU, whichever forms it takes.
-    fn is_cpu(&self) -> bool {
+    pub(crate) fn is_cpu(&self) -> bool {
         matches!(self.kind, Kind::Cpu | Kind::Portable)
     }
 

@@ -2,11 +2,14 @@
 
 use std::collections::HashMap;
 use std::ops::{Index, Range};
+use std::sync::Arc;
 
 use burn::tensor::{Device, FloatDType, Gradients, Tensor, TensorData};
 
 use crate::error::EngineError;
 use crate::ops::bf16::to_bf16;
+use crate::ops::linear::Weight;
+use crate::ops::quantized::QuantizedMatrix;
 
 /// A tensor as files and checkpoints know it: Hugging Face's or PEFT's name, f32 values, row major.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +55,9 @@ pub(crate) struct Parameter {
 #[derive(Debug, Default)]
 pub(crate) struct Parameters {
     entries: Vec<Parameter>,
+    /// Frozen matrices in blocks. Their entries hold no values, and no checkpoint has them: they are
+    /// made anew from the base model.
+    blocks: HashMap<ParameterId, Arc<QuantizedMatrix>>,
     /// Whether products multiply bf16.
     bf16: bool,
 }
@@ -67,7 +73,7 @@ impl Index<ParameterId> for Parameters {
 impl Parameters {
     /// None yet; products will multiply bf16, or else f32.
     pub(crate) fn new(bf16: bool) -> Self {
-        Self { entries: Vec::new(), bf16 }
+        Self { entries: Vec::new(), blocks: HashMap::new(), bf16 }
     }
 
     /// Whether products multiply bf16, and what backward passes read is kept in it.
@@ -77,9 +83,31 @@ impl Parameters {
 
     /// A base model's matrix as products take it: in bf16 where they multiply that. One that trains
     /// is rounded from its f32 values, to which the gradient passes.
+    /// One in blocks is decoded as a whole; [`Parameters::projection_weight`] leaves it as it is.
     pub(crate) fn weight(&self, id: ParameterId) -> Tensor<2> {
-        let value = self[id].clone();
+        let value = match self.blocks.get(&id) {
+            Some(blocks) => {
+                let values = TensorData::new(blocks.to_dense(), blocks.dims());
+                Tensor::from_data(values, &self[id].device())
+            }
+            None => self[id].clone(),
+        };
         if self.bf16 { to_bf16(value) } else { value }
+    }
+
+    /// The same as a projection takes it.
+    pub(crate) fn projection_weight(&self, id: ParameterId) -> Weight {
+        match self.blocks.get(&id) {
+            Some(blocks) => Weight::Quantized { matrix: Arc::clone(blocks), bf16: self.bf16 },
+            None => self.weight(id).into(),
+        }
+    }
+
+    /// Stores a frozen matrix in blocks, for a model on `device`.
+    pub(crate) fn push_blocks(&mut self, blocks: QuantizedMatrix, device: &Device) -> ParameterId {
+        let id = self.push(Tensor::zeros([1, 1], device), false, Vec::new());
+        self.blocks.insert(id, Arc::new(blocks));
+        id
     }
 
     /// Stores a tensor that carries no autodiff.
@@ -119,7 +147,8 @@ impl Parameters {
             learning_rate_factor: 1.0,
             names: Vec::new(),
         };
-        Self { entries: self.entries.iter().map(freeze).collect(), bf16: self.bf16 }
+        let entries = self.entries.iter().map(freeze).collect();
+        Self { entries, blocks: self.blocks.clone(), bf16: self.bf16 }
     }
 
     /// The same parameters on `device`, for a replica of the model: apart in the autodiff graph,
@@ -132,7 +161,8 @@ impl Parameters {
             learning_rate_factor: entry.learning_rate_factor,
             names: entry.names.clone(),
         };
-        Self { entries: self.entries.iter().map(copy).collect(), bf16: self.bf16 }
+        let entries = self.entries.iter().map(copy).collect();
+        Self { entries, blocks: self.blocks.clone(), bf16: self.bf16 }
     }
 
     /// Adds the gradients of a replica to these, and clears them there.
@@ -156,6 +186,13 @@ impl Parameters {
     #[cfg(test)]
     pub(crate) fn ids(&self) -> impl Iterator<Item = ParameterId> + use<> {
         (0..self.entries.len()).map(ParameterId)
+    }
+
+    /// How many numbers are kept.
+    #[cfg(test)]
+    pub(crate) fn elements(&self) -> usize {
+        let kept = self.ids().filter(|id| !self.blocks.contains_key(id));
+        kept.map(|id| self[id].dims().iter().product::<usize>()).sum()
     }
 
     /// The parameters that train.

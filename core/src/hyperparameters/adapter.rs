@@ -28,6 +28,32 @@ pub enum InitLoraWeights {
     Pissa,
 }
 
+/// How the frozen weights of the projections are kept while an adapter trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// As numbers.
+    #[default]
+    None,
+    /// In blocks of 64 whole numbers of 8 bits with one scale: 8.5 bits a weight.
+    Int8,
+    /// In blocks of 64 codes of 16 normal quantiles with one scale (QLoRA, Dettmers et al. 2023):
+    /// 4.5 bits a weight.
+    Nf4,
+}
+
+impl Quantization {
+    /// Bits that a weight takes, its share of the scale included; None for numbers.
+    #[must_use]
+    pub fn bits(self) -> Option<f64> {
+        match self {
+            Self::None => None,
+            Self::Int8 => Some(8.5),
+            Self::Nf4 => Some(4.5),
+        }
+    }
+}
+
 /// The seven projections of a decoder layer, by Hugging Face's names.
 pub const TARGET_MODULES: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -81,6 +107,9 @@ pub struct AdapterConfig {
     /// Only the last so many decoder layers train: their adapters, or with full fine-tuning their
     /// weights and those of the final norm, while embedding and head are frozen. 0 for all.
     pub trainable_layers: usize,
+    /// How the frozen weights of the projections are kept. The adapter learns beside the quantised
+    /// weights, and goes on these or on the original ones.
+    pub quantization: Quantization,
 }
 
 impl Default for AdapterConfig {
@@ -96,6 +125,7 @@ impl Default for AdapterConfig {
             init_lora_weights: InitLoraWeights::Default,
             loraplus_lr_ratio: 1.0,
             trainable_layers: 0,
+            quantization: Quantization::None,
         }
     }
 }
@@ -145,7 +175,7 @@ impl AdapterConfig {
         })
     }
 
-    /// A setting that means nothing beside the others: its name, and what it must be.
+    /// A setting that means nothing or cannot be computed beside the others: its name, and what it must be.
     pub(super) fn misplaced(&self) -> Option<(&'static str, &'static str)> {
         match self.kind {
             AdapterType::Full if self.use_dora => {
@@ -155,6 +185,22 @@ impl AdapterConfig {
                 "init_lora_weights",
                 "left out beside \"type\": \"full\", which has no adapter",
             )),
+            AdapterType::Full if self.quantization != Quantization::None => Some((
+                "quantization",
+                "\"none\" beside \"type\": \"full\": quantized weights are frozen, and only an adapter \
+                 beside them can train; set \"type\": \"lora\", or leave quantization out",
+            )),
+            AdapterType::Lora
+                if self.init_lora_weights == InitLoraWeights::Pissa
+                    && self.quantization != Quantization::None =>
+            {
+                Some((
+                    "init_lora_weights",
+                    "\"default\" beside quantization: with PiSSA the quantized weights would be what \
+                     it leaves of the base model's, and no base model elsewhere has those to put the \
+                     adapter on; leave one of the two out",
+                ))
+            }
             AdapterType::Lora
                 if self.init_lora_weights == InitLoraWeights::Pissa && self.use_dora =>
             {

@@ -17,7 +17,8 @@ mod schema;
 mod tests;
 
 pub use adapter::{
-    AdapterConfig, AdapterType, InitLoraWeights, TARGET_MODULES, fused_module_of, target_modules_of,
+    AdapterConfig, AdapterType, InitLoraWeights, Quantization, TARGET_MODULES, fused_module_of,
+    target_modules_of,
 };
 pub use method::{Method, PreferenceLoss};
 pub use optimization::{LrScheduler, MuonLearningRate, OnDivergence, Optimizer};

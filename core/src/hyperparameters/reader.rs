@@ -1,7 +1,7 @@
 //! Reading hyperparameters out of a request; every error names its field, its value and the rule.
 
 use super::Auto;
-use super::adapter::{AdapterConfig, AdapterType, InitLoraWeights, TARGET_MODULES};
+use super::adapter::{AdapterConfig, AdapterType, InitLoraWeights, Quantization, TARGET_MODULES};
 use crate::errors::{ApiError, ErrorCode};
 use serde::de::{DeserializeOwned, Deserializer, Visitor, value::Error as Refused};
 use serde::{Deserialize as _, forward_to_deserialize_any};
@@ -130,7 +130,7 @@ impl Reader<'_> {
         };
         let path = format!("{}.adapter", self.path);
         let reader = Reader { fields, path: &path, notes: self.notes };
-        const KNOWN: [&str; 10] = [
+        const KNOWN: [&str; 11] = [
             "type",
             "r",
             "alpha",
@@ -141,6 +141,7 @@ impl Reader<'_> {
             "init_lora_weights",
             "loraplus_lr_ratio",
             "trainable_layers",
+            "quantization",
         ];
         if let Some((name, value)) = fields.iter().find(|(key, _)| !KNOWN.contains(&key.as_str())) {
             return Err(reader.invalid(
@@ -183,6 +184,11 @@ impl Reader<'_> {
         let trainable_layers = reader.integer("trainable_layers", closed(0.0, 4096.0))?;
         adapter.trainable_layers =
             trainable_layers.unwrap_or_else(|| adapter.trainable_layers as u64) as usize;
+        if let Some(value) = reader.given("quantization") {
+            adapter.quantization = Quantization::deserialize(value).map_err(|_| {
+                reader.invalid("quantization", value, "\"none\", \"int8\" or \"nf4\"")
+            })?;
+        }
         if let Some((name, rule)) = adapter.misplaced() {
             return Err(reader.invalid(name, &fields[name], rule));
         }

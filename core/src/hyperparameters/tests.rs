@@ -63,6 +63,10 @@ fn a_value_out_of_range_is_refused_naming_parameter_value_and_range() {
         json!({"adapter": {"type": "full", "init_lora_weights": "pissa"}}),
         json!({"adapter": {"trainable_layers": -1}}),
         json!({"adapter": {"trainable_layers": 1.5}}),
+        json!({"adapter": {"quantization": "int4"}}),
+        json!({"adapter": {"quantization": true}}),
+        json!({"adapter": {"type": "full", "quantization": "nf4"}}),
+        json!({"adapter": {"init_lora_weights": "pissa", "quantization": "int8"}}),
         json!({"learning_rate": 1e-4, "learning_rate_multiplier": 2}),
     ] {
         let error = parse(&bad).expect_err(&bad.to_string());
@@ -350,4 +354,19 @@ fn a_supervised_job_has_no_preference_hyperparameters() {
     let pairs = resolve_pairs(&json!({"preference_loss": "orpo"})).to_wire();
     assert_eq!((&pairs["beta"], &pairs["preference_loss"]), (&json!(0.1), &json!("orpo")));
     assert_eq!(parse_pairs(&json!({})).expect("valid").to_wire()["beta"], "auto");
+}
+
+#[test]
+fn weights_are_quantised_when_asked_for_and_an_older_jobs_are_not() {
+    for (word, quantization) in
+        [("none", Quantization::None), ("int8", Quantization::Int8), ("nf4", Quantization::Nf4)]
+    {
+        let adapter = resolve(&json!({"adapter": {"quantization": word, "use_dora": true}}), 20).adapter;
+        assert_eq!(adapter.quantization, quantization);
+        assert_eq!(serde_json::to_value(&adapter).expect("json")["quantization"], word);
+    }
+    let stored = json!({"type": "lora", "r": 4, "alpha": 8.0, "dropout": 0.0,
+        "target_modules": ["q_proj"], "use_rslora": false});
+    let read: AdapterConfig = serde_json::from_value(stored).expect("readable");
+    assert_eq!((read.r, read.quantization), (4, Quantization::None));
 }

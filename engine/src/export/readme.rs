@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use tunesmith_core::hyperparameters::{AdapterType, InitLoraWeights, Method, PreferenceLoss};
+use tunesmith_core::hyperparameters::{
+    AdapterType, InitLoraWeights, Method, PreferenceLoss, Quantization,
+};
 
 use super::JobFacts;
 
@@ -68,6 +70,11 @@ pub(super) fn readme(facts: &JobFacts<'_>) -> String {
             ),
         }
     }
+    match adapter.quantization {
+        Quantization::None => {}
+        Quantization::Int8 => row("frozen weights in training", &"blocks of 64 in 8 bits (int8)"),
+        Quantization::Nf4 => row("frozen weights in training", &"blocks of 64 in 4 bits (NF4)"),
+    }
     row("seed", &spec.seed);
     row("n_epochs", &hyperparameters.n_epochs);
     row("batch_size", &hyperparameters.batch_size);
@@ -100,5 +107,20 @@ pub(super) fn readme(facts: &JobFacts<'_>) -> String {
         AdapterType::Full => "In this directory",
     };
     let _ = write!(text, "\n{place}:\n\n```python\n{snippet}```\n");
+    if adapter.quantization != Quantization::None {
+        text.push_str(
+            "\nThe adapter learned beside quantised weights. It goes on the original base model, and \
+             that is what it is merged into where merged weights are asked for; what it then says \
+             differs a little from what was measured in training.",
+        );
+        if adapter.quantization == Quantization::Nf4 {
+            text.push_str(
+                " For the very weights of training, load the base model with \
+                 `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=\"nf4\", \
+                 bnb_4bit_compute_dtype=torch.float32)`.",
+            );
+        }
+        text.push('\n');
+    }
     text
 }

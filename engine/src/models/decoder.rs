@@ -126,7 +126,7 @@ impl<'a> Pass<'a> {
         let dropout = self.dropout.map(|key| (key, index));
         let project = |projection: &Projection, x, residual| {
             let low_rank = decoder.low_rank(parameters, projection, dropout);
-            linear(x, parameters.weight(projection.weight), residual, low_rank)
+            linear(x, parameters.projection_weight(projection.weight), residual, low_rank)
         };
         decoder.layer(parameters, &decoder.layers[index], x, project, |qkv| {
             let (scores, rotary) = (decoder.scores(index), &self.rotary[index]);

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use half::bf16;
-use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, Precision, target_modules_of};
+use tunesmith_core::hyperparameters::{
+    AdapterConfig, AdapterType, Precision, Quantization, target_modules_of,
+};
 
 use super::config::ModelConfig;
 use super::decoder::{AdaptedModule, Adapter, Decoder, HeadNorms, Layer, Projection};
@@ -14,6 +16,7 @@ use crate::adapters::pissa::{Start, residual};
 use crate::device::Device;
 use crate::error::EngineError;
 use crate::ops::bf16::is_bf16;
+use crate::ops::quantized::{BlockFormat, QuantizedMatrix};
 use crate::parameter::{NamedRows, NamedSource, ParameterId, Parameters};
 
 /// Builds the decoder of `dir`, and what `adapter` trains of it. With `bf16`, products multiply
@@ -32,9 +35,16 @@ pub(crate) fn load(
         AdapterType::Lora => Some(Lora::new(adapter, seed)?),
         AdapterType::Full => None,
     };
+    if adapter.quantization != Quantization::None && !device.is_cpu() {
+        return Err(EngineError::Adapter(format!(
+            "quantized weights are computed on the CPU only: set adapter.quantization to \"none\" \
+             to train on {device}, or train on the device cpu"
+        )));
+    }
     let mut loader = Loader {
         weights: WeightFiles::open(dir)?,
         parameters: Parameters::new(bf16),
+        blocks: lora.as_ref().and_then(|_| BlockFormat::of(adapter.quantization)),
         lora,
         trained: Trained::of(adapter, config.num_hidden_layers)?,
         trains: false,
@@ -61,6 +71,7 @@ pub(crate) fn load_frozen(
         weights: WeightFiles::open(dir)?,
         parameters: Parameters::new(false),
         lora: None,
+        blocks: None,
         trained: Trained::nothing(config.num_hidden_layers),
         trains: false,
         start: None,
@@ -78,6 +89,8 @@ struct Loader<'a> {
     parameters: Parameters,
     /// None for full fine-tuning.
     lora: Option<Lora>,
+    /// What frozen projections are kept in; None for numbers.
+    blocks: Option<BlockFormat>,
     trained: Trained,
     /// Whether the weights that are being read train.
     trains: bool,
@@ -224,6 +237,7 @@ impl Loader<'_> {
             None => Ok(false),
         };
         let (mut magnitudes, mut starts) = (Vec::new(), Vec::new());
+        let mut quantized = self.blocks.map(|format| QuantizedMatrix::new(format, inputs));
         let mut values = Vec::new();
         let mut names = Vec::new();
         let mut end = 0;
@@ -239,14 +253,24 @@ impl Loader<'_> {
                 weight = residual(weight, shape, &start, lora.scale, self.device.burn())?;
                 starts.push(start);
             }
-            if lora.as_ref().is_some_and(|lora| lora.dora) && is_adapted(module)? {
-                if self.bf16 {
-                    // The lengths are those of the weight as it is stored.
-                    round_to_bf16(&mut weight);
+            let has_magnitudes =
+                lora.as_ref().is_some_and(|lora| lora.dora) && is_adapted(module)?;
+            if let Some(quantized) = &mut quantized {
+                check_finite(&weight, &name)?;
+                quantized.push_rows(&weight);
+            }
+            if has_magnitudes {
+                // The lengths are those of the weight as it is stored.
+                match &quantized {
+                    Some(quantized) => quantized.decode_rows(end, &mut weight),
+                    None if self.bf16 => round_to_bf16(&mut weight),
+                    None => {}
                 }
                 magnitudes.extend(row_lengths(&weight, inputs, &name)?);
             }
-            if values.is_empty() {
+            if quantized.is_some() {
+                // The numbers are let go of, module by module.
+            } else if values.is_empty() {
                 values = weight
             } else {
                 values.extend(weight)
@@ -255,7 +279,10 @@ impl Loader<'_> {
             end = rows.end;
             names.push(NamedRows { name, rows, shape: shape.to_vec() });
         }
-        let weight = self.push(values, [end, inputs], self.trains, names.clone());
+        let weight = match quantized {
+            Some(quantized) => self.parameters.push_blocks(quantized, self.device.burn()),
+            None => self.push(values, [end, inputs], self.trains, names.clone()),
+        };
         let bias = if has_bias {
             let paths = modules.iter().map(|module| (path(module), module.outputs));
             Some(self.bias(paths.collect())?)
@@ -418,6 +445,16 @@ fn round_to_bf16(values: &mut [f32]) {
     values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
 }
 
+/// A block that holds a number that is none would lose all its others.
+fn check_finite(weight: &[f32], name: &str) -> Result<(), EngineError> {
+    match weight.iter().find(|value| !value.is_finite()) {
+        Some(value) => Err(EngineError::Model(format!(
+            "weight {name} holds {value}, which cannot be quantized: fetch the model again"
+        ))),
+        None => Ok(()),
+    }
+}
+
 const HEAD: &str = "lm_head.weight";
 
 #[cfg(test)]
@@ -445,6 +482,20 @@ mod tests {
             parameters.accumulate(&mut loss.backward());
             let with_gradient = parameters.trainable().filter(|p| p.gradient().is_some()).count();
             assert_eq!((with_gradient, parameters.trainable().count()), (count, count));
+        }
+    }
+
+    #[test]
+    fn quantised_projections_are_nowhere_kept_as_numbers() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/families/llama");
+        let elements = |quantization| {
+            let adapter = AdapterConfig { quantization, r: 3, ..AdapterConfig::default() };
+            load(&dir, &adapter, 0, &Device::cpu(), false, None).unwrap().1.elements()
+        };
+        // q, k, v and o: (40 + 20 + 20)·24 + 24·40; gate, up and down: 3·24·40.
+        let projections = 3 * (80 * 24 + 24 * 40 + 3 * 24 * 40);
+        for quantization in [Quantization::Int8, Quantization::Nf4] {
+            assert_eq!(elements(Quantization::None) - elements(quantization), projections);
         }
     }
 }

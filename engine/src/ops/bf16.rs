@@ -83,7 +83,7 @@ mod tests {
             let (a, b, magnitude) = (inputs[2].clone(), inputs[3].clone(), inputs.get(4).cloned());
             let parts = vec![LowRankPart { outputs: 0..10, dropout: None }].into();
             let low_rank = LowRank { a, b, scale: 0.5, magnitude, parts };
-            form(inputs[0].clone(), inputs[1].clone(), None, Some(low_rank))
+            form(inputs[0].clone(), inputs[1].clone().into(), None, Some(low_rank))
         };
         let in_bf16 = weight.clone().cast(FloatDType::BF16);
         // Plain LoRA, and DoRA.

@@ -15,6 +15,8 @@
 //! dW       = dyᵀ·x,  dresidual = dy
 //! ```
 //!
+//! W may be kept in quantised blocks; it is then frozen, and dW is not asked for.
+//!
 //! B·A is never formed: with r far below the width, the two thin products cost next to nothing.
 //!
 //! DoRA gives each adapted output a magnitude m. With n the lengths of the rows of Wᵢ + s·Bᵢ·Aᵢ,
@@ -34,9 +36,27 @@ use std::sync::Arc;
 
 use burn::tensor::{FloatDType, Tensor, TensorData};
 
-use super::bf16::matmul;
+use super::bf16::{matmul, to_bf16};
 use super::dropout::Dropout;
+use super::quantized::QuantizedMatrix;
 use super::{cpu, on_cpu};
+
+/// W.
+#[derive(Debug, Clone)]
+pub(crate) enum Weight {
+    Dense(Box<Tensor<2>>),
+    Quantized {
+        matrix: Arc<QuantizedMatrix>,
+        /// Whether what it decodes to is multiplied as bf16.
+        bf16: bool,
+    },
+}
+
+impl From<Tensor<2>> for Weight {
+    fn from(weight: Tensor<2>) -> Self {
+        Self::Dense(Box::new(weight))
+    }
+}
 
 /// The low-rank branch beside a projection.
 #[derive(Debug, Clone)]
@@ -76,10 +96,11 @@ impl LowRank {
 /// `x` `[tokens, in]` to `[tokens, out]`; `residual` has the shape of the output.
 pub(crate) fn linear(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: impl Into<Weight>,
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
+    let weight = weight.into();
     if on_cpu(&x) {
         cpu::linear::linear(x, weight, residual, low_rank)
     } else {
@@ -89,10 +110,18 @@ pub(crate) fn linear(
 
 pub(super) fn portable(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: Weight,
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
+    let weight = match weight {
+        Weight::Dense(weight) => *weight,
+        Weight::Quantized { matrix, bf16 } => {
+            let values = TensorData::new(matrix.to_dense(), matrix.dims());
+            let weight = Tensor::from_data(values, &x.device());
+            if bf16 { to_bf16(weight) } else { weight }
+        }
+    };
     let plain = matmul(x.clone(), weight.clone().transpose());
     let has_magnitudes = low_rank.as_ref().is_some_and(|low_rank| low_rank.magnitude.is_some());
     let base = has_magnitudes.then(|| plain.clone());
@@ -151,7 +180,9 @@ fn mask(dropout: Dropout, x: &Tensor<2>) -> Tensor<2> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::quantized::BlockFormat;
     use crate::ops::testing::{assert_gradients_equal, random};
+    use crate::parameter::read;
 
     /// Compares both forms: inputs are x, W, residual, and A and B when there are `parts`.
     fn assert_forms_equal(
@@ -193,7 +224,7 @@ mod tests {
                 magnitude: rest.next(),
                 parts: parts.into(),
             });
-            form(inputs[0].clone(), inputs[1].clone(), residual, low_rank)
+            form(inputs[0].clone(), Weight::from(inputs[1].clone()), residual, low_rank)
         };
         assert_gradients_equal(
             &inputs,
@@ -258,5 +289,55 @@ mod tests {
         for with_residual in [false, true] {
             assert_adapted_forms_equal([9, 8, 10], 2, &parts, with_residual, true);
         }
+    }
+
+    /// Compares both forms over a quantised weight: inputs are x, residual, A and B.
+    fn assert_quantised_forms_equal(
+        format: BlockFormat,
+        [tokens, input, output]: [usize; 3],
+        parts: &[LowRankPart],
+    ) {
+        let rank = 3;
+        let adapted = parts.iter().map(|part| part.outputs.len()).sum();
+        let mut matrix = QuantizedMatrix::new(format, input);
+        matrix.push_rows(&read(random([output, input], 2)).unwrap());
+        let matrix = Arc::new(matrix);
+        let inputs = [
+            random([tokens, input], 1),
+            random([tokens, output], 3),
+            random([parts.len() * rank, input], 4),
+            random([adapted, rank], 5),
+        ];
+        let call = |form: fn(_, _, _, _) -> Tensor<2>, inputs: &[Tensor<2>]| {
+            let low_rank = LowRank {
+                a: inputs[2].clone(),
+                b: inputs[3].clone(),
+                scale: 0.7,
+                magnitude: None,
+                parts: parts.into(),
+            };
+            let weight = Weight::Quantized { matrix: Arc::clone(&matrix), bf16: false };
+            form(inputs[0].clone(), weight, Some(inputs[1].clone()), Some(low_rank))
+        };
+        assert_gradients_equal(
+            &inputs,
+            |inputs| call(cpu::linear::linear, inputs),
+            |inputs| call(portable, inputs),
+        );
+    }
+
+    #[test]
+    fn quantised_weights_equal_the_portable_form() {
+        let dropped = [
+            LowRankPart { outputs: 0..6, dropout: Some(Dropout::new(0.3, 11)) },
+            LowRankPart { outputs: 8..10, dropout: Some(Dropout::new(0.3, 12)) },
+        ];
+        for format in [BlockFormat::Int8, BlockFormat::Nf4] {
+            assert_quantised_forms_equal(format, [9, 70, 10], &[part(0..6), part(8..10)]);
+            assert_quantised_forms_equal(format, [9, 70, 10], &dropped);
+        }
+        // Several blocks of k and panels of every size, and a width that is odd.
+        assert_quantised_forms_equal(BlockFormat::Nf4, [40, 1601, 701], &[part(0..300)]);
+        assert_quantised_forms_equal(BlockFormat::Int8, [1, 1600, 700], &[part(500..700)]);
     }
 }

@@ -22,6 +22,7 @@ pub(crate) mod linear;
 pub mod measure;
 pub(crate) mod muon;
 pub(crate) mod neftune;
+pub(crate) mod quantized;
 pub(crate) mod rms_norm;
 pub(crate) mod row_linear;
 pub(crate) mod squares;

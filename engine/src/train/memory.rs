@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{AdapterType, ResolvedHyperparameters};
+use tunesmith_core::hyperparameters::{AdapterType, Quantization, ResolvedHyperparameters};
 use tunesmith_core::memory::{MemoryEstimate, PassSize, Size};
 
 use crate::error::EngineError;
@@ -97,8 +97,12 @@ impl Planner<'_> {
     }
 
     fn refusal(&self, estimate: &MemoryEstimate, longest_row: usize) -> EngineError {
-        let lora = match self.hyperparameters.adapter.kind {
+        let adapter = &self.hyperparameters.adapter;
+        let smaller = match adapter.kind {
             AdapterType::Full => "train a LoRA adapter (adapter.type \"lora\"), ",
+            AdapterType::Lora if adapter.quantization == Quantization::None => {
+                "keep the frozen weights in fewer bits (adapter.quantization \"nf4\"), "
+            }
             AdapterType::Lora => "",
         };
         EngineError::Input(ApiError::new(
@@ -106,7 +110,7 @@ impl Planner<'_> {
             format!(
                 "The job needs about {estimate} for rows of up to {longest_row} tokens, and the \
                  worker has {} free, of which {:.0} % may be planned for. Lower max_seq_length, \
-                 {lora}choose a smaller base model, or run a worker with more memory.",
+                 {smaller}choose a smaller base model, or run a worker with more memory.",
                 Size(self.available.unwrap_or_default()),
                 USABLE * 100.0,
             ),

@@ -5,7 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tunesmith_core::hyperparameters::{AdapterConfig, Auto, DataFacts, Hyperparameters, Precision};
+use tunesmith_core::hyperparameters::{
+    AdapterConfig, Auto, DataFacts, Hyperparameters, Precision, Quantization,
+};
 use tunesmith_core::memory::{MemoryEstimate, PassSize};
 use tunesmith_engine::models::config::ModelConfig;
 use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
@@ -19,12 +21,15 @@ fn model_dir() -> PathBuf {
 }
 
 /// Every part of the estimate is in one of them.
-const CASES: [&str; 4] = ["lora", "lora-bf16-recomputed", "full-bf16", "full-recomputed"];
+const CASES: [&str; 4] = ["lora-nf4", "lora-bf16-recomputed", "full-bf16", "full-recomputed"];
 
 /// What a case trains and in which numbers, and whether it computes layers again.
 fn case(name: &str) -> (AdapterConfig, Precision, bool) {
-    let adapter =
+    let mut adapter =
         if name.starts_with("full") { AdapterConfig::full() } else { AdapterConfig::default() };
+    if name.contains("nf4") {
+        adapter.quantization = Quantization::Nf4;
+    }
     let precision = if name.contains("bf16") { Precision::Bf16 } else { Precision::Fp32 };
     (adapter, precision, name.ends_with("recomputed"))
 }

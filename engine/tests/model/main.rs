@@ -12,6 +12,7 @@ mod parallel;
 mod portable;
 mod precision;
 mod preference;
+mod quantization;
 mod reference;
 mod reference_training;
 #[path = "../support/rerun.rs"]

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use tunesmith_core::dataset::{Message, Role};
-use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::hyperparameters::{AdapterConfig, Quantization};
 use tunesmith_engine::export::export_merged;
 use tunesmith_engine::sample::{self, answer};
 use tunesmith_engine::{NamedTensor, TrainableModel};
@@ -159,6 +159,33 @@ fn a_pissa_adapter_goes_on_the_original_base_model_with_twice_the_rank() {
         let base = logits(&load(&bench.base(), &AdapterConfig::full()));
         assert!(distance(&base, &untrained) < 1e-5, "it starts as the base model");
     }
+}
+
+#[test]
+fn an_adapter_over_quantised_weights_is_merged_into_the_original_ones_and_says_so() {
+    let bench = Bench::new(6);
+    let (dir, adapter) = trained_lora(&bench, json!({"r": 3, "quantization": "nf4"}));
+    assert_eq!(adapter.quantization, Quantization::Nf4);
+    let readme = fs::read_to_string(dir.join("README.md")).expect("README");
+    assert!(readme.contains("4 bits (NF4)"), "{readme}");
+    assert!(readme.contains("goes on the original base model"), "{readme}");
+    assert!(readme.contains("load_in_4bit=True"), "{readme}");
+
+    let merged = bench.dir.path().join("merged");
+    export_merged(&bench.base(), &dir, &merged).expect("merged");
+    let merged = logits(&load(&merged, &AdapterConfig::full()));
+    let with_adapter = |adapter: &AdapterConfig| {
+        let mut model = load(&bench.base(), adapter);
+        let tensors = read_safetensors(&dir.join("adapter_model.safetensors"));
+        let named = |(name, (shape, data))| NamedTensor { name, shape, data };
+        model.load_trainable_tensors(tensors.into_iter().map(named).collect()).expect("it fits");
+        logits(&model)
+    };
+    let distance =
+        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0_f32, f32::max);
+    let original = AdapterConfig { quantization: Quantization::None, ..adapter.clone() };
+    assert!(distance(&merged, &with_adapter(&original)) < 1e-5);
+    assert!(distance(&merged, &with_adapter(&adapter)) > 1e-3, "training saw other weights");
 }
 
 #[test]

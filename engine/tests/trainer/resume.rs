@@ -121,6 +121,15 @@ fn fine_tuning_of_the_last_layer_goes_on_bit_equal() {
 }
 
 #[test]
+fn an_adapter_over_quantised_weights_goes_on_bit_equal() {
+    for quantization in ["int8", "nf4"] {
+        ten_straight_equal_four_and_six(
+            json!({"r": 3, "dropout": 0.2, "quantization": quantization}),
+        );
+    }
+}
+
+#[test]
 fn full_fine_tuning_goes_on_bit_equal_in_the_middle_of_an_epoch() {
     ten_straight_equal_four_and_six(json!({"type": "full"}));
 }

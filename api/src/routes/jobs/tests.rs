@@ -95,7 +95,8 @@ async fn a_new_job_is_shown_as_the_sdks_declare_it() {
               "use_dora": false,
               "init_lora_weights": "default",
               "loraplus_lr_ratio": 1.0,
-              "trainable_layers": 0
+              "trainable_layers": 0,
+              "quantization": "none"
             }
           }
         }

@@ -5,15 +5,16 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-use super::bf16::{rounded, widened_part};
+use super::bf16::rounded;
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
 use super::linear::{Branch, base_product, drop_elements, dropped, like};
 use super::step::{Node, absent, contiguous, dims, from_values, matrix, tensor, values};
+use super::weight::Stored;
 use crate::ops::linear::LowRankPart;
 
 /// Columns that one thread sums over all rows: the order of a sum depends on nothing else.
@@ -24,7 +25,10 @@ const ROWS_PER_TASK: usize = 32;
 /// What the operation depends on.
 pub(super) struct Inputs {
     pub(super) x: Node,
-    pub(super) weight: Node,
+    /// Whether x is rounded to bf16.
+    pub(super) rounds: bool,
+    pub(super) weight: Stored,
+    pub(super) weight_node: Node,
     pub(super) residual: Option<Node>,
     pub(super) a: Node,
     pub(super) b: Node,
@@ -32,12 +36,12 @@ pub(super) struct Inputs {
 }
 
 pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> Tensor<2> {
-    let Inputs { x, weight, residual, a, b, magnitude } = inputs;
+    let Inputs { x, rounds, weight, weight_node, residual, a, b, magnitude } = inputs;
     let residual_or_absent = residual.clone().unwrap_or_else(absent);
     let step = WeightDecomposed
         .prepare::<NoCheckpointing>([
             x.node(),
-            weight.node(),
+            weight_node.node(),
             residual_or_absent.node(),
             a.node(),
             b.node(),
@@ -45,12 +49,12 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
         ])
         .compute_bound();
 
-    let [x, weight, a, b, magnitude] =
-        [x, weight, a, b, magnitude].map(|input| contiguous(input.into_primitive()));
+    let [x, a, b, magnitude] =
+        [x, a, b, magnitude].map(|input| contiguous(input.into_primitive()));
     // As in plain LoRA: beside a weight in bf16, the input is rounded once.
-    let x = if weight.dtype() == DType::BF16 { rounded(&x) } else { x };
+    let x = if rounds { rounded(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));
-    let ([tokens, _], [outputs, _]) = (dims(&x), dims(&weight));
+    let ([tokens, _], [outputs, _]) = (dims(&x), weight.dims());
     let mut branch = Branch::new(a, b, scale, parts);
     let lengths = lengths(&branch, &weight);
     let gains = gains(&branch, values(&magnitude), &lengths, outputs);
@@ -62,7 +66,7 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
         for (part, _, _) in branch.parts() {
             let dropped = dropped(&x, part.dropout);
             let target = MatMut::new(&mut u, tokens, outputs).columns(part.outputs.clone());
-            let weight = matrix(&weight).rows(part.outputs.clone());
+            let weight = weight.view().rows(part.outputs.clone());
             gemm(target, 1.0, like(&dropped, &x), weight.t(), Threads::Shared);
         }
         y.par_iter_mut().zip(&u).for_each(|(y, u)| *y -= u);
@@ -100,7 +104,7 @@ struct WeightDecomposed;
 #[derive(Debug, Clone)]
 struct Saved {
     x: FlexTensor,
-    weight: FlexTensor,
+    weight: Stored,
     branch: Branch,
     /// m, row below row as in B.
     magnitude: FlexTensor,
@@ -144,7 +148,7 @@ impl Backward<Flex, 6> for WeightDecomposed {
         }
         if let Some(parent) = weight_node {
             let dw = saved.weight_gradient(&dy, du_view);
-            gradients.register::<Flex>(parent.id, from_values(dw, dims(weight)));
+            gradients.register::<Flex>(parent.id, from_values(dw, weight.dims()));
         }
         if let (Some(dz), Some(parent)) = (&dz, x_node) {
             let mut dx = saved.base_x_gradient(&dy, du_view);
@@ -159,8 +163,8 @@ impl Backward<Flex, 6> for WeightDecomposed {
 
 /// n: the lengths of the rows of Wᵢ + s·Bᵢ·Aᵢ, row below row as in B. The rows are made a few at a
 /// time, in f32; their squares are summed in f64.
-fn lengths(branch: &Branch, weight: &FlexTensor) -> Vec<f32> {
-    let [_, input] = dims(weight);
+fn lengths(branch: &Branch, weight: &Stored) -> Vec<f32> {
+    let [_, input] = weight.dims();
     let scale = branch.scale;
     let mut lengths = vec![0.0; dims(&branch.b)[0]];
     for (part, a_rows, b_rows) in branch.parts() {
@@ -171,7 +175,7 @@ fn lengths(branch: &Branch, weight: &FlexTensor) -> Vec<f32> {
             let rows = task * ROWS_PER_TASK..task * ROWS_PER_TASK + lengths.len();
             let start = (first_output + rows.start) * input;
             let mut scratch = Vec::new();
-            let base = widened_part(weight, start..start + lengths.len() * input, &mut scratch);
+            let base = weight.part(start..start + lengths.len() * input, &mut scratch);
             let sum = product_plus(base, scale, b.rows(rows), a, Threads::One);
             for (length, row) in lengths.iter_mut().zip(sum.chunks_exact(input)) {
                 *length = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt() as f32;
@@ -227,7 +231,7 @@ impl Saved {
         if !branch.has_dropout() {
             return product(1.0, du.t(), matrix(x), Threads::Shared);
         }
-        let [outputs, input] = dims(weight);
+        let [outputs, input] = weight.dims();
         let mut dw = product(1.0, matrix(dy).t(), matrix(x), Threads::Shared);
         let rest = self.rest(dy);
         let rest = MatRef::new(&rest, dims(dy)[0], outputs);
@@ -245,15 +249,15 @@ impl Saved {
     fn base_x_gradient(&self, dy: &FlexTensor, du: MatRef<'_>) -> Vec<f32> {
         let Self { x, weight, branch, .. } = self;
         if !branch.has_dropout() {
-            return product(1.0, du, matrix(weight), Threads::Shared);
+            return product(1.0, du, weight.view(), Threads::Shared);
         }
         let [tokens, input] = dims(x);
-        let mut dx = product(1.0, matrix(dy), matrix(weight), Threads::Shared);
+        let mut dx = product(1.0, matrix(dy), weight.view(), Threads::Shared);
         let rest = self.rest(dy);
-        let rest = MatRef::new(&rest, tokens, dims(weight)[0]);
+        let rest = MatRef::new(&rest, tokens, weight.dims()[0]);
         for (part, _, _) in branch.parts() {
             let rest = rest.columns(part.outputs.clone());
-            let rows = matrix(weight).rows(part.outputs.clone());
+            let rows = weight.view().rows(part.outputs.clone());
             let mut update = product(1.0, rest, rows, Threads::Shared);
             if let Some(dropout) = part.dropout {
                 drop_elements(&mut update, dropout, input);

@@ -15,21 +15,29 @@ use super::bf16::{rounded, widened_values};
 use super::dora::{self, Inputs};
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
 use super::step::{absent, contiguous, dims, from_values, matrix, node, tensor, values};
+use super::weight::Stored;
+use crate::ops::bf16::is_bf16;
 use crate::ops::dropout::Dropout;
-use crate::ops::linear::{LowRank, LowRankPart};
+use crate::ops::linear::{LowRank, LowRankPart, Weight};
 
 pub(in crate::ops) fn linear(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: Weight,
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
-    let (x, weight) = (node(x), node(weight));
+    let x = node(x);
+    let rounds = match &weight {
+        Weight::Dense(weight) => is_bf16(weight),
+        Weight::Quantized { bf16, .. } => *bf16,
+    };
+    let (weight, weight_node) = Stored::of(weight);
     let residual = residual.map(node);
     let (a, b, branch) = match low_rank {
         Some(LowRank { a, b, scale, magnitude: Some(magnitude), parts }) => {
             let [a, b, magnitude] = [a, b, magnitude].map(node);
-            let inputs = Inputs { x, weight, residual, a, b, magnitude };
+            let inputs =
+                Inputs { x, rounds, weight, weight_node, residual, a, b, magnitude };
             return dora::linear(inputs, scale, parts);
         }
         Some(LowRank { a, b, scale, magnitude: None, parts }) => {
@@ -41,18 +49,18 @@ pub(in crate::ops) fn linear(
     let step = Linear
         .prepare::<NoCheckpointing>([
             x.node(),
-            weight.node(),
+            weight_node.node(),
             residual_or_absent.node(),
             a.node(),
             b.node(),
         ])
         .compute_bound();
 
-    let (x, weight) = (contiguous(x.into_primitive()), contiguous(weight.into_primitive()));
+    let x = contiguous(x.into_primitive());
     // Beside a weight in bf16, the input is rounded once, for the backward pass too.
-    let x = if weight.dtype() == DType::BF16 { rounded(&x) } else { x };
+    let x = if rounds { rounded(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));
-    let ([tokens, _], [outputs, _]) = (dims(&x), dims(&weight));
+    let ([tokens, _], [outputs, _]) = (dims(&x), weight.dims());
     let mut y = base_product(&x, &weight, residual.as_ref());
     let branch = branch.map(|(scale, parts)| {
         let (a, b) = (contiguous(a.into_primitive()), contiguous(b.into_primitive()));
@@ -70,10 +78,10 @@ pub(in crate::ops) fn linear(
 /// x·Wᵀ, added to the residual where there is one.
 pub(super) fn base_product(
     x: &FlexTensor,
-    weight: &FlexTensor,
+    weight: &Stored,
     residual: Option<&FlexTensor>,
 ) -> Vec<f32> {
-    let (x, weight) = (matrix(x), matrix(weight).t());
+    let (x, weight) = (matrix(x), weight.view().t());
     match residual {
         Some(residual) => product_plus(values(residual), 1.0, x, weight, Threads::Shared),
         None => product(1.0, x, weight, Threads::Shared),
@@ -86,7 +94,7 @@ struct Linear;
 #[derive(Debug, Clone)]
 struct Saved {
     x: FlexTensor,
-    weight: FlexTensor,
+    weight: Stored,
     branch: Option<Branch>,
 }
 
@@ -129,10 +137,14 @@ impl Backward<Flex, 5> for Linear {
         }
         if let Some(parent) = weight_node {
             let dw = product(1.0, dy_view.t(), matrix(&x), Threads::Shared);
-            gradients.register::<Flex>(parent.id, from_values(dw, dims(&weight)));
+            gradients.register::<Flex>(parent.id, from_values(dw, weight.dims()));
         }
         if let Some(parent) = x_node {
-            let mut dx = product(1.0, dy_view, matrix(&weight), Threads::Shared);
+            let mut dx = if x.dtype() == DType::BF16 {
+                product(1.0, matrix(&rounded(&dy)), weight.view(), Threads::Shared)
+            } else {
+                product(1.0, dy_view, weight.view(), Threads::Shared)
+            };
             if let Some((branch, dz)) = &dz {
                 branch.add_x_gradient(dz, &mut dx, dims(&x));
             }

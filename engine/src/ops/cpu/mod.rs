@@ -9,6 +9,7 @@ pub(super) mod gemm;
 mod isa;
 mod math;
 mod step;
+mod weight;
 
 pub(super) mod adafactor;
 pub(super) mod adamw;

@@ -2,7 +2,7 @@
 //!
 //! A product of f32 by f32 is computed in f32. Where one of the operands is bf16 in memory, the
 //! other is rounded to bf16 as well (to nearest, ties to even), so that the numbers are of one
-//! class on every CPU, whether or not it multiplies bf16 itself.
+//! class on every CPU, whether or not it multiplies bf16 itself. Encoded elements count as f32.
 //!
 //! [`drive`] cuts a product into tiles, [`pack`] lays the operands out for them, and a [`leaf`]
 //! computes them: [`avx512`], [`avx2`] or [`portable`], chosen at run time.
@@ -48,7 +48,6 @@ const PARALLEL_MIN_MULTIPLY_ADDS: usize = 4_000_000;
 pub(in crate::ops) enum Elements<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
-    #[cfg_attr(not(test), expect(dead_code, reason = "no weight is quantised yet"))]
     /// Decoded while the operand is packed.
     Encoded(&'a dyn Decode),
 }
@@ -58,7 +57,7 @@ pub(in crate::ops) trait Decode: Sync {
     /// How many elements there are.
     fn len(&self) -> usize;
 
-    /// Writes the elements from number `first` on. They are then rounded to bf16.
+    /// Writes the elements from number `first` on.
     fn decode(&self, first: usize, values: &mut [f32]);
 }
 
@@ -71,8 +70,8 @@ impl Elements<'_> {
         }
     }
 
-    fn is_f32(&self) -> bool {
-        matches!(self, Self::F32(_))
+    fn is_bf16(&self) -> bool {
+        matches!(self, Self::Bf16(_))
     }
 
     /// What packing reads from element `first` on; None where it must be decoded.
@@ -343,7 +342,8 @@ unsafe fn write(
         }
         return;
     }
-    let class = if a.elements.is_f32() && b.elements.is_f32() { Class::Fp32 } else { Class::Bf16 };
+    let class =
+        if a.elements.is_bf16() || b.elements.is_bf16() { Class::Bf16 } else { Class::Fp32 };
     let leaf = leaf.unwrap_or_else(|| Leaf::of(Isa::detect(), class));
     let multiply_adds = c.rows * c.columns * a.columns;
     let product = Product {
