@@ -232,9 +232,10 @@ class Service:
     def messages(self, job_id):
         return [event.message for event in self.events(job_id)]
 
-    def weights(self, model, directory, weights_format="adapter"):
+    def weights(self, model, directory, weights_format="adapter", storage=None):
         """Downloads and unpacks a model's weights; gives the directory."""
         path = f"/models/{urllib.request.quote(model, safe='')}/weights?format={weights_format}"
+        path += f"&type={storage}" if storage else ""
         status, _, body = self.request("GET", path)
         assert status == 200, (status, body[:500])
         directory.mkdir(parents=True)

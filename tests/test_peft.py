@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import SMOLLM2, TINY, random_model
 from harness import PATIENCE_SECONDS, SMOLLM2_DIR, TUNESMITH
 from peft import PeftModel
 from rows import chat, sums
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LOGITS = TUNESMITH.parent / "examples/logits"
@@ -42,6 +44,36 @@ def token_ids(directory, row):
 
 def base_model(directory):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def check_gguf(service, model, storage, merged, tmp_path):
+    """The GGUF has llama.cpp's names and the blocks that its Python package makes of the merged weights."""
+    directory = service.weights(model, tmp_path / storage, weights_format="gguf", storage=storage)
+    assert f"FROM ./model-{storage}.gguf\n" in (directory / "Modelfile").read_text()
+    reader = gguf.GGUFReader(directory / f"model-{storage}.gguf")
+    text = {name: bytes(field.parts[field.data[0]]).decode() for name, field in reader.fields.items()
+            if field.types == [gguf.GGUFValueType.STRING]}
+    assert text["tokenizer.chat_template"] == AutoTokenizer.from_pretrained(merged).chat_template
+    config = AutoConfig.from_pretrained(merged)
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == text["general.architecture"])
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    tables = {name for name in found if name.startswith("rope_factors_")}
+    weights = load_file(merged / "model.safetensors")
+    assert len(found) - len(tables) == len(weights)
+    for name, weight in weights.items():
+        values = weight.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads and text["general.architecture"] == "llama":
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if name.endswith("norm.weight") and text["general.architecture"].startswith("gemma"):
+            values = values + 1
+        tensor = found[names.get_name(name, try_suffixes=(".weight",))]
+        whole_blocks = values.shape[-1] % 32 == 0
+        wanted = storage.upper() if whole_blocks else "F16"
+        assert tensor.tensor_type.name == (wanted if values.ndim == 2 else "F32"), name
+        assert np.array_equal(tensor.data, gguf.quants.quantize(values, tensor.tensor_type)), name
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -94,6 +126,7 @@ def test_the_weights_of_other_families_give_our_logits_in_peft_and_merged(servic
 
     merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
     assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
+    check_gguf(service, job.fine_tuned_model, "f16", merged, tmp_path)
 
 
 def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(service, tmp_path):
@@ -115,3 +148,4 @@ def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(serv
     merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
     assert not (merged / "adapter_config.json").exists()
     assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
+    check_gguf(service, job.fine_tuned_model, "q8_0", merged, tmp_path)

@@ -23,7 +23,7 @@ use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
 
-const SAFETENSORS: &str = ".safetensors";
+pub(crate) const SAFETENSORS: &str = ".safetensors";
 const README: &str = "README.md";
 /// Bytes of the header's length, at the start of a safetensors file.
 const LENGTH_BYTES: u64 = 8;
@@ -80,17 +80,22 @@ pub(crate) async fn entries(store: &Store, model: &Model) -> Result<Vec<Entry>, 
 }
 
 /// A safetensors file whose header is read.
-struct TensorFile {
+pub(crate) struct TensorFile {
     objects: Objects,
     key: ObjectKey,
     bytes: u64,
     /// Where the tensors' data begins.
     data: u64,
-    tensors: HashMap<String, TensorInfo>,
+    /// The tensors by name.
+    pub(crate) tensors: HashMap<String, TensorInfo>,
 }
 
 impl TensorFile {
-    async fn open(objects: &Objects, key: ObjectKey, bytes: u64) -> Result<Self, Failure> {
+    pub(crate) async fn open(
+        objects: &Objects,
+        key: ObjectKey,
+        bytes: u64,
+    ) -> Result<Self, Failure> {
         let wrong = |reason: String| Failure::internal(format!("{key}: {reason}"));
         let length = read(objects, &key, 0..LENGTH_BYTES.min(bytes)).await?;
         let length = <[u8; LENGTH_BYTES as usize]>::try_from(length.as_ref())
@@ -118,25 +123,44 @@ impl TensorFile {
         read(&self.objects, &self.key, self.place(tensor)).await.map_err(ContentError::from)
     }
 
-    async fn numbers_of(&self, name: &str) -> Result<Vec<f32>, ContentError> {
+    pub(crate) async fn numbers_of(&self, name: &str) -> Result<Vec<f32>, ContentError> {
+        let (tensor, float) = self.floats(name)?;
+        Ok(float.decode(&self.bytes_of(tensor).await?))
+    }
+
+    /// The numbers of some rows; those of a vector are its values.
+    pub(crate) async fn rows_of(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, ContentError> {
+        let (tensor, float) = self.floats(name)?;
+        let row = (tensor.shape.iter().skip(1).product::<usize>() * float.size()) as u64;
+        let start = self.place(tensor).start;
+        let place = start + rows.start as u64 * row..start + rows.end as u64 * row;
+        Ok(float.decode(&read(&self.objects, &self.key, place).await?))
+    }
+
+    fn floats(&self, name: &str) -> Result<(&TensorInfo, FloatType), ContentError> {
         let wrong =
             |reason: &str| ContentError::Merge { name: name.to_owned(), reason: reason.to_owned() };
         let tensor = self.tensors.get(name).ok_or_else(|| wrong("it is not in its file"))?;
         let float = float_type(tensor).ok_or_else(|| wrong("it does not hold floats"))?;
-        Ok(float.decode(&self.bytes_of(tensor).await?))
+        Ok((tensor, float))
     }
 }
 
 /// A LoRA adapter and which weight each pair of its matrices adapts.
-struct Adapter {
-    file: TensorFile,
-    pairs: BTreeMap<String, LoraPair>,
-    rank: usize,
-    scale: f32,
+pub(crate) struct Adapter {
+    pub(crate) file: TensorFile,
+    /// By the name of the weight that is adapted.
+    pub(crate) pairs: BTreeMap<String, LoraPair>,
+    pub(crate) rank: usize,
+    pub(crate) scale: f32,
 }
 
 impl Adapter {
-    async fn open(
+    pub(crate) async fn open(
         objects: &Objects,
         weights: &ObjectPrefix,
         base_has: impl Fn(&str) -> bool,
@@ -154,7 +178,12 @@ impl Adapter {
     }
 
     /// Whether `pair` can be merged into `weight`: said before the first byte is sent.
-    fn check_fit(&self, name: &str, weight: &TensorInfo, pair: &LoraPair) -> Result<(), Failure> {
+    pub(crate) fn check_fit(
+        &self,
+        name: &str,
+        weight: &TensorInfo,
+        pair: &LoraPair,
+    ) -> Result<(), Failure> {
         let (Some(_), &[outputs, inputs]) = (float_type(weight), weight.shape.as_slice()) else {
             return Err(Failure::internal(format!(
                 "{name} has the type {:?} and the shape {:?}: no adapter merges into that",

@@ -1,21 +1,23 @@
-//! `GET /v1/models/{name}/weights?format=adapter|merged`: a tuned model's or a checkpoint's
+//! `GET /v1/models/{name}/weights?format=adapter|merged|gguf`: a tuned model's or a checkpoint's
 //! weights as a tar archive, written while it is sent.
 
 use crate::archive::archive;
 use crate::auth::Authenticated;
-use crate::failure::Failure;
+use crate::failure::{Failure, invalid_value};
 use crate::query::Query;
 use crate::routes::models::base_model;
 use crate::server::AppState;
-use crate::{merged, stored, streaming, warnings};
+use crate::{gguf, merged, stored, streaming, warnings};
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_TYPE, ContentDisposition};
 use actix_web::{HttpResponse, web};
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::gguf::StorageType;
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_store::StoreError;
 
 pub(super) const ADAPTER: &str = "adapter";
 pub(super) const MERGED: &str = "merged";
+pub(super) const GGUF: &str = "gguf";
 
 /// Sends the weights.
 pub(crate) async fn download(
@@ -24,7 +26,8 @@ pub(crate) async fn download(
     name: web::Path<String>,
     query: Query,
 ) -> Result<HttpResponse, Failure> {
-    let format = query.word("format", &[ADAPTER, MERGED])?;
+    let format = query.word("format", &[ADAPTER, MERGED, GGUF])?;
+    let storage = storage(&query, format)?;
     let model = match state.store.model(&caller.project_id, &name).await {
         Err(StoreError::NotFound { .. }) => {
             let base = base_model(&state, &name).await?;
@@ -34,6 +37,7 @@ pub(crate) async fn download(
     };
     let mut warning = Vec::new();
     let entries = match (model.hyperparameters.adapter.kind, format) {
+        (_, GGUF) => gguf::entries(&state.store, &model, storage).await?,
         (AdapterType::Lora, MERGED) => merged::entries(&state.store, &model).await?,
         (AdapterType::Lora, _) => stored::entries(&state.store, &model).await?,
         (AdapterType::Full, format) => {
@@ -60,6 +64,16 @@ pub(crate) async fn download(
             archive.bytes,
             archive.content,
         )))
+}
+
+/// How the matrices of a GGUF are stored.
+fn storage(query: &Query, format: &str) -> Result<StorageType, ApiError> {
+    let name = query.word("type", &StorageType::ALL.map(StorageType::name))?;
+    if format != GGUF && query.text("type").is_some() {
+        return Err(invalid_value("type", name, "left out, as it belongs to format=gguf"));
+    }
+    let storage = StorageType::ALL.into_iter().find(|storage| storage.name() == name);
+    Ok(storage.unwrap_or(StorageType::F16))
 }
 
 fn only_tuned(name: &str) -> ApiError {

@@ -48,4 +48,5 @@ pub use shown_row::{ShownRow, ShownToken};
 pub use tokenize::{TokenizeOptions, TokenizedRow, tokenize_row};
 pub use tokenize_pair::{TokenizedAnswer, TokenizedPair, tokenize_pair};
 pub use tokenizer::{ChatTokenizer, TokenizerError};
+pub(crate) use tokenizer_files::{chat_templates, named_special_tokens};
 pub use windows::tokenize_windows;

@@ -259,7 +259,7 @@ impl ChatTokenizer {
     }
 
     /// The token that this model's texts begin with, if they do; a chat template writes its own.
-    pub(super) const fn begin_id(&self) -> Option<u32> {
+    pub(crate) const fn begin_id(&self) -> Option<u32> {
         self.begin_id
     }
 

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 /// The variables that transformers gives to chat templates, with their texts.
-pub(super) fn named_special_tokens(config: &Map<String, Value>) -> Vec<(&'static str, String)> {
+pub(crate) fn named_special_tokens(config: &Map<String, Value>) -> Vec<(&'static str, String)> {
     const NAMES: [&str; 7] = [
         "bos_token",
         "eos_token",
@@ -72,7 +72,7 @@ pub(super) fn begins_every_text(
 }
 
 /// The chat templates by name; the only one is called `default`.
-pub(super) fn chat_templates<'a>(
+pub(crate) fn chat_templates<'a>(
     config: &'a Map<String, Value>,
     file: Option<&'a str>,
 ) -> Vec<(&'a str, &'a str)> {

@@ -361,7 +361,8 @@ fn weights_are_quantised_when_asked_for_and_an_older_jobs_are_not() {
     for (word, quantization) in
         [("none", Quantization::None), ("int8", Quantization::Int8), ("nf4", Quantization::Nf4)]
     {
-        let adapter = resolve(&json!({"adapter": {"quantization": word, "use_dora": true}}), 20).adapter;
+        let adapter =
+            resolve(&json!({"adapter": {"quantization": word, "use_dora": true}}), 20).adapter;
         assert_eq!(adapter.quantization, quantization);
         assert_eq!(serde_json::to_value(&adapter).expect("json")["quantization"], word);
     }

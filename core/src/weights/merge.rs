@@ -118,27 +118,65 @@ pub fn merge_lora(
     if inputs == 0 || rank == 0 {
         return Ok(());
     }
-    let mut product = vec![0.0f32; inputs];
+    let mut values = vec![0.0f32; inputs];
     let rows = weight.chunks_exact_mut(inputs * float.size()).zip(b.chunks_exact(rank));
     for (output, (row, b_row)) in rows.enumerate() {
-        product.fill(0.0);
-        for (&factor, a_row) in b_row.iter().zip(a.chunks_exact(inputs)) {
-            for (sum, &value) in product.iter_mut().zip(a_row) {
-                *sum += factor * value;
-            }
+        for (value, number) in values.iter_mut().zip(row.chunks_exact(float.size())) {
+            *value = float.read(number);
         }
-        for (number, sum) in row.chunks_exact(float.size()).zip(&mut product) {
-            *sum = float.read(number) + scale * *sum;
-        }
-        let gain = magnitude.map_or(1.0, |magnitude| {
-            let squares: f64 = product.iter().map(|&x| f64::from(x).powi(2)).sum();
-            f64::from(magnitude[output]) / squares.sqrt()
-        });
-        for (number, &sum) in row.chunks_exact_mut(float.size()).zip(&product) {
-            float.write((f64::from(sum) * gain) as f32, number);
+        merge_row(&mut values, a, b_row, scale, magnitude.map(|magnitude| magnitude[output]));
+        for (number, &value) in row.chunks_exact_mut(float.size()).zip(&values) {
+            float.write(value, number);
         }
     }
     Ok(())
+}
+
+/// The same for some rows of the weight that are f32 already, and for those rows of B and of the
+/// magnitude alone.
+///
+/// # Errors
+/// When a size differs from `[rows, inputs]` and the rank; the weight is then untouched.
+pub fn merge_lora_rows(
+    weight: &mut [f32],
+    inputs: usize,
+    factors: &LoraFactors<'_>,
+) -> Result<(), MergeError> {
+    let &LoraFactors { a, b, rank, scale, magnitude } = factors;
+    let rows = weight.len() / inputs.max(1);
+    check("weight", weight.len(), rows, inputs)?;
+    check("adapter's A", a.len(), rank, inputs)?;
+    check("adapter's B", b.len(), rows, rank)?;
+    if let Some(magnitude) = magnitude {
+        check("adapter's magnitude", magnitude.len(), rows, 1)?;
+    }
+    if inputs == 0 || rank == 0 {
+        return Ok(());
+    }
+    for (row, (values, b_row)) in
+        weight.chunks_exact_mut(inputs).zip(b.chunks_exact(rank)).enumerate()
+    {
+        merge_row(values, a, b_row, scale, magnitude.map(|magnitude| magnitude[row]));
+    }
+    Ok(())
+}
+
+/// Adds scale · b·A to one row, and brings it to its magnitude.
+fn merge_row(row: &mut [f32], a: &[f32], b: &[f32], scale: f32, magnitude: Option<f32>) {
+    let mut product = vec![0.0f32; row.len()];
+    for (&factor, a_row) in b.iter().zip(a.chunks_exact(row.len())) {
+        for (sum, &value) in product.iter_mut().zip(a_row) {
+            *sum += factor * value;
+        }
+    }
+    for (value, sum) in row.iter_mut().zip(product) {
+        *value += scale * sum;
+    }
+    if let Some(magnitude) = magnitude {
+        let squares: f64 = row.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let gain = f64::from(magnitude) / squares.sqrt();
+        row.iter_mut().for_each(|value| *value = (f64::from(*value) * gain) as f32);
+    }
 }
 
 fn check(part: &'static str, found: usize, rows: usize, columns: usize) -> Result<(), MergeError> {

@@ -10,5 +10,5 @@ pub use lora_tensors::{
     projection_tensor_name,
 };
 pub use manifest::{MANIFEST_NAME, Manifest, ManifestFile};
-pub use merge::{FloatType, LoraFactors, MergeError, merge_lora};
+pub use merge::{FloatType, LoraFactors, MergeError, merge_lora, merge_lora_rows};
 pub use peft::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig, PeftError};

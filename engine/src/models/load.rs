@@ -253,8 +253,7 @@ impl Loader<'_> {
                 weight = residual(weight, shape, &start, lora.scale, self.device.burn())?;
                 starts.push(start);
             }
-            let has_magnitudes =
-                lora.as_ref().is_some_and(|lora| lora.dora) && is_adapted(module)?;
+            let has_magnitudes = lora.as_ref().is_some_and(|lora| lora.dora) && is_adapted(module)?;
             if let Some(quantized) = &mut quantized {
                 check_finite(&weight, &name)?;
                 quantized.push_rows(&weight);

@@ -165,7 +165,8 @@ mod tests {
                 .flat_map(|(rows, low_rank)| {
                     let part = |x: &Tensor<2>| x.clone().slice([rows.clone(), 0..x.dims()[1]]);
                     let (x, residual) = (part(&x), part(&residual));
-                    read(linear::portable(x, weight.clone().into(), Some(residual), low_rank)).unwrap()
+                    read(linear::portable(x, weight.clone().into(), Some(residual), low_rank))
+                        .unwrap()
                 })
                 .collect();
             let stored = if bf16 { weight.cast(FloatDType::BF16) } else { weight };

@@ -133,8 +133,7 @@ fn greatest_errors(quantization: Quantization, precision: Precision) -> (f64, f6
     let reference = reference("adapters/quantized_lora.json");
     let word = serde_json::to_value(quantization).unwrap();
     let reference = &reference[word.as_str().unwrap()];
-    let expected =
-        numbers(&reference["losses"]).into_iter().zip(numbers(&reference["grad_norms"]));
+    let expected = numbers(&reference["losses"]).into_iter().zip(numbers(&reference["grad_norms"]));
     let params = AdamWParams { learning_rate: 2e-4, ..AdamWParams::default() };
     let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
     let examples = examples(0.0);

@@ -18,12 +18,13 @@ use crate::routes::organization::project_keys::KeyObject as ProjectKeyObject;
 use crate::routes::organization::projects::ProjectObject;
 use crate::routes::uploads::{PartObject, UploadObject};
 use crate::routes::webhook_endpoints::{self, EndpointObject};
-use crate::routes::weights::{ADAPTER, MERGED};
+use crate::routes::weights::{ADAPTER, GGUF, MERGED};
 use crate::telemetry;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Value, json};
 use tunesmith_core::dataset::FileReport;
 use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::gguf::StorageType;
 use tunesmith_core::metrics::MAX_ROW_LOSSES;
 
 /// Names in examples; the tests put real ones in their place.
@@ -627,8 +628,18 @@ fn of_models(generator: &mut SchemaGenerator) -> [Operation; 4] {
         .text("A tar archive with a manifest of the files' SHA-256 sums.")
         .query(
             "format",
-            json!({ "type": "string", "enum": [ADAPTER, MERGED], "default": ADAPTER }),
-            "The adapter alone, or the base model with it merged in.",
+            json!({ "type": "string", "enum": [ADAPTER, MERGED, GGUF], "default": ADAPTER }),
+            "The adapter alone, or the base model with it merged in: as a Hugging Face directory, \
+             or as one GGUF file for llama.cpp and Ollama.",
+        )
+        .query(
+            "type",
+            json!({
+                "type": "string",
+                "enum": StorageType::ALL.map(StorageType::name),
+                "default": StorageType::F16.name(),
+            }),
+            "How the matrices of a GGUF are stored; only with `format=gguf`.",
         )
         .errors([ErrorCode::WeightsNotAvailable])
         .content(200, "application/x-tar", json!({})),

@@ -125,15 +125,36 @@ async fn an_adapter_that_fits_no_weight_of_the_base_is_refused_before_the_first_
 }
 
 #[tokio::test]
+async fn a_model_that_gguf_cannot_hold_is_refused_before_the_first_byte() {
+    let api = TestApi::start().await.with_base_model().await;
+    let path = tuned(&api, lora()).await;
+    let error = api.get(&format!("{path}/weights?format=gguf")).await.error(400);
+    assert_eq!(
+        (&error["code"], &error["param"]),
+        (&json!("weights_not_available"), &json!("format"))
+    );
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("config.json has no whole number"), "{message}");
+
+    let error = api.get(&format!("{path}/weights?format=merged&type=q8_0")).await.error(400);
+    assert_eq!(error["param"], "type");
+    let error = api.get(&format!("{path}/weights?format=gguf&type=q3")).await.error(400);
+    assert_eq!(
+        error["message"],
+        "Invalid value for 'type': q3. It must be one of f16, q8_0, q4_k_m."
+    );
+}
+
+#[tokio::test]
 async fn what_has_no_weights_says_so() {
     let api = TestApi::start().await.with_base_model().await;
     let error = api.get(&format!("/v1/models/{BASE}/weights")).await.error(400);
     assert_eq!(error["code"], "weights_not_available");
     let error = api.get("/v1/models/ft:none/weights").await.error(404);
     assert_eq!(error["message"], "The model 'ft:none' does not exist");
-    let error = api.get("/v1/models/ft:none/weights?format=gguf").await.error(400);
+    let error = api.get("/v1/models/ft:none/weights?format=zip").await.error(400);
     assert_eq!(
         error["message"],
-        "Invalid value for 'format': gguf. It must be one of adapter, merged."
+        "Invalid value for 'format': zip. It must be one of adapter, merged, gguf."
     );
 }

@@ -19,6 +19,23 @@ enum Format {
     Adapter,
     /// A Hugging Face model directory with the adapter merged into the weights
     Merged,
+    /// The same as one GGUF file for llama.cpp, with a Modelfile for Ollama
+    Gguf,
+}
+
+/// How the matrices of a GGUF are stored
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[expect(non_camel_case_types, reason = "the names by which GGUF calls its types")]
+enum StorageType {
+    /// Half precision
+    #[value(name = "f16")]
+    F16,
+    /// Blocks of 32 with 8 bits a weight
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// Blocks of 256 with 4 bits a weight, and 6 where it matters most
+    #[value(name = "q4_k_m")]
+    Q4_K_M,
 }
 
 /// Which weights, as what, where to.
@@ -29,6 +46,9 @@ pub(crate) struct Args {
     /// What comes out
     #[arg(long, default_value = "adapter")]
     format: Format,
+    /// How the matrices of a GGUF are stored; f16 without it
+    #[arg(long = "type", value_name = "TYPE")]
+    storage: Option<StorageType>,
     /// A directory that is new or empty; the model's name in the working directory without it
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -43,9 +63,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     unpack::refuse_occupied(&output)?;
     let client = args.server.client()?;
     let format = args.format.to_possible_value().context("a format without a name")?;
-    let request = client
+    let mut request = client
         .request(Method::GET, &["models", &args.name, "weights"])
         .query(&[("format", format.get_name())]);
+    if let Some(storage) = args.storage.and_then(|storage| storage.to_possible_value()) {
+        request = request.query(&[("type", storage.get_name())]);
+    }
     let reply = client.send(request).await?;
     let bar = bars::bytes(reply.content_length());
     let counted = bar.clone();

@@ -9,6 +9,8 @@ mod tensors;
 mod tokenizer;
 
 #[cfg(test)]
+mod round_trip;
+#[cfg(test)]
 mod tests;
 
 use std::path::Path;

@@ -49,8 +49,7 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
         ])
         .compute_bound();
 
-    let [x, a, b, magnitude] =
-        [x, a, b, magnitude].map(|input| contiguous(input.into_primitive()));
+    let [x, a, b, magnitude] = [x, a, b, magnitude].map(|input| contiguous(input.into_primitive()));
     // As in plain LoRA: beside a weight in bf16, the input is rounded once.
     let x = if rounds { rounded(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));

@@ -36,8 +36,7 @@ pub(in crate::ops) fn linear(
     let (a, b, branch) = match low_rank {
         Some(LowRank { a, b, scale, magnitude: Some(magnitude), parts }) => {
             let [a, b, magnitude] = [a, b, magnitude].map(node);
-            let inputs =
-                Inputs { x, rounds, weight, weight_node, residual, a, b, magnitude };
+            let inputs = Inputs { x, rounds, weight, weight_node, residual, a, b, magnitude };
             return dora::linear(inputs, scale, parts);
         }
         Some(LowRank { a, b, scale, magnitude: None, parts }) => {

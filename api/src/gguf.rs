@@ -1,0 +1,239 @@
+//! A tuned model as a GGUF file that is made while it is sent: an adapter is merged, and what comes
+//! out is changed and encoded a few rows at a time.
+
+use crate::archive::Entry;
+use crate::failure::Failure;
+use crate::merged::{Adapter, SAFETENSORS, TensorFile};
+use crate::stored::{entry, manifest};
+use crate::streaming::{Content, ContentError};
+use bytes::Bytes;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use std::ops::Range;
+use std::sync::Arc;
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::gguf::{ModelFiles, Plan, PlannedTensor, Source, StorageType};
+use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_core::weights::{LoraFactors, LoraPair, Manifest, merge_lora_rows};
+use tunesmith_store::Store;
+use tunesmith_store::models::Model;
+use tunesmith_store::objects::{ObjectPrefix, Objects};
+
+const README: &str = "README.md";
+
+/// The file, Ollama's `Modelfile` and the job's facts.
+///
+/// # Errors
+/// A model that GGUF cannot hold, an adapter that does not fit the base model, or files that cannot
+/// be read: all of it before the first byte is sent.
+pub(crate) async fn entries(
+    store: &Store,
+    model: &Model,
+    storage: StorageType,
+) -> Result<Vec<Entry>, Failure> {
+    let objects = store.objects();
+    let weights = model.weights();
+    let is_adapter = model.hyperparameters.adapter.kind == AdapterType::Lora;
+    let (directory, files) = if is_adapter {
+        let base = store.base_model_by_id(&model.base_model_id).await?;
+        (ObjectPrefix::BaseModel(base.id), base.manifest)
+    } else {
+        (model.weights(), manifest(objects, &weights).await?)
+    };
+    let mut tensors = Vec::new();
+    for file in files.files.iter().filter(|file| file.name.ends_with(SAFETENSORS)) {
+        tensors.push(TensorFile::open(objects, directory.file(&*file.name), file.bytes).await?);
+    }
+    let adapter = if is_adapter {
+        let base_has = |name: &str| tensors.iter().any(|file| file.tensors.contains_key(name));
+        let adapter = Adapter::open(objects, &weights, base_has).await?;
+        for (name, pair) in &adapter.pairs {
+            if let Some(tensor) = tensors.iter().find_map(|file| file.tensors.get(name)) {
+                adapter.check_fit(name, tensor, pair)?;
+            }
+        }
+        Some(adapter)
+    } else {
+        None
+    };
+
+    let small = SmallFiles::read(objects, &directory, &files).await?;
+    let shapes: Vec<(String, Vec<usize>)> = tensors
+        .iter()
+        .flat_map(|file| file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())))
+        .collect();
+    let name = model.name.clone();
+    let plan = tokio::task::spawn_blocking(move || {
+        let shapes = shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+        Plan::new(&name, &small.files(), shapes, storage)
+    })
+    .await
+    .map_err(Failure::internal)?
+    .map_err(|error| {
+        ApiError::new(ErrorCode::WeightsNotAvailable, format!("{error}.")).with_param("format")
+    })?;
+
+    let facts = manifest(objects, &weights).await?.files.into_iter().find(|f| f.name == README);
+    let Plan { file_name, head, tensors: planned, modelfile } = plan;
+    let bytes = head.len() + planned.iter().map(|t| t.bytes() + t.padding()).sum::<usize>();
+    let export = Arc::new(Export { planned, tensors, adapter });
+    let count = export.planned.len();
+    let content = stream::iter(0..count)
+        .flat_map(move |index| tensor_content(Arc::clone(&export), index))
+        .boxed();
+    let mut entries = vec![
+        Entry {
+            name: file_name,
+            bytes: bytes as u64,
+            sha256: None,
+            open: Box::pin(async move { Ok(piece(head).chain(content).boxed()) }),
+        },
+        Entry {
+            name: "Modelfile".to_owned(),
+            bytes: modelfile.len() as u64,
+            sha256: None,
+            open: Box::pin(async move { Ok(piece(modelfile.into_bytes())) }),
+        },
+    ];
+    entries.extend(
+        facts.map(|file| entry(objects, &weights, file.name, file.bytes, Some(file.sha256))),
+    );
+    Ok(entries)
+}
+
+/// The small files of a Hugging Face directory.
+struct SmallFiles {
+    config: Bytes,
+    tokenizer: Bytes,
+    tokenizer_config: Bytes,
+    chat_template: Option<String>,
+    generation_config: Option<Bytes>,
+}
+
+impl SmallFiles {
+    async fn read(
+        objects: &Objects,
+        directory: &ObjectPrefix,
+        manifest: &Manifest,
+    ) -> Result<Self, Failure> {
+        let optional = async |name: &str| match manifest.file(name) {
+            Some(_) => objects.read(&directory.file(name)).await.map(Some),
+            None => Ok(None),
+        };
+        let chat_template = optional("chat_template.jinja").await?;
+        Ok(Self {
+            config: objects.read(&directory.file("config.json")).await?,
+            tokenizer: objects.read(&directory.file("tokenizer.json")).await?,
+            tokenizer_config: objects.read(&directory.file("tokenizer_config.json")).await?,
+            chat_template: chat_template
+                .map(|bytes| String::from_utf8(bytes.into()).map_err(Failure::internal))
+                .transpose()?,
+            generation_config: optional("generation_config.json").await?,
+        })
+    }
+
+    fn files(&self) -> ModelFiles<'_> {
+        ModelFiles {
+            config: &self.config,
+            tokenizer: &self.tokenizer,
+            tokenizer_config: &self.tokenizer_config,
+            chat_template: self.chat_template.as_deref(),
+            generation_config: self.generation_config.as_deref(),
+        }
+    }
+}
+
+/// What the content is made of.
+struct Export {
+    planned: Vec<PlannedTensor>,
+    /// The files of the base model, or of one that was trained in full.
+    tensors: Vec<TensorFile>,
+    adapter: Option<Adapter>,
+}
+
+/// The matrices of one adapted projection.
+struct Factors {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    magnitude: Option<Vec<f32>>,
+}
+
+fn tensor_content(export: Arc<Export>, index: usize) -> Content {
+    let planned = &export.planned[index];
+    let padding = piece(vec![0; planned.padding()]);
+    let pieces: Vec<Range<usize>> = planned.pieces().collect();
+    let loaded = {
+        let export = Arc::clone(&export);
+        async move { export.factors(index).await.map(Arc::new) }
+    };
+    stream::once(loaded)
+        .map_ok(move |factors| {
+            let export = Arc::clone(&export);
+            stream::iter(pieces.clone())
+                .then(move |rows| Arc::clone(&export).encoded(index, Arc::clone(&factors), rows))
+        })
+        .try_flatten()
+        .chain(padding)
+        .boxed()
+}
+
+impl Export {
+    fn pair(&self, index: usize) -> Option<(&Adapter, &LoraPair)> {
+        let Source::Weight(name) = &self.planned[index].source else { return None };
+        let adapter = self.adapter.as_ref()?;
+        Some((adapter, adapter.pairs.get(name)?))
+    }
+
+    /// The adapter of a tensor, where it has one.
+    async fn factors(&self, index: usize) -> Result<Option<Factors>, ContentError> {
+        let Some((adapter, pair)) = self.pair(index) else { return Ok(None) };
+        let magnitude = match &pair.magnitude {
+            Some(magnitude) => Some(adapter.file.numbers_of(magnitude).await?),
+            None => None,
+        };
+        let a = adapter.file.numbers_of(&pair.a).await?;
+        Ok(Some(Factors { a, b: adapter.file.numbers_of(&pair.b).await?, magnitude }))
+    }
+
+    /// Some rows as the file has them.
+    async fn encoded(
+        self: Arc<Self>,
+        index: usize,
+        factors: Arc<Option<Factors>>,
+        rows: Range<usize>,
+    ) -> Result<Bytes, ContentError> {
+        let mut values = match &self.planned[index].source {
+            Source::Values(values) => values[rows.clone()].to_vec(),
+            Source::Weight(name) => {
+                let file = self.tensors.iter().find(|file| file.tensors.contains_key(name));
+                let file = file.ok_or_else(|| failed(name, "it is in no file"))?;
+                file.rows_of(name, rows.clone()).await?
+            }
+        };
+        let encode = move || {
+            let planned = &self.planned[index];
+            if let (Some(factors), Some((adapter, _))) = (&*factors, self.pair(index)) {
+                let rank = adapter.rank;
+                let factors = LoraFactors {
+                    a: &factors.a,
+                    b: &factors.b[rows.start * rank..rows.end * rank],
+                    rank,
+                    scale: adapter.scale,
+                    magnitude: factors.magnitude.as_ref().map(|all| &all[rows]),
+                };
+                merge_lora_rows(&mut values, planned.columns(), &factors)
+                    .map_err(|error| failed(&planned.name, &error))?;
+            }
+            planned.encode(values).map_err(|error| failed(&planned.name, &error))
+        };
+        let encoded = tokio::task::spawn_blocking(encode).await;
+        encoded.map_err(|error| failed("a tensor", &error))?.map(Bytes::from)
+    }
+}
+
+fn failed(name: &str, reason: &(impl std::fmt::Display + ?Sized)) -> ContentError {
+    ContentError::Merge { name: name.to_owned(), reason: reason.to_string() }
+}
+
+fn piece(bytes: Vec<u8>) -> Content {
+    stream::once(std::future::ready(Ok(Bytes::from(bytes)))).boxed()
+}
