@@ -20,19 +20,34 @@ pub(crate) struct JsonBody {
     pub(crate) sha256: [u8; 32],
 }
 
+/// The largest body that holds a conversation or a prompt: some millions of tokens.
+const MAX_LONG_JSON_BYTES: usize = 16 << 20;
+
 /// Reads the body to its end.
 ///
 /// # Errors
 /// `payload_too_large`, `invalid_body` for one that breaks off or is not a JSON object, or
 /// `invalid_value` for text that holds U+0000.
-pub(crate) async fn read_json(mut payload: Payload) -> Result<JsonBody, Failure> {
+pub(crate) async fn read_json(payload: Payload) -> Result<JsonBody, Failure> {
+    read(payload, MAX_JSON_BYTES).await
+}
+
+/// The same for a body that may hold much text.
+///
+/// # Errors
+/// Those of [`read_json`].
+pub(crate) async fn read_long_json(payload: Payload) -> Result<JsonBody, Failure> {
+    read(payload, MAX_LONG_JSON_BYTES).await
+}
+
+async fn read(mut payload: Payload, most: usize) -> Result<JsonBody, Failure> {
     let mut body = BytesMut::new();
     while let Some(piece) = payload.next().await {
         let piece = piece.map_err(broken_body)?;
-        if body.len() + piece.len() > MAX_JSON_BYTES {
+        if body.len() + piece.len() > most {
             return Err(ApiError::new(
                 ErrorCode::PayloadTooLarge,
-                format!("The request's body is over the {MAX_JSON_BYTES} bytes that are accepted."),
+                format!("The request's body is over the {most} bytes that are accepted."),
             )
             .into());
         }

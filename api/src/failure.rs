@@ -257,9 +257,9 @@ pub(crate) fn model_not_served(model: &str) -> ApiError {
     ApiError::new(
         ErrorCode::ModelNotServed,
         format!(
-            "The model '{model}' is not served: this server trains models and does not answer with \
-             them. Download a tuned model's weights from /v1/models/{{name}}/weights and serve them \
-             with a server of your choice."
+            "The model '{model}' is not served: no sampler is running. `tunesmith up` starts one \
+             unless it is told not to; `tunesmith sampler` starts one beside an API that runs by \
+             itself."
         ),
     )
     .with_param("model")

@@ -24,6 +24,7 @@ mod query;
 mod range;
 mod routes;
 mod server;
+mod serving;
 mod stored;
 mod streaming;
 mod telemetry;

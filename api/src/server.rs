@@ -5,6 +5,7 @@ use crate::failure::Failure;
 use crate::limits::{ProjectLimits, RateLimiter, over_quota};
 use crate::live::Live;
 use crate::observe::observe;
+use crate::serving::Serving;
 use crate::telemetry::Telemetry;
 use crate::tokenizers::Tokenizers;
 use crate::webhooks::{self, AddressPolicy, IpNet};
@@ -80,6 +81,7 @@ pub(crate) struct AppState {
     pub(crate) rate: Option<RateLimiter>,
     pub(crate) prices: Prices,
     pub(crate) tokenizers: Arc<Tokenizers>,
+    pub(crate) serving: Serving,
     /// Previews that may read files at a time.
     pub(crate) previews: Semaphore,
 }
@@ -132,17 +134,23 @@ impl ApiServer {
         let live = Live::new(store.clone(), stopped);
         let webhooks = AddressPolicy::new(config.webhook_ranges.clone());
         let tokenizers = Arc::new(Tokenizers::new(store.clone()));
+        let telemetry = Telemetry::new();
+        let aliases = config.model_aliases.clone();
+        let serving =
+            Serving::new(store.clone(), Arc::clone(&tokenizers), aliases, telemetry.clone())
+                .map_err(io::Error::other)?;
         let state = web::Data::new(AppState {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
             live: live.clone(),
-            telemetry: Telemetry::new(),
+            telemetry,
             webhooks: webhooks.clone(),
             model_aliases: config.model_aliases.clone(),
             limits: config.limits,
             rate: config.limits.requests_per_minute.map(RateLimiter::new),
             prices: config.prices.clone(),
             tokenizers: Arc::clone(&tokenizers),
+            serving: serving.clone(),
             previews: Semaphore::new(MAX_PREVIEWS),
         });
         let origins = config.cors_origins.clone();
@@ -154,6 +162,8 @@ impl ApiServer {
                 .wrap(from_fn(observe))
         })
         .keep_alive(KEEP_ALIVE)
+        // Nobody waits for the answer of a client that has hung up.
+        .h1_allow_half_closed(false)
         .shutdown_timeout(SHUTDOWN_SECONDS)
         // Signals are the program's business, which has more than this server to stop.
         .disable_signals()

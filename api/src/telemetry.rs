@@ -20,6 +20,9 @@ pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 /// From a look-up to a large upload.
 const DURATION_BUCKETS: [f64; 12] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
+/// From a short prompt on a GPU to a model that is loaded first.
+const FIRST_TOKEN_BUCKETS: [f64; 12] =
+    [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0];
 /// What stands for the route of a path that there is not.
 const NO_ROUTE: &str = "none";
 /// The methods that have figures of their own.
@@ -38,6 +41,8 @@ struct Figures {
     durations: Family<RouteLabels, Histogram, fn() -> Histogram>,
     unfinished_jobs: Family<StatusLabels, Gauge<u64, AtomicU64>>,
     open_streams: Gauge<u64, AtomicU64>,
+    tokens: Family<TokenLabels, Counter>,
+    first_token: Histogram,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -51,6 +56,11 @@ struct RequestLabels {
 struct RouteLabels {
     method: String,
     route: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TokenLabels {
+    kind: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -84,7 +94,24 @@ impl Telemetry {
             "Live streams that wait for what a job says next",
             open_streams.clone(),
         );
-        Self(Arc::new(Figures { registry, requests, durations, unfinished_jobs, open_streams }))
+        let tokens = Family::default();
+        let first_token = Histogram::new(FIRST_TOKEN_BUCKETS);
+        registry.register("tokens", "Tokens of prompts and of answers", tokens.clone());
+        registry.register_with_unit(
+            "time_to_first_token",
+            "Time until a sampler gave an answer's first token",
+            Unit::Seconds,
+            first_token.clone(),
+        );
+        Self(Arc::new(Figures {
+            registry,
+            requests,
+            durations,
+            unfinished_jobs,
+            open_streams,
+            tokens,
+            first_token,
+        }))
     }
 
     /// Counts a request whose reply begins.
@@ -101,6 +128,20 @@ impl Telemetry {
         let of_route = RouteLabels { method: method.clone(), route: route.clone() };
         self.0.durations.get_or_create(&of_route).observe(elapsed.as_secs_f64());
         self.0.requests.get_or_create(&RequestLabels { method, route, status }).inc();
+    }
+
+    /// Counts the tokens of a prompt, those of it that a sampler had in memory, and those of its
+    /// answers.
+    pub(crate) fn count_tokens(&self, prompt: u64, cached: u64, completion: u64) {
+        let kinds = [("prompt", prompt), ("cached", cached), ("completion", completion)];
+        for (kind, count) in kinds {
+            self.0.tokens.get_or_create(&TokenLabels { kind }).inc_by(count);
+        }
+    }
+
+    /// Notes how long an answer's first token took.
+    pub(crate) fn observe_first_token(&self, elapsed: Duration) {
+        self.0.first_token.observe(elapsed.as_secs_f64());
     }
 
     /// All figures; those of jobs and of streams are as given.

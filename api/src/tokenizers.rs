@@ -9,8 +9,9 @@ use tunesmith_core::ids::BaseModelId;
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::{Store, StoreError};
 
-/// What a tokenizer and a chat template are read from.
-const FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+/// What a tokenizer, a chat template and the tokens that end an answer are read from.
+const FILES: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
 
 /// Those that were asked for so far.
 pub(crate) struct Tokenizers {

@@ -12,6 +12,7 @@ mod logging;
 mod parts;
 mod preview_table;
 mod rest;
+mod sampler_args;
 mod shutdown;
 mod table;
 mod unpack;
@@ -33,12 +34,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start everything on this machine: PostgreSQL, object store, API and one worker
+    /// Start everything on this machine: PostgreSQL, object store, API, a worker and a sampler
     Up(commands::up::Args),
     /// Start the REST API alone
     Api(commands::api::Args),
     /// Start a worker alone
     Worker(commands::worker::Args),
+    /// Start a sampler alone, which answers chat completions for the API
+    Sampler(commands::sampler::Args),
     /// Bring the database's tables up to date
     Migrate(commands::migrate::Args),
     /// API keys
@@ -104,6 +107,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Up(args) => commands::up::run(args).await,
             Command::Api(args) => commands::api::run(args).await,
             Command::Worker(args) => commands::worker::run(args).await,
+            Command::Sampler(args) => commands::sampler::run(args).await,
             Command::Migrate(args) => commands::migrate::run(args).await,
             Command::Keys(command) => commands::keys::run(command).await,
             Command::Projects(command) => commands::projects::run(command).await,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use tunesmith_api::{ApiConfig, ApiServer};
 use tunesmith_engine::Device;
 use tunesmith_store::Store;
-use tunesmith_worker::{TrainerCommand, WorkerConfig};
+use tunesmith_worker::{ChildCommand, WorkerConfig};
 
 /// Where the API listens unless it is told otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:8080";
@@ -44,7 +44,7 @@ pub(crate) fn worker_config(
     device: &str,
 ) -> anyhow::Result<WorkerConfig> {
     let program = std::env::current_exe().context("this program does not find itself")?;
-    let trainer = TrainerCommand { program, args: vec!["train".into()], env: Vec::new() };
+    let trainer = ChildCommand { program, args: vec!["train".into()], env: Vec::new() };
     Ok(WorkerConfig::new(cache_dir, work_dir, device, trainer))
 }
 

@@ -98,8 +98,14 @@ error_table! {
     BatchNotFound = "batch_not_found", 404, "invalid_request_error";
     /// The batch has ended.
     InvalidBatchState = "invalid_batch_state", 400, "invalid_request_error";
-    /// This server trains models and does not answer with them.
-    ModelNotServed = "model_not_served", 400, "invalid_request_error";
+    /// No sampler runs that could answer with the model.
+    ModelNotServed = "model_not_served", 503, "server_error";
+    /// The sampler failed while it answered.
+    SamplerFailed = "sampler_failed", 500, "server_error";
+    /// Prompt and answer together do not fit into the model's context.
+    ContextLengthExceeded = "context_length_exceeded", 400, "invalid_request_error";
+    /// A parameter asks for what this server does not do.
+    UnsupportedParameter = "unsupported_parameter", 400, "invalid_request_error";
     /// The weights are not there in that form.
     WeightsNotAvailable = "weights_not_available", 400, "invalid_request_error";
     /// The project sends more requests than it may for now.

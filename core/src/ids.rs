@@ -88,6 +88,8 @@ ids! {
     BaseModelId = "basemodel_";
     /// A worker process.
     WorkerId = "worker_";
+    /// A sampler process.
+    SamplerId = "sampler_";
 }
 
 /// A secret API key: `sk-` and 48 random letters and digits. Only its hash is stored.

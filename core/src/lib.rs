@@ -16,5 +16,6 @@ pub mod memory;
 pub mod metrics;
 pub mod protocol;
 pub mod sampling;
+pub mod serving;
 pub mod state;
 pub mod weights;

@@ -27,6 +27,7 @@ pub mod page;
 pub mod permissions;
 pub mod row_losses;
 mod rows;
+pub mod samplers;
 pub mod tenants;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_db;

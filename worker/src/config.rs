@@ -1,6 +1,6 @@
 //! What a worker is told at its start.
 
-use std::ffi::OsString;
+use crate::child::ChildCommand;
 use std::path::PathBuf;
 use std::time::Duration;
 use tunesmith_store::lease::LEASE_RENEWAL;
@@ -16,7 +16,7 @@ pub struct WorkerConfig {
     /// The trainer's device: `auto`, `cpu`, `cuda`, `cuda:N`, or a list of GPUs.
     pub device: String,
     /// The program that trains.
-    pub trainer: TrainerCommand,
+    pub trainer: ChildCommand,
     /// How long an idle worker waits before it looks for a job unasked. A notification wakes it
     /// sooner, so this is the wait for a job whose notification was lost or whose lease ran out.
     pub poll_interval: Duration,
@@ -37,7 +37,7 @@ impl WorkerConfig {
         cache_dir: impl Into<PathBuf>,
         work_dir: impl Into<PathBuf>,
         device: impl Into<String>,
-        trainer: TrainerCommand,
+        trainer: ChildCommand,
     ) -> Self {
         Self {
             cache_dir: cache_dir.into(),
@@ -51,15 +51,4 @@ impl WorkerConfig {
             exit_grace: Duration::from_secs(10),
         }
     }
-}
-
-/// The trainer's command line. It speaks [`tunesmith_core::protocol`] on standard input and output.
-#[derive(Debug, Clone)]
-pub struct TrainerCommand {
-    /// The executable: as a rule the worker's own.
-    pub program: PathBuf,
-    /// Its arguments.
-    pub args: Vec<OsString>,
-    /// Environment variables on top of the worker's own.
-    pub env: Vec<(OsString, OsString)>,
 }

@@ -6,6 +6,7 @@
 //! nor how training works.
 
 mod checkpoints;
+mod child;
 mod config;
 mod lease;
 mod let_go;
@@ -21,5 +22,9 @@ mod transfer;
 mod work_dir;
 mod worker;
 
-pub use config::{TrainerCommand, WorkerConfig};
+pub use child::{ChildCommand, ChildError, Exit, FramedChild};
+pub use config::WorkerConfig;
+pub use model_cache::ModelCache;
+pub use transfer::{TransferError, download_dir, read_manifest};
+pub use work_dir::WorkDir;
 pub use worker::{Worker, WorkerError};

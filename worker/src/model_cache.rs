@@ -20,13 +20,14 @@ const LOCK_POLL: Duration = Duration::from_millis(200);
 
 /// The models of one cache directory.
 #[derive(Debug, Clone)]
-pub(crate) struct ModelCache {
+pub struct ModelCache {
     models_dir: PathBuf,
 }
 
 impl ModelCache {
     /// The cache in `cache_dir`; directories are made when they are needed.
-    pub(crate) fn new(cache_dir: &Path) -> Self {
+    #[must_use]
+    pub fn new(cache_dir: &Path) -> Self {
         Self { models_dir: cache_dir.join("models") }
     }
 
@@ -34,7 +35,10 @@ impl ModelCache {
     ///
     /// Sums are checked on arrival. Later uses check each file's presence and size, which finds
     /// what a full disk or a power cut leaves, and take no time with a large model.
-    pub(crate) async fn directory(
+    ///
+    /// # Errors
+    /// What the store or the disk says, or that the model is damaged in the store.
+    pub async fn directory(
         &self,
         objects: &Objects,
         model: &BaseModel,

@@ -1,13 +1,14 @@
 //! One job, from the moment it is claimed until the worker lets go of it.
 
 use crate::checkpoints::Checkpoints;
+use crate::child::ChildError;
 use crate::config::WorkerConfig;
 use crate::lease::{LeaseKeeper, Orders};
 use crate::model_cache::ModelCache;
 use crate::prepare::prepare;
 use crate::reporter::Reporter;
 use crate::retry::retry;
-use crate::trainer::{Trainer, TrainerError};
+use crate::trainer::Trainer;
 use crate::transfer::TransferError;
 use crate::work_dir::WorkDir;
 use std::path::Path;
@@ -52,8 +53,8 @@ impl From<TransferError> for SessionError {
     }
 }
 
-impl From<TrainerError> for SessionError {
-    fn from(error: TrainerError) -> Self {
+impl From<ChildError> for SessionError {
+    fn from(error: ChildError) -> Self {
         Self::Attempt(error.to_string())
     }
 }

@@ -10,7 +10,7 @@ use tunesmith_store::objects::{ObjectPrefix, Objects};
 
 /// Why a directory did not arrive.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum TransferError {
+pub enum TransferError {
     /// The store or the local disk failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -77,8 +77,11 @@ pub(crate) async fn upload_dir(
     Ok(manifest)
 }
 
-/// The manifest of a set that [`upload_dir`] stored.
-pub(crate) async fn read_manifest(
+/// The manifest of a set that a worker stored.
+///
+/// # Errors
+/// What the store says, or that it is none.
+pub async fn read_manifest(
     objects: &Objects,
     prefix: &ObjectPrefix,
 ) -> Result<Manifest, TransferError> {
@@ -89,7 +92,10 @@ pub(crate) async fn read_manifest(
 }
 
 /// Copies the files of `manifest` into `dir`, which is there, and checks each one's size and sum.
-pub(crate) async fn download_dir(
+///
+/// # Errors
+/// What the store or the disk says, or that a file is damaged or has a name that is none.
+pub async fn download_dir(
     objects: &Objects,
     prefix: &ObjectPrefix,
     manifest: &Manifest,

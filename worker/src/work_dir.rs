@@ -8,7 +8,6 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use tunesmith_core::ids::WorkerId;
 
 const LOCK_SUFFIX: &str = ".lock";
 /// Held while locks are made or swept, so that no sweep comes between a lock's making and taking.
@@ -16,7 +15,7 @@ const SWEEP_LOCK: &str = "sweep";
 
 /// A process's directory. Dropping it removes it.
 #[derive(Debug)]
-pub(crate) struct WorkDir {
+pub struct WorkDir {
     path: PathBuf,
     lock_path: PathBuf,
     /// Holds the lock while it is open.
@@ -24,8 +23,12 @@ pub(crate) struct WorkDir {
 }
 
 impl WorkDir {
-    /// Makes the directory of `worker`, after removing those of dead workers.
-    pub(crate) fn create(root: &Path, worker: &WorkerId) -> io::Result<Self> {
+    /// Makes the directory of the process that is called `worker`, after removing those of dead
+    /// ones.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn create(root: &Path, worker: &str) -> io::Result<Self> {
         fs::create_dir_all(root)?;
         let sweeping = open_lock(&root.join(SWEEP_LOCK))?;
         sweeping.lock()?;
@@ -33,7 +36,7 @@ impl WorkDir {
         let lock_path = root.join(format!("{worker}{LOCK_SUFFIX}"));
         let lock = open_lock(&lock_path)?;
         lock.lock()?;
-        let path = root.join(worker.as_str());
+        let path = root.join(worker);
         fs::create_dir_all(&path)?;
         // Trainers get paths out of here and have a working directory of their own to be in.
         let path = path.canonicalize()?;
@@ -41,7 +44,10 @@ impl WorkDir {
     }
 
     /// An empty directory for one job, removed when dropped.
-    pub(crate) fn job_dir(&self, name: &str) -> io::Result<TempDir> {
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn job_dir(&self, name: &str) -> io::Result<TempDir> {
         tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(&self.path)
     }
 }
@@ -86,12 +92,12 @@ mod tests {
     #[test]
     fn the_directory_of_a_dead_worker_goes_and_that_of_a_living_one_stays() {
         let root = tempfile::tempdir().expect("temp dir");
-        let living = WorkDir::create(root.path(), &"worker_living".into()).expect("create");
+        let living = WorkDir::create(root.path(), "worker_living").expect("create");
         fs::create_dir(root.path().join("worker_dead")).expect("create");
         fs::write(root.path().join("worker_dead/checkpoint"), "bytes").expect("write");
         fs::write(root.path().join("worker_dead.lock"), "").expect("write");
 
-        let other = WorkDir::create(root.path(), &"worker_other".into()).expect("create");
+        let other = WorkDir::create(root.path(), "worker_other").expect("create");
         assert!(!root.path().join("worker_dead").exists());
         assert!(!root.path().join("worker_dead.lock").exists());
         assert!(living.path.exists());
@@ -104,7 +110,7 @@ mod tests {
     #[test]
     fn two_directories_for_one_job_are_two() {
         let root = tempfile::tempdir().expect("temp dir");
-        let work_dir = WorkDir::create(root.path(), &"worker_1".into()).expect("create");
+        let work_dir = WorkDir::create(root.path(), "worker_1").expect("create");
         let first = work_dir.job_dir("ftjob-1").expect("job dir");
         let second = work_dir.job_dir("ftjob-1").expect("job dir");
         assert_ne!(first.path(), second.path());

@@ -58,7 +58,7 @@ impl Worker {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), WorkerError> {
         // What a killed worker left may be large, so it goes off the runtime's threads.
         let (root, id) = (self.config.work_dir.clone(), self.id.clone());
-        let work_dir = tokio::task::spawn_blocking(move || WorkDir::create(&root, &id))
+        let work_dir = tokio::task::spawn_blocking(move || WorkDir::create(&root, id.as_str()))
             .await
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| WorkerError::WorkDir {

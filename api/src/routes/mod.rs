@@ -2,6 +2,7 @@
 
 mod batches;
 mod checkpoint_permissions;
+mod completions;
 mod dashboard;
 mod file_report;
 mod file_upload;
@@ -89,6 +90,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .service(path("/v1/fine_tuning/alpha/graders/run").post(graders::run))
         .service(path("/v1/fine_tuning/alpha/graders/validate").post(graders::validate))
         .configure(batches::configure)
+        .configure(completions::configure)
         .configure(organization::configure)
         .configure(webhook_endpoints::configure)
         .service(path("/v1/models").get(models::list).wrap(Compress::default()))

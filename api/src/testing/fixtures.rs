@@ -5,6 +5,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
+use tunesmith_core::dataset::ChatTokenizer;
 use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, Precision};
 use tunesmith_core::ids::{JobId, WorkerId};
 use tunesmith_core::metrics::StepMetrics;
@@ -78,7 +79,8 @@ fn safetensors(tensors: &[(&str, &[usize], &[f32])]) -> Vec<u8> {
     safetensors::serialize(views, None).expect("a file")
 }
 
-fn write_base_model(directory: &Path) {
+/// The base model's two tokenizer files.
+fn tokenizer_files() -> [(&'static str, String); 2] {
     let added = |id: u32, text: &str| {
         json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
                "normalized": false, "special": true})
@@ -92,18 +94,28 @@ fn write_base_model(directory: &Path) {
                             "assistant": 4, "question": 5, "answer": 6}},
     });
     let config = json!({"bos_token": null, "eos_token": "<|im_end|>", "chat_template": TEMPLATE});
+    [("tokenizer.json", tokenizer.to_string()), ("tokenizer_config.json", config.to_string())]
+}
+
+/// The base model's tokenizer: one token a word, decoded with a space between.
+pub(crate) fn tokenizer() -> ChatTokenizer {
+    let [tokenizer, config] = tokenizer_files().map(|(_, content)| content.into_bytes());
+    ChatTokenizer::from_parts(&tokenizer, &config, None).expect("a tokenizer")
+}
+
+fn write_base_model(directory: &Path) {
     let weights = safetensors(&[
         ("model.embed_tokens.weight", &[3, 3], &[0.5; 9]),
         (ADAPTED, &[2, 3], &WEIGHT),
         ("model.norm.weight", &[3], &[1.0; 3]),
     ]);
-    for (name, content) in [
+    let tokenizer = tokenizer_files().map(|(name, content)| (name, content.into_bytes()));
+    let files = [
         ("README.md", b"the base model".to_vec()),
         ("config.json", b"{\"model_type\": \"llama\"}".to_vec()),
         ("model.safetensors", weights),
-        ("tokenizer.json", tokenizer.to_string().into_bytes()),
-        ("tokenizer_config.json", config.to_string().into_bytes()),
-    ] {
+    ];
+    for (name, content) in files.into_iter().chain(tokenizer) {
         std::fs::write(directory.join(name), content).expect("write");
     }
 }

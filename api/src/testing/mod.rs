@@ -1,9 +1,11 @@
 //! What the tests of this crate share: a server on a socket, over a real PostgreSQL and object
 //! store, and a client that speaks to it.
 
+mod fake_sampler;
 mod fixtures;
 
-pub(crate) use fixtures::{ADAPTED, BASE, LORA_A, LORA_B, WEIGHT, chat_rows};
+pub(crate) use fake_sampler::{FakeSampler, announce as announce_sampler, words_of};
+pub(crate) use fixtures::{ADAPTED, BASE, LORA_A, LORA_B, WEIGHT, chat_rows, tokenizer};
 
 use crate::server::{ApiConfig, ApiServer};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, multipart};

@@ -9,6 +9,7 @@ pub(crate) mod migrate;
 pub(crate) mod models;
 pub(crate) mod projects;
 pub(crate) mod sample;
+pub(crate) mod sampler;
 pub(crate) mod train;
 pub(crate) mod up;
 pub(crate) mod worker;

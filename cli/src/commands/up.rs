@@ -1,14 +1,16 @@
-//! `tunesmith up`: everything on one machine, in one process but for PostgreSQL and the trainer.
+//! `tunesmith up`: everything on one machine, in one process but for PostgreSQL and what computes.
 
 use crate::api_args::ApiArgs;
 use crate::installation::{self, DEFAULT_DATA_DIR, DataDir};
 use crate::parts::{self, DEFAULT_LISTEN};
+use crate::sampler_args::SamplerArgs;
 use crate::{api_key, shutdown};
 use anyhow::{Context as _, bail};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio_util::sync::CancellationToken;
 use tunesmith_api::ApiConfig;
+use tunesmith_sampler::{Sampler, SamplerConfig};
 use tunesmith_store::embedded::Embedded;
 use tunesmith_worker::{Worker, WorkerConfig};
 
@@ -29,6 +31,11 @@ pub(crate) struct Args {
     /// Where jobs train: auto, cpu, cuda, cuda:N, or a list of GPUs such as cuda:0,cuda:1
     #[arg(long, env = "TUNESMITH_DEVICE", default_value = "auto")]
     pub(crate) device: String,
+    /// Train only, and answer no chat completions
+    #[arg(long, env = "TUNESMITH_NO_SAMPLER")]
+    no_sampler: bool,
+    #[command(flatten)]
+    sampler: SamplerArgs,
     #[command(flatten)]
     api: ApiArgs,
 }
@@ -39,19 +46,24 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     parts::check_device(&args.device)?;
     let data = DataDir::create(&args.data_dir)?;
     let worker = parts::worker_config(data.cache_dir(), data.work_dir(), &args.device)?;
+    let sampler =
+        args.sampler.config("127.0.0.1:0", data.cache_dir(), data.work_dir(), &args.device)?;
+    let sampler = (!args.no_sampler).then_some(sampler);
     let postgres = Embedded::start(&data.root).await?;
-    let served = serve(&args.api.config(&args.listen), &data, worker, &postgres, stop).await;
+    let api = args.api.config(&args.listen);
+    let served = serve(&api, &data, worker, sampler, &postgres, stop).await;
     // Whatever happened: it is stopped in order, and its own failure does not hide the first one.
     let stopped = postgres.stop().await.context("PostgreSQL did not stop");
     served.and(stopped)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the API and the worker until `stop`, or until one of them breaks down.
+/// Runs the API, the worker and the sampler until `stop`, or until one of them breaks down.
 async fn serve(
     api: &ApiConfig,
     data: &DataDir,
     worker: WorkerConfig,
+    sampler: Option<SamplerConfig>,
     postgres: &Embedded,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -65,9 +77,10 @@ async fn serve(
 
     let server = parts::bind_api(api, api_store.clone())?;
     let worker = Worker::new(worker_store.clone(), worker);
+    let sampler = sampler.map(|config| Sampler::bind(worker_store.clone(), config)).transpose()?;
     parts::print_ready(server.local_addr());
     let parts = async {
-        // One that breaks down stops the other.
+        // One that breaks down stops the others.
         tokio::join!(
             async {
                 let served = server.run(stop.clone().cancelled_owned()).await;
@@ -79,9 +92,15 @@ async fn serve(
                 stop.cancel();
                 worked
             },
+            async {
+                let Some(sampler) = sampler else { return Ok(()) };
+                let sampled = sampler.run(stop.clone()).await;
+                stop.cancel();
+                sampled
+            },
         )
     };
-    let (served, worked) = tokio::select! {
+    let (served, worked, sampled) = tokio::select! {
         ended = parts => ended,
         exited = postgres.exited() => {
             let status = exited.context("PostgreSQL is out of sight")?;
@@ -92,5 +111,6 @@ async fn serve(
     worker_store.close().await;
     served.context("the API broke down")?;
     worked?;
+    sampled?;
     Ok(())
 }

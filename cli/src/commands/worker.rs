@@ -23,7 +23,7 @@ pub(crate) struct Args {
 }
 
 /// Beside what `up` keeps.
-fn default_dir(name: &str) -> PathBuf {
+pub(super) fn default_dir(name: &str) -> PathBuf {
     Path::new(DEFAULT_DATA_DIR).join(name)
 }
 

@@ -267,7 +267,7 @@ fn content(value: &Value, path: &str) -> Result<(String, Option<f32>), Fault> {
             return Err(Fault::at_key(
                 format_args!("{path}.type"),
                 format!("is {}, but must be \"text\".", quoted(kind)),
-                "Only text is trained: remove images, audio and files, or the row.",
+                "Only text is read: remove images, audio and files.",
             ));
         }
         let Some(text) = part.get("text").and_then(Value::as_str) else {

@@ -6,6 +6,8 @@
 //! for preference pairs [`tokenize_pair`] bring the two together.
 
 mod chunked;
+mod conversation;
+mod detokenize;
 mod fault;
 mod file_report;
 mod format;
@@ -32,6 +34,8 @@ mod tokenizer;
 mod tokenizer_files;
 mod windows;
 
+pub use conversation::{parse_conversation, parse_tools};
+pub use detokenize::TextStream;
 pub use file_report::{
     Bin, FileReport, MAX_PROBLEMS, NamedRepair, Problem, ProblemKind, ReportError, ReportOptions,
     TokenCounts,

@@ -71,6 +71,8 @@ pub struct ChatTokenizer {
     begin_id: Option<u32>,
     end_id: u32,
     stop_ids: Vec<u32>,
+    /// Whether the letters of its tokens stand for bytes.
+    is_byte_level: bool,
 }
 
 /// Token ids beside the bytes of the text that each came from.
@@ -131,6 +133,7 @@ impl ChatTokenizer {
         let special = prepare(&mut json, &named)
             .ok_or_else(|| format_error(TOKENIZER, &"it is no object with added_tokens"))?;
         let chunked = Chunked::new(&json);
+        let is_byte_level = json["decoder"].to_string().contains("\"ByteLevel\"");
         let mut tokenizer: Tokenizer =
             serde_json::from_value(json).map_err(|error| format_error(TOKENIZER, &error))?;
         let token = |name: &str| {
@@ -166,6 +169,7 @@ impl ChatTokenizer {
             begin_id,
             end_id,
             stop_ids: vec![end_id],
+            is_byte_level,
         })
     }
 
@@ -208,6 +212,17 @@ impl ChatTokenizer {
     /// When the tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         Ok(self.encode_marked(&keep_marks(text))?.ids)
+    }
+
+    /// The ids of a text that is to be gone on from: as [`encode`](Self::encode), after the token
+    /// that this model's texts begin with.
+    ///
+    /// # Errors
+    /// When the tokenizer has no token for a part of the text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let ids = self.encode(text)?;
+        let begin = self.begin_id.filter(|begin| ids.first() != Some(begin));
+        Ok(begin.into_iter().chain(ids).collect())
     }
 
     /// The ids of `text`, none of them special; nothing is added to it.
@@ -265,6 +280,19 @@ impl ChatTokenizer {
 
     pub(super) const fn protector(&self) -> &Protector {
         &self.protector
+    }
+
+    pub(super) fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
+    /// Whether the token stands beside the vocabulary, spelled as it is.
+    pub(super) fn is_added(&self, id: u32) -> bool {
+        self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
+    }
+
+    pub(super) const fn is_byte_level(&self) -> bool {
+        self.is_byte_level
     }
 
     pub(super) fn is_special(&self, id: u32) -> bool {
@@ -476,6 +504,10 @@ mod tests {
         let tokenizer = byte_tokenizer(&post, &json!({"bos_token": "<s>"}));
         assert_eq!(tokenizer.begin_id(), Some(258));
         assert_eq!(tokenizer.encode("a").expect("encode").len(), 1);
+        for text in ["a", "<s>a"] {
+            assert_eq!(tokenizer.encode_prompt(text).expect("encode")[0], 258);
+            assert_eq!(tokenizer.encode_prompt(text).expect("encode").len(), 2);
+        }
         assert_eq!(chatml().begin_id(), None);
     }
 

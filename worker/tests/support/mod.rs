@@ -21,7 +21,7 @@ use tunesmith_store::page::PageRequest;
 use tunesmith_store::tenants::Caller;
 use tunesmith_store::test_db::TestDb;
 use tunesmith_store::validation::Validated;
-use tunesmith_worker::{TrainerCommand, Worker, WorkerConfig, WorkerError};
+use tunesmith_worker::{ChildCommand, Worker, WorkerConfig, WorkerError};
 
 /// How long a test waits for something that should come soon. Only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -92,7 +92,7 @@ impl World {
     /// A worker's configuration whose trainer follows `script`; all workers of a test share the
     /// cache and the work directory.
     pub(crate) fn config(&self, script: &Value) -> WorkerConfig {
-        let trainer = TrainerCommand {
+        let trainer = ChildCommand {
             program: PathBuf::from(env!("CARGO_BIN_EXE_scripted-trainer")),
             args: vec![script.to_string().into()],
             env: Vec::new(),

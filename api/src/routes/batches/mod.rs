@@ -1,12 +1,9 @@
-//! `/v1/batches`, and the endpoints that batches are for.
-//!
-//! This server does not serve models yet: a request to one is answered `model_not_served`, alone or
-//! in a batch.
+//! `/v1/batches`: files of requests.
 
 use crate::auth::Authenticated;
 use crate::batches::MAX_INPUT_BYTES;
 use crate::body::read_json;
-use crate::failure::{Failure, invalid_value, missing, model_not_served, no_such_file};
+use crate::failure::{Failure, invalid_value, no_such_file};
 use crate::fields::{self, metadata, required};
 use crate::page::Page;
 use crate::query::Query;
@@ -42,9 +39,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
     config
         .service(path("/v1/batches").get(list).post(create))
         .service(path("/v1/batches/{id}").get(retrieve))
-        .service(path("/v1/batches/{id}/cancel").post(cancel))
-        .service(path("/v1/chat/completions").post(complete))
-        .service(path("/v1/completions").post(complete));
+        .service(path("/v1/batches/{id}/cancel").post(cancel));
 }
 
 /// A batch on the wire.
@@ -185,16 +180,6 @@ pub(crate) async fn cancel(
 ) -> Result<web::Json<BatchObject>, Failure> {
     let id = BatchId::from(id.into_inner());
     Ok(web::Json(state.store.cancel_batch(&caller.project_id, &id).await?.into()))
-}
-
-/// `POST /v1/chat/completions` and `/v1/completions`: the reason why there is no answer.
-pub(crate) async fn complete(
-    _: Authenticated,
-    payload: web::Payload,
-) -> Result<HttpResponse, Failure> {
-    let body = read_json(payload).await?;
-    let model = fields::text(&body.fields, "model")?.ok_or_else(|| missing("model"))?;
-    Err(model_not_served(&model).into())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! are checked against. `docs/openapi.yaml` is this document; a test compares the two, and another
 //! sends every example to a server.
 
+mod completions;
 mod operation;
 mod operations;
 mod reference;

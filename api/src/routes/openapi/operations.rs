@@ -1,5 +1,6 @@
 //! The table of operations: every path and method that the server answers.
 
+use super::completions;
 use super::operation::{Access, Operation};
 use super::requests::{self, deleted, reference};
 use crate::page::Page;
@@ -19,6 +20,7 @@ use crate::routes::organization::projects::ProjectObject;
 use crate::routes::uploads::{PartObject, UploadObject};
 use crate::routes::webhook_endpoints::{self, EndpointObject};
 use crate::routes::weights::{ADAPTER, GGUF, MERGED};
+use crate::serving::{ChatCompletion, ChatCompletionChunk, Completion};
 use crate::telemetry;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Value, json};
@@ -50,18 +52,20 @@ const JOBS: &str = "Fine-tuning jobs";
 const PERMISSIONS: &str = "Checkpoint permissions";
 const GRADERS: &str = "Graders";
 const MODELS: &str = "Models";
+const ANSWERS: &str = "Answers";
 const BATCHES: &str = "Batches";
 const WEBHOOKS: &str = "Webhooks";
 const ORGANIZATION: &str = "Organization";
 const SERVER: &str = "Server";
 
 /// The groups in the order of the document.
-pub(super) const TAGS: [(&str, &str); 10] = [
+pub(super) const TAGS: [(&str, &str); 11] = [
     (FILES, "What clients upload and jobs produce."),
     (UPLOADS, "Files that come in parts."),
     (JOBS, "Jobs, what they say and what they measure."),
     (PERMISSIONS, "Which other projects may use a tuned model."),
     (GRADERS, "What scores an answer."),
+    (ANSWERS, "What base models and tuned ones say."),
     (BATCHES, "Files of requests."),
     (MODELS, "Base models, tuned ones and their weights."),
     (WEBHOOKS, "Who is told of the end of jobs and batches."),
@@ -78,6 +82,7 @@ pub(super) fn all(generator: &mut SchemaGenerator) -> Vec<Operation> {
     all.extend(of_job_parts(generator));
     all.extend(of_permissions(generator));
     all.extend(of_graders());
+    all.extend(of_answers(generator));
     all.extend(of_batches(generator));
     all.extend(of_models(generator));
     all.extend(of_webhooks(generator));
@@ -493,15 +498,56 @@ fn of_graders() -> [Operation; 2] {
     ]
 }
 
-fn of_batches(generator: &mut SchemaGenerator) -> [Operation; 6] {
+fn of_answers(generator: &mut SchemaGenerator) -> [Operation; 2] {
+    let answered = |operation: Operation| {
+        operation.errors([
+            ErrorCode::NoSuchModel,
+            ErrorCode::ContextLengthExceeded,
+            ErrorCode::UnsupportedParameter,
+            ErrorCode::ModelNotServed,
+            ErrorCode::SamplerFailed,
+        ])
+    };
+    let (chunk, completion) = (of::<ChatCompletionChunk>(generator), of::<Completion>(generator));
+    [
+        answered(
+            Operation::post(
+                "/v1/chat/completions",
+                (ANSWERS, "createChatCompletion"),
+                "Answer a conversation",
+            )
+            .text("With `stream`, each event is a chunk, and the last one is `[DONE]`.")
+            .body(
+                completions::chat(),
+                json!({
+                    "model": example::TUNED,
+                    "messages": [{ "role": "user", "content": "Hello" }],
+                    "max_completion_tokens": 16,
+                }),
+            )
+            .reply(of::<ChatCompletion>(generator))
+            .content(200, "text/event-stream", chunk),
+        ),
+        answered(
+            Operation::post(
+                "/v1/completions",
+                (ANSWERS, "createCompletion"),
+                "Go on from a plain prompt",
+            )
+            .text("With `stream`, each event is a chunk, and the last one is `[DONE]`.")
+            .body(
+                completions::completion(),
+                json!({ "model": example::TUNED, "prompt": "Hello", "max_tokens": 16 }),
+            )
+            .reply(completion.clone())
+            .content(200, "text/event-stream", completion),
+        ),
+    ]
+}
+
+fn of_batches(generator: &mut SchemaGenerator) -> [Operation; 4] {
     let at = |operation: Operation| {
         operation.at("id", example::BATCH, "The batch's id.").errors([ErrorCode::BatchNotFound])
-    };
-    let not_served = |path, id, example| {
-        Operation::post(path, (BATCHES, id), "Why a model does not answer here")
-            .text("This server trains models and does not answer with them.")
-            .body(requests::completion(), example)
-            .errors([ErrorCode::ModelNotServed])
     };
     let batch = of::<BatchObject>(generator);
     [
@@ -525,18 +571,6 @@ fn of_batches(generator: &mut SchemaGenerator) -> [Operation; 6] {
         at(Operation::post("/v1/batches/{id}/cancel", (BATCHES, "cancelBatch"), "Cancel a batch"))
             .errors([ErrorCode::InvalidBatchState])
             .reply(batch),
-        not_served(
-            "/v1/chat/completions",
-            "createChatCompletion",
-            json!({
-                "model": example::TUNED, "messages": [{ "role": "user", "content": "Hello" }],
-            }),
-        ),
-        not_served(
-            "/v1/completions",
-            "createCompletion",
-            json!({ "model": example::TUNED, "prompt": "Hello" }),
-        ),
     ]
 }
 

@@ -281,15 +281,6 @@ pub(super) fn batch() -> Value {
     })
 }
 
-/// A request that a served model would answer.
-pub(super) fn completion() -> Value {
-    json!({
-        "type": "object",
-        "required": ["model"],
-        "properties": { "model": { "type": "string", "minLength": 1 } },
-    })
-}
-
 fn event_type() -> Value {
     json!({ "type": "string", "enum": words(WebhookEvent::ALL, WebhookEvent::as_str) })
 }

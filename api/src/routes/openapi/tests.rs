@@ -1,6 +1,6 @@
 use super::operations::example;
 use super::{DOCUMENT, yaml};
-use crate::testing::{BASE, Client, Reply, TestApi, chat_rows};
+use crate::testing::{BASE, Client, FakeSampler, Reply, TestApi, chat_rows};
 use reqwest::{Method, multipart};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -128,6 +128,7 @@ impl World {
         let range = "127.0.0.0/8".parse().expect("a range");
         let api = TestApi::with(|config| config.webhook_ranges = vec![range]).await;
         let api = api.with_base_model().await;
+        FakeSampler::start(&api.store).await;
         let organization = api.store.create_organization("tunesmith").await.expect("organization");
         let admin_key = api.store.create_admin_key(&organization, "test", None).await.expect("key");
         let admin = api.client_with(Some(admin_key.secret));
@@ -285,12 +286,7 @@ async fn every_operation_answers_its_example_as_it_is_described() {
             world.prepare(id).await;
             let reply = world.send(method, path, operation).await;
             let body = String::from_utf8_lossy(&reply.body);
-            let statuses = operation["responses"].as_object().expect("responses");
-            if statuses.keys().any(|status| status.starts_with('2')) {
-                assert!(reply.status.is_success(), "{id}: {} {body}", reply.status);
-            } else {
-                assert_eq!(reply.error(400)["code"], "model_not_served", "{id}");
-            }
+            assert!(reply.status.is_success(), "{id}: {} {body}", reply.status);
             let schema = reply_schema(operation, &reply);
             if reply.header("content-type") == Some("application/json") {
                 assert_valid(&schema, &reply.json(), id);

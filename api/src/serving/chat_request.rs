@@ -1,0 +1,212 @@
+//! A request for a chat completion, checked.
+
+use super::sampling_request::{Asked, FIELDS, TAKEN_WITHOUT_EFFECT, flag};
+use super::unsupported;
+use crate::failure::{invalid_value, missing};
+use crate::fields::{self, given, integer, metadata, required};
+use crate::warnings::unknown_fields;
+use serde_json::{Map, Value, json};
+use tunesmith_core::dataset::{Message, parse_conversation, parse_tools};
+use tunesmith_core::errors::ApiError;
+use tunesmith_core::sampling::MAX_TOP_LOGPROBS;
+
+/// The fields that are read beside those of sampling.
+const OF_CHAT: [&str; 13] = [
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "modalities",
+    "store",
+    "functions",
+    "function_call",
+];
+const NOT_CONSTRAINED: &str = "Answers are not constrained here.";
+
+/// A request in order.
+#[derive(Debug, Clone)]
+pub(crate) struct ChatRequest {
+    pub(super) model: String,
+    pub(super) asked: Asked,
+    pub(super) messages: Vec<Message>,
+    /// As the chat template takes them; none where no call is wanted.
+    pub(super) tools: Option<Value>,
+    /// Whether an answer may call more than one.
+    pub(super) parallel_calls: bool,
+    /// Alternatives to show with each token; none to show no probabilities.
+    pub(super) top_logprobs: Option<u8>,
+    warnings: Vec<String>,
+}
+
+impl ChatRequest {
+    /// Reads and checks the body.
+    ///
+    /// # Errors
+    /// The first mistake, by the name of its field.
+    pub(crate) fn parse(body: &Map<String, Value>) -> Result<Self, ApiError> {
+        let model = required(body, "model")?;
+        let messages = given(body, "messages").ok_or_else(|| missing("messages"))?;
+        let messages = parse_conversation(messages)?;
+        refuse_what_is_not_done(body)?;
+        metadata(body)?;
+        let tools = match tool_choice(body)? {
+            true => parse_tools(body)?,
+            false => None,
+        };
+        let known = [&FIELDS[..], &OF_CHAT[..], &TAKEN_WITHOUT_EFFECT[..]].concat();
+        Ok(Self {
+            model,
+            asked: Asked::parse(body, &["max_completion_tokens", "max_tokens"])?,
+            messages,
+            tools,
+            parallel_calls: given(body, "parallel_tool_calls").is_none()
+                || flag(body, "parallel_tool_calls")?,
+            top_logprobs: top_logprobs(body)?,
+            warnings: unknown_fields(&fields::unknown(body, &known)).into_iter().collect(),
+        })
+    }
+
+    /// Whether the reply comes as a stream.
+    pub(crate) fn streams(&self) -> bool {
+        self.asked.stream
+    }
+
+    /// What was taken, but is probably not what the client meant.
+    pub(crate) fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The names of the tools that an answer may call.
+    pub(super) fn tool_names(&self) -> Vec<String> {
+        let tools = self.tools.as_ref().and_then(Value::as_array).into_iter().flatten();
+        let names = tools.filter_map(|tool| tool["function"]["name"].as_str());
+        names.map(str::to_owned).collect()
+    }
+}
+
+fn refuse_what_is_not_done(body: &Map<String, Value>) -> Result<(), ApiError> {
+    for name in ["functions", "function_call"] {
+        if given(body, name).is_some() {
+            let why = "It is the old form of 'tools' and 'tool_choice': write those.";
+            return Err(unsupported(name, why));
+        }
+    }
+    if let Some(modalities) = given(body, "modalities")
+        && *modalities != json!(["text"])
+    {
+        return Err(unsupported("modalities", "Models answer in text here: write [\"text\"]."));
+    }
+    if flag(body, "store")? {
+        return Err(unsupported("store", "Answers are not kept here: leave it out."));
+    }
+    match given(body, "response_format") {
+        None => Ok(()),
+        Some(Value::Object(format)) => match format.get("type").and_then(Value::as_str) {
+            Some("text") => Ok(()),
+            Some("json_object" | "json_schema") => {
+                let why = format!("{NOT_CONSTRAINED} Ask for JSON in a message and check it.");
+                Err(unsupported("response_format", &why))
+            }
+            _ => {
+                let rule = "one of text, json_object, json_schema";
+                let kind = format.get("type").unwrap_or(&Value::Null);
+                Err(invalid_value("response_format.type", kind, rule))
+            }
+        },
+        Some(other) => Err(invalid_value("response_format", other, "an object with a type")),
+    }
+}
+
+/// Whether the model may call tools.
+fn tool_choice(body: &Map<String, Value>) -> Result<bool, ApiError> {
+    match given(body, "tool_choice") {
+        None => Ok(true),
+        Some(choice) if choice == "auto" => Ok(true),
+        Some(choice) if choice == "none" => Ok(false),
+        Some(choice) if choice == "required" || choice.is_object() => {
+            let why = format!("{NOT_CONSTRAINED} Write \"auto\" or \"none\".");
+            Err(unsupported("tool_choice", &why))
+        }
+        Some(other) => Err(invalid_value("tool_choice", other, "one of auto, none")),
+    }
+}
+
+fn top_logprobs(body: &Map<String, Value>) -> Result<Option<u8>, ApiError> {
+    let top = integer(body, "top_logprobs", 0..=u64::from(MAX_TOP_LOGPROBS))?;
+    match (flag(body, "logprobs")?, top) {
+        (true, top) => Ok(Some(top.unwrap_or(0) as u8)),
+        (false, None) => Ok(None),
+        (false, Some(top)) => {
+            Err(invalid_value("top_logprobs", top, "left out unless 'logprobs' is true"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(change: &Value) -> Result<ChatRequest, ApiError> {
+        let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+        for (name, value) in change.as_object().expect("object") {
+            body[name] = value.clone();
+        }
+        ChatRequest::parse(body.as_object().expect("object"))
+    }
+
+    #[test]
+    fn what_is_not_done_here_is_refused_by_name_and_reason() {
+        for (field, value) in [
+            ("functions", json!([])),
+            ("function_call", json!("auto")),
+            ("modalities", json!(["text", "audio"])),
+            ("store", json!(true)),
+            ("response_format", json!({"type": "json_object"})),
+            ("response_format", json!({"type": "json_schema", "json_schema": {}})),
+            ("tool_choice", json!("required")),
+            ("tool_choice", json!({"type": "function", "function": {"name": "f"}})),
+        ] {
+            let error = parse(&json!({ field: value })).expect_err(field);
+            assert_eq!(error.code.as_str(), "unsupported_parameter", "{value}");
+            assert_eq!(error.param.as_deref(), Some(field));
+        }
+        let taken = json!({"modalities": ["text"], "store": false, "user": "u", "metadata": {},
+                           "response_format": {"type": "text"}, "tool_choice": "auto"});
+        assert!(parse(&taken).expect("in order").warnings().is_empty());
+    }
+
+    #[test]
+    fn a_mistake_is_refused_by_its_path() {
+        for (change, param) in [
+            (json!({"model": null}), "model"),
+            (json!({"messages": null}), "messages"),
+            (json!({"messages": []}), "messages"),
+            (json!({"messages": [{"role": "robot", "content": "a"}]}), "messages[0].role"),
+            (json!({"top_logprobs": 2}), "top_logprobs"),
+            (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+            (json!({"tools": [1]}), "tools[0]"),
+            (json!({"tool_choice": "any"}), "tool_choice"),
+            (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+            (json!({"metadata": {"a": 1}}), "metadata"),
+        ] {
+            assert_eq!(parse(&change).expect_err(param).param.as_deref(), Some(param));
+        }
+        let warned = parse(&json!({"top_k": 5})).expect("in order");
+        assert_eq!(warned.warnings(), ["Unknown fields were ignored: top_k."]);
+    }
+
+    #[test]
+    fn no_tool_is_shown_to_a_model_that_must_not_call_any() {
+        let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
+        let request = parse(&json!({"tools": tools})).expect("in order");
+        assert_eq!((request.tool_names(), request.parallel_calls), (vec!["f".to_owned()], true));
+        let none = json!({"tools": tools, "tool_choice": "none", "parallel_tool_calls": false});
+        let request = parse(&none).expect("in order");
+        assert_eq!((request.tools, request.parallel_calls), (None, false));
+    }
+}

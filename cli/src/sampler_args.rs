@@ -1,0 +1,80 @@
+//! How a sampler is run: what `up` and `sampler` take alike.
+
+use anyhow::Context as _;
+use std::path::PathBuf;
+use tunesmith_sampler::SamplerConfig;
+use tunesmith_worker::ChildCommand;
+
+/// Bounds of a sampler.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SamplerArgs {
+    /// Models in memory at a time; adapters on one base model count as one
+    #[arg(long, env = "TUNESMITH_MAX_MODELS", value_name = "COUNT", default_value_t = 1, value_parser = at_least_one)]
+    max_models: usize,
+    /// Adapters in memory at a time for each base model
+    #[arg(long, env = "TUNESMITH_MAX_ADAPTERS", value_name = "COUNT", default_value_t = 32, value_parser = at_least_one)]
+    max_adapters: usize,
+    /// Answers that a model computes side by side
+    #[arg(long, env = "TUNESMITH_MAX_BATCH", value_name = "COUNT", default_value_t = 16, value_parser = at_least_one)]
+    max_batch: usize,
+    /// Requests that a sampler takes at a time, waiting ones included; one more is refused
+    #[arg(long, env = "TUNESMITH_MAX_REQUESTS", value_name = "COUNT", default_value_t = 256, value_parser = at_least_one)]
+    max_requests: usize,
+    /// Memory for the keys and values of each model, in mebibytes
+    #[arg(long, env = "TUNESMITH_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    cache_memory: u64,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|count| *count >= 1);
+    count.ok_or_else(|| "it must be a whole number of at least 1".to_owned())
+}
+
+impl SamplerArgs {
+    /// A sampler whose child is this program's own `sample`.
+    ///
+    /// # Errors
+    /// When this program's own path cannot be found.
+    pub(crate) fn config(
+        &self,
+        listen: &str,
+        cache_dir: PathBuf,
+        work_dir: PathBuf,
+        device: &str,
+    ) -> anyhow::Result<SamplerConfig> {
+        let program = std::env::current_exe().context("this program does not find itself")?;
+        let child = ChildCommand { program, args: vec!["sample".into()], env: Vec::new() };
+        // Of several GPUs a model answers on the first.
+        let device = device.split(',').next().unwrap_or(device).trim();
+        let mut config = SamplerConfig::new(listen, cache_dir, work_dir, device, child);
+        config.max_models = self.max_models;
+        config.max_adapters = self.max_adapters;
+        config.max_batch = self.max_batch;
+        config.max_orders = self.max_requests;
+        config.cache_bytes = self.cache_memory << 20;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+
+    #[derive(Debug, clap::Parser)]
+    struct Program {
+        #[command(flatten)]
+        sampler: SamplerArgs,
+    }
+
+    #[test]
+    fn settings_reach_the_sampler_and_its_child_is_this_program() {
+        let program = Program::parse_from(["x", "--max-models", "3", "--cache-memory", "5"]);
+        let config = program.sampler.config("h:1", "c".into(), "w".into(), "cuda:1,cuda:0");
+        let config = config.expect("a program");
+        assert_eq!((config.max_models, config.max_adapters), (3, 32));
+        assert_eq!((config.cache_bytes, config.device.as_str()), (5 << 20, "cuda:1"));
+        assert_eq!(config.child.args, ["sample"]);
+        assert!(Program::try_parse_from(["x", "--max-batch", "0"]).is_err());
+    }
+}

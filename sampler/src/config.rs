@@ -1,0 +1,68 @@
+//! What a sampler is told at its start.
+
+use std::path::PathBuf;
+use std::time::Duration;
+use tunesmith_core::hyperparameters::Precision;
+use tunesmith_worker::ChildCommand;
+
+/// How a sampler works. Made with [`SamplerConfig::new`], then changed field by field.
+#[derive(Debug, Clone)]
+pub struct SamplerConfig {
+    /// `host:port` for orders of front-ends; port 0 takes a free one.
+    pub listen: String,
+    /// How front-ends reach it, as `http://host:port`; where it listens, unless it is told.
+    pub url: Option<String>,
+    /// Base models are kept here, under `models/{id}`; workers and samplers may share it.
+    pub cache_dir: PathBuf,
+    /// Weights of tuned models on their way into memory. Nothing in it outlives the process by
+    /// more than the start of the next one.
+    pub work_dir: PathBuf,
+    /// The device of its children: `auto`, `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+    /// The numbers that products multiply.
+    pub precision: Precision,
+    /// The program that answers.
+    pub child: ChildCommand,
+    /// Models in memory at a time, each in a child of its own. The one that was asked last stays
+    /// longest.
+    pub max_models: usize,
+    /// Adapters that a child holds at a time. The one that was asked last stays longest.
+    pub max_adapters: usize,
+    /// Answers that a child computes side by side.
+    pub max_batch: usize,
+    /// Memory of a child for the keys and values of running answers and of prompts that may come
+    /// again.
+    pub cache_bytes: u64,
+    /// Orders that it takes at a time, those that wait included. One more is refused.
+    pub max_orders: usize,
+    /// How long orders that are under way may still take when it is told to stop.
+    pub stop_grace: Duration,
+}
+
+impl SamplerConfig {
+    /// The usual bounds, with the given places and child.
+    #[must_use]
+    pub fn new(
+        listen: impl Into<String>,
+        cache_dir: impl Into<PathBuf>,
+        work_dir: impl Into<PathBuf>,
+        device: impl Into<String>,
+        child: ChildCommand,
+    ) -> Self {
+        Self {
+            listen: listen.into(),
+            url: None,
+            cache_dir: cache_dir.into(),
+            work_dir: work_dir.into(),
+            device: device.into(),
+            precision: Precision::Auto,
+            child,
+            max_models: 1,
+            max_adapters: 32,
+            max_batch: 16,
+            cache_bytes: 1 << 30,
+            max_orders: 256,
+            stop_grace: Duration::from_secs(30),
+        }
+    }
+}

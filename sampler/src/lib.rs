@@ -1,0 +1,17 @@
+//! tunesmith-sampler: answers with models.
+//!
+//! A sampler takes prompts as token ids from front-ends ([`tunesmith_core::serving`]) and gives
+//! tokens back. It keeps each model in a child process of its own
+//! ([`tunesmith_core::sampling`]), which a crash or an out-of-memory kill can take without the
+//! service, and is found by front-ends through the database. Knows neither text nor how a model
+//! computes.
+
+mod adapters;
+mod config;
+mod http;
+mod model;
+mod models;
+mod sampler;
+
+pub use config::SamplerConfig;
+pub use sampler::{Sampler, SamplerError};
