@@ -1,4 +1,4 @@
-"""The SDK makes batches, which say that models are not served yet."""
+"""The SDK makes batches, which say that their lines are not answered yet."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_broken_line_fails_the_batch_by_its_number(service, client):
     ]
 
 
-def test_a_completion_says_that_models_are_not_served(client):
-    with pytest.raises(openai.BadRequestError) as refused:
+def test_a_completion_of_a_model_that_is_not_there_is_a_404_that_names_it(client):
+    with pytest.raises(openai.NotFoundError) as refused:
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
-    assert refused.value.code == "model_not_served"
+    assert (refused.value.code, refused.value.param) == ("no_such_model", "model")

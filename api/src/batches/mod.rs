@@ -7,7 +7,7 @@ mod lines;
 mod request;
 
 use crate::background::{Work, work_off_until};
-use crate::failure::{model_not_served, wire};
+use crate::failure::wire;
 use futures::stream;
 use lines::Lines;
 use request::Request;
@@ -15,6 +15,7 @@ use serde_json::json;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::random_text;
 use tunesmith_store::batches::{Batch, BatchError, BatchFile, BatchResult};
 use tunesmith_store::notify::Channel;
@@ -170,7 +171,11 @@ async fn refuse_all(store: &Store, batch: &Batch, total: u64) -> Result<(), Stor
 
 /// A line of the file of refusals.
 fn refusal(request: &Request) -> bytes::Bytes {
-    let error = model_not_served(&request.model);
+    let message = format!(
+        "The model '{}' does not answer in batches yet. Send the request by itself.",
+        request.model
+    );
+    let error = ApiError::new(ErrorCode::ModelNotServed, message).with_param("model");
     let text = |length| random_text(&mut rand::rng(), length);
     let line = json!({
         "id": format!("batch_req_{}", text(24)),
