@@ -122,7 +122,8 @@ mod tests {
         assert_eq!(store.live_samplers().await.expect("list"), [first.clone(), second.clone()]);
         let silent = "UPDATE samplers SET seen_at = now() - interval '16 seconds' WHERE id = $1";
         sqlx::query(silent).bind("sampler_a").execute(&store.pool).await.expect("silent");
-        assert_eq!(store.live_samplers().await.expect("list"), [second.clone()]);
+        let left = store.live_samplers().await.expect("list");
+        assert_eq!(left.as_slice(), std::slice::from_ref(&second));
         store.announce_sampler(&first).await.expect("back");
         store.remove_sampler(&second.id).await.expect("left");
         assert_eq!(store.live_samplers().await.expect("list"), [first]);

@@ -61,6 +61,11 @@ impl FakeSampler {
         self.script.lock().expect("lock").push_back(lines);
     }
 
+    /// Orders that came.
+    pub(crate) fn orders(&self) -> usize {
+        self.orders.lock().expect("lock").len()
+    }
+
     /// The order that came last.
     pub(crate) fn last_order(&self) -> SampleOrder {
         self.orders.lock().expect("lock").last().expect("an order").clone()
