@@ -60,7 +60,9 @@ dashboard:
 	cd dashboard && npm ci --silent && npm run --silent build
 	scripts/dashboard-digest.sh > dashboard/dist/sources.sha256
 
-# Tiny models of each family with the numbers that Hugging Face computes for them; committed.
+# Tiny models of each family with the numbers that Hugging Face computes for them, and the GGUF
+# files of the importer's tests; committed.
 fixtures:
 	scripts/packages.sh test
 	OMP_NUM_THREADS=1 "$$(scripts/test-setup.sh)" scripts/fixtures/families.py
+	"$$(scripts/test-setup.sh)" scripts/fixtures/gguf_variants.py

@@ -77,3 +77,11 @@ def parts(tmp_path_factory, tiny_dir):
     with Parts(tmp_path_factory.mktemp("parts")) as running:
         running.run("models", "import", tiny_dir, "--name", TINY)
         yield running
+
+
+@pytest.fixture(scope="session")
+def inside(tmp_path_factory, tiny_dir):
+    """A server whose operator lets webhooks reach this machine; a test may start it again."""
+    with Up(tmp_path_factory.mktemp("inside"), "--webhook-range", "127.0.0.0/8") as server:
+        server.import_model(tiny_dir, TINY)
+        yield server

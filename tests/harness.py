@@ -1,5 +1,6 @@
 """Starts and stops the real program, and speaks to it where the OpenAI SDK has no words for it."""
 
+import http.server
 import json
 import os
 import pwd
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -135,12 +137,12 @@ class Service:
         )
 
     def request(self, method, path, body=None, headers=None):
-        """A raw request: (status, headers, body in bytes)."""
+        """A raw request, with a body of bytes or of JSON: (status, headers, body in bytes)."""
         request = urllib.request.Request(self.base_url + path, method=method)
         request.add_header("Authorization", f"Bearer {self.key}")
         if body is not None:
             request.add_header("Content-Type", "application/json")
-            request.data = json.dumps(body).encode()
+            request.data = body if isinstance(body, bytes) else json.dumps(body).encode()
         for name, value in (headers or {}).items():
             request.add_header(name, value)
         try:
@@ -382,3 +384,37 @@ class Parts:
         for worker in self.workers:
             worker.stop()
         self.workers.clear()
+
+
+class Receiver:
+    """A server on this machine that keeps what it is sent and answers with `statuses`, then 200."""
+
+    def __init__(self, port=0, statuses=()):
+        received, answers = [], list(statuses)
+        self.received = received
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                received.append((body, dict(self.headers)))
+                self.send_response(answers.pop(0) if answers else 200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def wait_for(self, count):
+        wait_for(f"{count} deliveries", lambda: len(self.received) >= count)
+        return self.received

@@ -1,56 +1,12 @@
 """Deliveries that the SDK verifies, that outlive failures and restarts, and that stay outside."""
 
-import http.server
 import socket
-import threading
 
 import openai
 import pytest
 from conftest import TINY
-from harness import Up, valid, wait_for
+from harness import Receiver, valid
 from rows import sums
-
-
-class Receiver:
-    """A server on this machine that keeps what it is sent and answers with `statuses`, then 200."""
-
-    def __init__(self, port=0, statuses=()):
-        received, answers = [], list(statuses)
-        self.received = received
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                received.append((body, dict(self.headers)))
-                self.send_response(answers.pop(0) if answers else 200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def wait_for(self, count):
-        wait_for(f"{count} deliveries", lambda: len(self.received) >= count)
-        return self.received
-
-
-@pytest.fixture(scope="module")
-def inside(tmp_path_factory, tiny_dir):
-    """A server whose operator lets webhooks reach this machine."""
-    with Up(tmp_path_factory.mktemp("webhooks"), "--webhook-range", "127.0.0.0/8") as server:
-        server.import_model(tiny_dir, TINY)
-        yield server
 
 
 def failing_job(service):

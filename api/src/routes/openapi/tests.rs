@@ -256,25 +256,13 @@ impl World {
     }
 }
 
-/// The schema of an operation's reply, with what it refers to beside it.
-fn reply_schema(operation: &Value, reply: &Reply) -> Value {
+/// The reply's status and type are described; its form is looked at in tests/test_openapi.py.
+#[track_caller]
+fn assert_described(operation: &Value, reply: &Reply) {
     let response = &operation["responses"][reply.status.as_str()];
     assert!(response.is_object(), "{} is not described", reply.status);
     let kind = reply.header("content-type").expect("a type");
-    let mut schema = response["content"][kind]["schema"].clone();
-    assert!(schema.is_object(), "{kind} is not described");
-    schema["components"] = DOCUMENT["components"].clone();
-    schema
-}
-
-#[track_caller]
-fn assert_valid(schema: &Value, value: &Value, what: &str) {
-    let validator = jsonschema::draft202012::new(schema).expect("a schema");
-    let errors: Vec<String> = validator
-        .iter_errors(value)
-        .map(|error| format!("{}: {error}", error.instance_path()))
-        .collect();
-    assert!(errors.is_empty(), "{what}: {errors:#?}\n{value:#}");
+    assert!(response["content"][kind]["schema"].is_object(), "{kind} is not described");
 }
 
 #[tokio::test]
@@ -287,16 +275,7 @@ async fn every_operation_answers_its_example_as_it_is_described() {
             let reply = world.send(method, path, operation).await;
             let body = String::from_utf8_lossy(&reply.body);
             assert!(reply.status.is_success(), "{id}: {} {body}", reply.status);
-            let schema = reply_schema(operation, &reply);
-            if reply.header("content-type") == Some("application/json") {
-                assert_valid(&schema, &reply.json(), id);
-            }
-            let request = &operation["requestBody"]["content"]["application/json"];
-            if request.is_object() {
-                let mut schema = request["schema"].clone();
-                schema["components"] = DOCUMENT["components"].clone();
-                assert_valid(&schema, &request["example"], id);
-            }
+            assert_described(operation, &reply);
             world.restore(id).await;
         }
     }
@@ -315,7 +294,7 @@ async fn refusals_are_as_they_are_described() {
             let reply = Reply::of(anybody.request(method, &path.replace(['{', '}'], ""))).await;
             let error = reply.error(401);
             assert_eq!(error["code"], "invalid_api_key", "{path}");
-            assert_valid(&reply_schema(operation, &reply), &reply.json(), path);
+            assert_described(operation, &reply);
         }
     }
 }
