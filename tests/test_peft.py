@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from urllib.request import quote
 
 import gguf
 import numpy as np
@@ -126,7 +127,13 @@ def test_the_weights_of_other_families_give_our_logits_in_peft_and_merged(servic
 
     merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
     assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
-    check_gguf(service, job.fine_tuned_model, "f16", merged, tmp_path)
+    if name == "gemma3":
+        # The small one has other windows than every Gemma 3 that llama.cpp computes.
+        path = f"/models/{quote(job.fine_tuned_model, safe='')}/weights?format=gguf"
+        status, _, body = service.request("GET", path)
+        assert status == 400 and b"layer_types" in body, body
+    else:
+        check_gguf(service, job.fine_tuned_model, "q8_0", merged, tmp_path)
 
 
 def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(service, tmp_path):
@@ -148,4 +155,3 @@ def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(serv
     merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
     assert not (merged / "adapter_config.json").exists()
     assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
-    check_gguf(service, job.fine_tuned_model, "q8_0", merged, tmp_path)
