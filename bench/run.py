@@ -4,7 +4,7 @@
 Needs a release build and the environments of bench/setup.sh: `make bench` sees to both. See
 bench/README.md for what is compared and by which rules.
 
-  BENCH_ONLY=lora,startup   parts to run, of: lora full chats prefix startup
+  BENCH_ONLY=lora,startup   parts to run, of: lora full chats prefix startup serving
   BENCH_ROUNDS=2            how often each side gets its turn
   BENCH_STEPS=3             steps timed in a turn
   --realtime                real-time priority for both sides, for a machine that is not quiet
@@ -27,7 +27,7 @@ from sides import OUT, ROOT, Failed
 CHATS = ROOT / "engine/tests/reference/chat32.jsonl"
 OURS = "tunesmith"
 SYSTEM_PROMPT = ROOT / "bench/data/system-prompt.txt"
-PARTS = ("lora", "full", "chats", "prefix", "startup")
+PARTS = ("lora", "full", "chats", "prefix", "startup", "serving")
 TORCH_SETTINGS = ("f32", "f32-mkl", "amp", "bf16")
 BATCH, SEQUENCE = 4, 256
 MEMORY_LINE = f"peak-memory-lora-{BATCH}x{SEQUENCE}-vs-torch-bf16"
@@ -35,6 +35,8 @@ MEMORY_LINE = f"peak-memory-lora-{BATCH}x{SEQUENCE}-vs-torch-bf16"
 # in bf16 takes minutes.
 SHORT = (1, 64)
 STARTUP_RUNS = 5
+# What is answered in a turn of serving, and over how many adapters.
+PROMPT_TOKENS, NEW_TOKENS, ADAPTERS = 64, 128, 8
 # A peer's setting that was slower than the best by this factor in a first short run gets no turns.
 HOPELESS = 2
 # Whole epochs take long: so many settings at most get turns there.
@@ -230,6 +232,45 @@ def startup_part(bench):
     bench.ratio("start-to-first-step-seconds", statistics.median(seconds), "<=", 1.5)
 
 
+def serving_part(bench):
+    """Answering: one stream beside transformers, and many requests over adapters beside one by one."""
+    prompt = json.loads(random_ids(1, PROMPT_TOKENS).read_text())[0]
+    settings, turns = ("f32", "bf16"), {}
+    with tempfile.TemporaryDirectory() as directory:
+        adapters = [f"{directory}/{index}" for index in range(ADAPTERS)]
+        for turn in range(bench.rounds):
+            for setting in settings:
+                write = (directory, ADAPTERS) if turn == 0 and setting == "f32" else None
+                theirs = sides.their_answers(
+                    bench.runner, bench.pythons["torch"], prompt, NEW_TOKENS, setting, write
+                )
+                turns.setdefault(setting, []).append(theirs)
+                print(f"  serving  {setting:26}{theirs['decode_tokens_per_s']:9.1f} tokens/s", flush=True)
+                bench.versions |= theirs["versions"]
+            ours = sides.our_answers(bench.runner, prompt, NEW_TOKENS, adapters)
+            turns.setdefault(OURS, []).append(ours)
+            print(f"  serving  {OURS:26}{ours['decode_tokens_per_s']:9.1f} tokens/s", flush=True)
+            bench.noisy += ours["foreign"] > QUIET
+            if ours["ids"] != turns["f32"][0]["ids"]:
+                sys.exit("unequal work: the greedy answers differ")
+    bench.measured["serving"] = turns
+    middle = lambda side, key: statistics.median(turn[key] for turn in turns[side])
+    speeds = {side: middle(side, "decode_tokens_per_s") for side in turns}
+    best = max(settings, key=speeds.get)
+    bench.ratio(
+        "decode-vs-transformers", speeds[OURS] / speeds[best], ">=", 1.5,
+        tokens_per_second=round(speeds[OURS], 1), peer=best,
+        peer_tokens_per_second=round(speeds[best], 1),
+    )
+    bench.ratio(
+        "16-requests-8-adapters-vs-one-by-one",
+        middle(OURS, "one_after_the_other_s") / middle(OURS, "together_s"), ">=", 6,
+        seconds=round(middle(OURS, "together_s"), 2), peak_mib=round(middle(OURS, "peak_mib")),
+    )
+    bench.ratio("first-token-seconds-64-tokens", middle(OURS, "first_token_s"), "<=", 0.25)
+    bench.ratio("adapter-load-seconds", middle(OURS, "load_adapters_s") / ADAPTERS, "<=", 1)
+
+
 def prefixed_rows():
     """The chats, each with one long system prompt before it."""
     prompt = SYSTEM_PROMPT.read_text().strip()
@@ -300,8 +341,10 @@ def main():
             chats_part(bench, part, CHATS, "unsloth", "unsloth", 2.5, " --unsloth")
         elif part == "prefix":
             chats_part(bench, part, prefixed_rows(), "trl", "torch", 8.0)
-        else:
+        elif part == "startup":
             startup_part(bench)
+        else:
+            serving_part(bench)
     summary(bench, sides.machine())
     print(f"\n{time.monotonic() - began:.0f} s; raw numbers in {OUT / 'latest.json'}")
 

@@ -143,6 +143,19 @@ def our_step(runner, mode, ids, warmup, steps):
     return runner.json(command, **trainer_environment())
 
 
+def our_answers(runner, prompt, new_tokens, adapters):
+    """Greedy answers by the engine of the sampler."""
+    command = [TARGET / "examples/bench_serving", MODEL, json.dumps(prompt), new_tokens, *adapters]
+    return runner.json(command, **trainer_environment())
+
+
+def their_answers(runner, python, prompt, new_tokens, precision, adapters=None):
+    """Greedy answers by transformers, which may write (directory, count) adapters as well."""
+    flags = ["--adapters", *adapters] if adapters else []
+    command = [python, PEERS / "generate.py", MODEL, json.dumps(prompt), new_tokens]
+    return runner.json([*command, "--precision", precision, *flags])
+
+
 def their_step(runner, python, mode, ids, warmup, steps, setting):
     """The same by transformers and PEFT."""
     flags, variables = peer_setting(setting)

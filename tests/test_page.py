@@ -1,11 +1,13 @@
-"""The job's page in a real browser shows the curve."""
+"""The pages in a real browser: a job's with its curve, and the playground."""
 
 import os
 import re
 import struct
 import subprocess
+import urllib.parse
 import urllib.request
 import zlib
+from html import unescape
 
 import numpy as np
 import pytest
@@ -168,3 +170,23 @@ def test_the_page_asks_nothing_of_other_hosts(service, job):
                 assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
         hosts = set(re.findall(r"(?:src|href|import|url)\s*[=(]?\s*[\"']?https?://([\w.]+)", text))
         assert hosts == set()
+
+
+def test_the_playground_answers_with_both_models_side_by_side(service, job, tmp_path):
+    asked = {"left": TINY, "right": job.fine_tuned_model, "prompt": "What is 1 + 2?", "max_tokens": 20, "run": ""}
+    origin = service.base_url.removesuffix("/v1")
+    html = dom(tmp_path, f"{origin}/playground?{urllib.parse.urlencode(asked)}#key={service.key}")
+    assert not is_hidden(html, "playground") and is_hidden(html, "job")
+    for side, model in (("left", TINY), ("right", job.fine_tuned_model)):
+        reply = service.sdk.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "What is 1 + 2?"}], max_tokens=20, temperature=0
+        )
+        shown = unescape(text_of(html, f"{side}-answer"))
+        assert shown == reply.choices[0].message.content
+    assert html.count(" tokens/s") == 2
+
+
+def test_the_job_s_page_leads_to_the_playground(service, job, tmp_path):
+    html = dom(tmp_path, page_url(service, job.id, service.key))
+    link = urllib.parse.urlencode({"left": TINY, "right": job.fine_tuned_model})
+    assert f"/playground?{link}" in unescape(html)

@@ -1,4 +1,4 @@
-/** The slice of the REST API that the page reads. */
+/** The slice of the REST API that the pages use. */
 
 export type JobStatus =
   | "validating_files"
@@ -57,9 +57,26 @@ export interface Checkpoint {
   metrics: { train_loss?: number; valid_loss?: number; full_valid_loss?: number };
 }
 
+export interface ChatRequest {
+  model: string;
+  messages: { role: string; content: string }[];
+  temperature: number;
+  max_tokens: number;
+}
+
+/** One event of a streamed answer. */
+export interface ChatChunk {
+  choices: { delta: { content?: string | null }; finish_reason: string | null }[];
+  usage?: { completion_tokens: number } | null;
+}
+
 interface Page<T> {
   data: T[];
   has_more: boolean;
+}
+
+interface Failure {
+  error?: { message?: string };
 }
 
 /** A reply with an error status, in the words of the server. */
@@ -107,20 +124,55 @@ export class Client {
     return page.data;
   }
 
+  /** Names of all models that the key may use, tuned ones too. */
+  async models(): Promise<string[]> {
+    const page = await this.get<Page<{ id: string }>>("/v1/models");
+    return page.data.map((model) => model.id);
+  }
+
+  /** An answer as it is made. */
+  async *chat(request: ChatRequest, signal: AbortSignal): AsyncGenerator<ChatChunk> {
+    const response = await this.send("/v1/chat/completions", {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+      signal,
+    });
+    const reader = response.body?.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const part = await reader?.read();
+      if (part === undefined || part.done) return;
+      text += part.value;
+      const events = text.split("\n\n");
+      text = events.pop() ?? "";
+      for (const event of events) {
+        const data = event.split("\n").filter((line) => line.startsWith("data: "));
+        if (data.length === 0 || data[0] === "data: [DONE]") continue;
+        const chunk = JSON.parse(data.map((line) => line.slice(6)).join("\n")) as ChatChunk & Failure;
+        if (chunk.error !== undefined) throw new ApiFailure(500, chunk.error.message ?? "The answer broke off.");
+        yield chunk;
+      }
+    }
+  }
+
   private async get<T>(path: string): Promise<T> {
+    return (await (await this.send(path, {})).json()) as T;
+  }
+
+  private async send(path: string, init: RequestInit): Promise<Response> {
     const response = await fetch(path, {
-      headers: { authorization: `Bearer ${this.key}` },
+      ...init,
+      headers: { ...init.headers, authorization: `Bearer ${this.key}` },
       cache: "no-store",
     });
     if (!response.ok) {
-      const body = (await response.json().catch(() => null)) as {
-        error?: { message?: string };
-      } | null;
+      const body = (await response.json().catch(() => null)) as Failure | null;
       throw new ApiFailure(
         response.status,
         body?.error?.message ?? `The server answered ${response.status}.`,
       );
     }
-    return (await response.json()) as T;
+    return response;
   }
 }

@@ -9,7 +9,7 @@ export function element<T extends HTMLElement = HTMLElement>(id: string): T {
   return found as T;
 }
 
-function make(tag: string, text: string, className?: string): HTMLElement {
+export function make(tag: string, text: string, className?: string): HTMLElement {
   const node = document.createElement(tag);
   node.textContent = text;
   if (className !== undefined) node.className = className;
@@ -183,7 +183,16 @@ export function showWeights(job: Job, checkpoints: readonly Checkpoint[]): void 
   if (!isNew("weights", [job.fine_tuned_model, checkpoints])) return;
   const nodes: HTMLElement[] = [];
   if (job.fine_tuned_model !== null) {
-    nodes.push(make("h3", "The tuned model"), command(`tunesmith models weights ${job.fine_tuned_model}`));
+    const link = make("a", "Compare with the base model in the playground");
+    const models = new URLSearchParams({ left: job.model, right: job.fine_tuned_model });
+    link.setAttribute("href", `/playground?${models.toString()}`);
+    const paragraph = make("p", "");
+    paragraph.append(link);
+    nodes.push(
+      make("h3", "The tuned model"),
+      command(`tunesmith models weights ${job.fine_tuned_model}`),
+      paragraph,
+    );
   }
   if (checkpoints.length > 0) nodes.push(make("h3", "Checkpoints"));
   for (const checkpoint of checkpoints) {

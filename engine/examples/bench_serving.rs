@@ -1,6 +1,11 @@
-//! Speed of answering: `bench_serving MODEL_DIR [ADAPTER_DIR…]` prints as JSON the tokens per second
-//! of one stream, the time to its first token, and for 16 requests over the adapters (the base model
-//! where none is given) the seconds together and one after the other.
+//! Times answering: `bench_serving MODEL_DIR PROMPT NEW_TOKENS [ADAPTER_DIR…]`.
+//!
+//! PROMPT is a JSON list of token ids. One stream is answered greedily by the base model; then 16
+//! requests over the adapters, whose prompts share no beginning, one after the other and together.
+//! The output is one line of JSON.
+
+#[path = "support/process.rs"]
+mod process;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -11,85 +16,118 @@ use tunesmith_core::sampling::{FromSampler, SampleRequest, Sampling};
 use tunesmith_engine::serve::{Batcher, ServedModel};
 use tunesmith_engine::{Device, EngineError};
 
-const PROMPT_TOKENS: u32 = 64;
-const NEW_TOKENS: u32 = 64;
-const REQUESTS: u64 = 16;
+const REQUESTS: u32 = 16;
+const TURNS: usize = 3;
 
-fn request(id: u64, adapter: Option<String>) -> SampleRequest {
-    SampleRequest {
-        id,
-        adapter,
-        // Prompts that share no beginning.
-        prompt: (0..PROMPT_TOKENS).map(|i| 1000 + 131 * id as u32 + 7 * i).collect(),
-        n: 1,
-        sampling: Sampling {
-            max_tokens: NEW_TOKENS,
-            temperature: 0.0,
-            top_p: 1.0,
-            seed: 1,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            logit_bias: Vec::new(),
-            top_logprobs: 0,
-            stop_ids: Vec::new(),
-        },
-        low_priority: false,
+/// Answers requests at once, each a prompt and an adapter.
+struct Run {
+    batcher: Batcher,
+    new_tokens: u32,
+    next_id: u64,
+}
+
+/// What came of a run.
+struct Outcome {
+    first_token_s: f64,
+    all_s: f64,
+    /// The tokens in the order they came.
+    ids: Vec<u32>,
+}
+
+impl Run {
+    fn answer(&mut self, requests: &[(Vec<u32>, Option<String>)]) -> Result<Outcome, EngineError> {
+        let began = Instant::now();
+        let (mut first, mut ids) = (None, Vec::new());
+        let mut sink = |message| {
+            if let FromSampler::Token { token, .. } = message {
+                first.get_or_insert_with(|| began.elapsed().as_secs_f64());
+                ids.push(token.id);
+            }
+        };
+        for (prompt, adapter) in requests {
+            self.next_id += 1;
+            let request = SampleRequest {
+                id: self.next_id,
+                adapter: adapter.clone(),
+                prompt: prompt.clone(),
+                n: 1,
+                sampling: Sampling {
+                    max_tokens: self.new_tokens,
+                    temperature: 0.0,
+                    top_p: 1.0,
+                    seed: 0,
+                    frequency_penalty: 0.0,
+                    presence_penalty: 0.0,
+                    logit_bias: Vec::new(),
+                    top_logprobs: 0,
+                    stop_ids: Vec::new(),
+                },
+                low_priority: false,
+            };
+            self.batcher.submit(request, &mut sink);
+        }
+        while !self.batcher.is_idle() {
+            self.batcher.step(&mut sink)?;
+        }
+        let first_token_s = first.unwrap_or_default();
+        Ok(Outcome { first_token_s, all_s: began.elapsed().as_secs_f64(), ids })
     }
 }
 
-/// Seconds until the first token and until the last.
-fn run(batcher: &mut Batcher, requests: Vec<SampleRequest>) -> Result<(f64, f64), EngineError> {
-    let start = Instant::now();
-    let mut first = None;
-    let mut sink = |message| {
-        if matches!(message, FromSampler::Token { .. }) {
-            first.get_or_insert_with(|| start.elapsed().as_secs_f64());
-        }
-    };
-    for request in requests {
-        batcher.submit(request, &mut sink);
-    }
-    while !batcher.is_idle() {
-        batcher.step(&mut sink)?;
-    }
-    Ok((first.unwrap_or_default(), start.elapsed().as_secs_f64()))
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut args = std::env::args().skip(1).map(PathBuf::from);
-    let base = args.next().ok_or("usage: bench_serving MODEL_DIR [ADAPTER_DIR…]")?;
-    let adapters: Vec<PathBuf> = args.collect();
-    let model = ServedModel::load(&base, &Device::cpu(), Precision::Auto)?;
-    let mut batcher = Batcher::new(model, REQUESTS as usize, 1 << 30);
-    let names: Vec<Option<String>> = match adapters.is_empty() {
-        true => vec![None],
-        false => (0..adapters.len()).map(|i| Some(i.to_string())).collect(),
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [model_dir, prompt, new_tokens, adapters @ ..] = arguments.as_slice() else {
+        return Err("usage: bench_serving MODEL_DIR PROMPT NEW_TOKENS [ADAPTER_DIR…]".into());
     };
-    let loading = Instant::now();
-    for (name, dir) in adapters.iter().enumerate() {
-        batcher.load_adapter(name.to_string(), dir)?;
+    let prompt: Vec<u32> = serde_json::from_str(prompt)?;
+    let model = ServedModel::load(&PathBuf::from(model_dir), &Device::cpu(), Precision::Auto)?;
+    let batcher = Batcher::new(model, REQUESTS as usize, 1 << 30);
+    let mut run = Run { batcher, new_tokens: new_tokens.parse()?, next_id: 0 };
+
+    let began = Instant::now();
+    for (index, dir) in adapters.iter().enumerate() {
+        run.batcher.load_adapter(index.to_string(), &PathBuf::from(dir))?;
     }
-    let load_adapters = loading.elapsed().as_secs_f64();
-    run(&mut batcher, vec![request(100, None)])?;
-    let (first, all) = run(&mut batcher, vec![request(101, None)])?;
-    let of = |id: u64| names[id as usize % names.len()].clone();
+    let load_adapters_s = began.elapsed().as_secs_f64();
+
+    // What each turn changes at the beginning keeps it from being found in the cache.
+    let varied = |first: u32| -> Vec<u32> { [&[first], &prompt[1..]].concat() };
+    process::reset_peak()?;
+    let ids = run.answer(&[(prompt.clone(), None)])?.ids;
+    let (mut firsts, mut speeds) = (Vec::new(), Vec::new());
+    for turn in 0..TURNS {
+        let one = run.answer(&[(varied(100 + turn as u32), None)])?;
+        firsts.push(one.first_token_s);
+        speeds.push((one.ids.len() - 1) as f64 / (one.all_s - one.first_token_s));
+    }
+    let requests = |first: u32| -> Vec<(Vec<u32>, Option<String>)> {
+        let adapter = |i: u32| match adapters.len() {
+            0 => None,
+            count => Some((i as usize % count).to_string()),
+        };
+        (0..REQUESTS).map(|i| (varied(first + i), adapter(i))).collect()
+    };
     let mut apart = 0.0;
-    for id in 0..REQUESTS {
-        apart += run(&mut batcher, vec![request(200 + id, of(id))])?.1;
+    for request in requests(1000) {
+        apart += run.answer(&[request])?.all_s;
     }
-    let requests = (0..REQUESTS).map(|id| request(300 + id, of(id))).collect();
-    let (_, together) = run(&mut batcher, requests)?;
-    let result = json!({
-        "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": NEW_TOKENS,
-        "load_adapters_s": load_adapters,
-        "first_token_s": first,
-        "decode_tokens_per_s": f64::from(NEW_TOKENS - 1) / (all - first),
+    let together = run.answer(&requests(2000))?.all_s;
+    let report = json!({
+        "ids": ids,
+        "first_token_s": median(firsts),
+        "decode_tokens_per_s": median(speeds),
+        "load_adapters_s": load_adapters_s,
         "requests": REQUESTS,
         "adapters": adapters.len(),
-        "one_after_another_s": apart,
+        "one_after_the_other_s": apart,
         "together_s": together,
+        "peak_mib": process::peak_mib()?,
     });
-    println!("{result}");
+    println!("{report}");
     Ok(())
 }

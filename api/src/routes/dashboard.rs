@@ -1,4 +1,5 @@
-//! The page of a job. Its files are part of the program; the data it shows comes over REST.
+//! The page of a job, and the playground. Their files are part of the program; the data they show
+//! comes over REST.
 
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use actix_web::{HttpResponse, web};
@@ -12,7 +13,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
     frame-ancestors 'none'";
 
-/// `GET /jobs/{id}`: the same page for every job; its script reads the id from the address.
+/// `GET /jobs/{id}` and `GET /playground`: one page, whose script reads the address.
 pub(crate) async fn page() -> HttpResponse {
     file("text/html; charset=utf-8", INDEX)
 }

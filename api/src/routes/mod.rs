@@ -40,6 +40,7 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .service(path("/openapi.yaml").get(openapi::document).wrap(Compress::default()))
         .service(path("/docs").get(openapi::reference).wrap(Compress::default()))
         .service(path("/jobs/{id}").get(dashboard::page))
+        .service(path("/playground").get(dashboard::page))
         .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
         // Lists are compressed for who takes that; a reply to a POST is too short to gain by it.
         .service(

@@ -112,6 +112,17 @@ fn run(batcher: &mut Batcher, requests: &[SampleRequest]) -> Heard {
     heard
 }
 
+/// What is answered beside an answer changes nothing of it: on the CPU, not a bit.
+fn assert_alike(one: &Told, other: &Told) {
+    if on_cpu() {
+        assert_eq!(one, other);
+    }
+    assert_eq!(one.tokens, other.tokens);
+    for (a, b) in one.logprobs.iter().zip(&other.logprobs) {
+        assert!((a - b).abs() < 1e-4, "{a} {b}");
+    }
+}
+
 fn prompt(first: u32, length: u32) -> Vec<u32> {
     (0..length).map(|i| (first + 7 * i) % 60 + 3).collect()
 }
@@ -129,8 +140,7 @@ fn answers_of_mixed_adapters_in_one_batch_are_those_of_each_alone() {
     for request in requests {
         let alone = run(&mut batcher(8), std::slice::from_ref(&request));
         let told = alone.answer(request.id);
-        // Bit by bit: what is answered beside it changes nothing.
-        assert_eq!(together.answer(request.id), told, "{:?}", request.adapter);
+        assert_alike(together.answer(request.id), told);
 
         let base = reference_path("adapters/model");
         let dir = request.adapter.map(|name| reference_path(&format!("adapters/final/{name}")));
@@ -237,7 +247,7 @@ fn several_answers_to_one_prompt_share_it_and_draw_apart() {
     let beside = request(2, Some("dora"), &prompt(5, 4), 20);
     let again = run(&mut batcher(8), &[beside, several]);
     for i in 0..3 {
-        assert_eq!(again.answers[&(1, i)], heard.answers[&(1, i)]);
+        assert_alike(&again.answers[&(1, i)], &heard.answers[&(1, i)]);
     }
 }
 

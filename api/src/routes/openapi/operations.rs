@@ -823,7 +823,8 @@ fn of_the_server() -> Vec<Operation> {
             example::JOB,
             "The job's id.",
         ),
-        Operation::get("/assets/{name}", (SERVER, "retrieveAsset"), "A file of that page")
+        html("/playground", "showPlayground", "One prompt, two models side by side"),
+        Operation::get("/assets/{name}", (SERVER, "retrieveAsset"), "A file of these pages")
             .access(Access::Anybody)
             .at("name", "app.js", "`app.js` or `app.css`.")
             .content(200, "text/javascript; charset=utf-8", json!({}))

@@ -1,0 +1,82 @@
+"""Models answer the official SDK: base models, tuned ones, streamed or whole."""
+
+import concurrent.futures
+import json
+
+import openai
+import pytest
+from conftest import TINY
+from harness import valid
+from rows import chat
+
+QUESTION = [{"role": "user", "content": "What is the word?"}]
+
+
+def ask(client, model, **options):
+    options = {"temperature": 0, "max_completion_tokens": 12, "messages": QUESTION} | options
+    return client.chat.completions.create(model=model, **options)
+
+
+def text_of(answer):
+    return answer.choices[0].message.content
+
+
+@pytest.fixture(scope="module")
+def tuned(service):
+    """Two adapters on one base model, each of which has learned its own word."""
+    jobs = [
+        service.create_job([chat(QUESTION[0]["content"], word)] * 16, TINY, n_epochs=20, batch_size=8,
+                           learning_rate=0.02, checkpoint_steps=1000)
+        for word in ("alpha", "omega")
+    ]
+    return [service.finish(job.id).fine_tuned_model for job in jobs]
+
+
+def test_each_adapter_says_its_own_word_side_by_side_with_its_base(client, tuned):
+    models = [TINY, *tuned] * 3
+    with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
+        answers = [text_of(valid(answer)) for answer in pool.map(lambda model: ask(client, model), models)]
+    assert answers[:3] * 3 == answers
+    for answer, word in zip(answers[1:3], ("alpha", "omega")):
+        assert answer.startswith(word)
+        assert not answers[0].startswith(word)
+
+
+def test_a_stream_is_the_whole_answer(client):
+    whole = valid(ask(client, TINY, seed=3, temperature=1, n=2, logprobs=True, top_logprobs=2))
+    assert whole.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in whole.choices)
+    for token in whole.choices[0].logprobs.content:
+        assert token.logprob <= 0 and len(token.top_logprobs) == 2
+    texts = ["", ""]
+    for chunk in ask(client, TINY, seed=3, temperature=1, n=2, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert chunk.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_stop_string_is_cut(client, tuned):
+    answer = ask(client, tuned[0], stop="ph")
+    assert (text_of(answer), answer.choices[0].finish_reason) == ("al", "stop")
+
+
+def test_a_plain_prompt_is_gone_on_from(client):
+    answer = valid(client.completions.create(model=TINY, prompt="Once", max_tokens=4, temperature=0, echo=True))
+    assert answer.choices[0].text.startswith("Once")
+    assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_what_cannot_be_answered_is_refused(service, client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, TINY, max_completion_tokens=4096)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, TINY, response_format={"type": "json_object"})
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "response_format")
+
+
+def test_without_a_sampler_the_reply_says_how_to_start_one(parts):
+    with pytest.raises(openai.APIStatusError) as refused:
+        ask(parts.service.sdk.with_options(max_retries=0), TINY)
+    assert (refused.value.status_code, refused.value.code) == (503, "model_not_served")
+    assert "tunesmith sampler" in json.dumps(refused.value.body)
