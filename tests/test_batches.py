@@ -1,15 +1,16 @@
-"""The SDK makes batches, which say that their lines are not answered yet."""
+"""The SDK makes batches, whose lines are answered by models."""
 
 import json
 
 import openai
 import pytest
+from conftest import TINY
 from harness import valid, wait_for
 
 
-def requests(*custom_ids):
+def requests(*custom_ids, model="m"):
     for custom_id in custom_ids:
-        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0}
         yield {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
@@ -21,19 +22,28 @@ def ended(client, batch):
     return wait_for(f"the end of {batch.id}", look)
 
 
+def lines_of(client, file):
+    return [json.loads(line) for line in client.files.content(file).text.splitlines()]
+
+
 def test_a_batch_is_answered_line_by_line(service, client):
-    file = service.upload(list(requests("a", "b", "c")), name="in.jsonl", purpose="batch")
+    rows = [*requests("a", "b", model=TINY), *requests("c")]
+    file = service.upload(rows, name="in.jsonl", purpose="batch")
     batch = client.batches.create(
         input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h", metadata={"k": "v"}
     )
     assert (batch.object, batch.metadata) == ("batch", {"k": "v"})
     assert batch.id in [listed.id for listed in client.batches.list(limit=1)]
     done = valid(ended(client, batch))
-    assert (done.status, done.model, done.output_file_id) == ("completed", "m", None)
-    assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (3, 0, 3)
-    lines = [json.loads(line) for line in client.files.content(done.error_file_id).text.splitlines()]
-    assert [line["custom_id"] for line in lines] == ["a", "b", "c"]
-    assert {line["response"]["body"]["error"]["code"] for line in lines} == {"model_not_served"}
+    assert (done.status, done.model) == ("completed", None)
+    assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (3, 2, 1)
+    alone = client.chat.completions.create(**rows[0]["body"]).choices[0].message.content
+    answers = lines_of(client, done.output_file_id)
+    assert [line["custom_id"] for line in answers] == ["a", "b"]
+    for line in answers:
+        assert line["response"]["body"]["choices"][0]["message"]["content"] == alone
+    (error,) = lines_of(client, done.error_file_id)
+    assert (error["custom_id"], error["response"]["body"]["error"]["code"]) == ("c", "no_such_model")
     with pytest.raises(openai.BadRequestError) as refused:
         client.batches.cancel(batch.id)
     assert refused.value.code == "invalid_batch_state"

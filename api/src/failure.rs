@@ -38,6 +38,19 @@ impl Failure {
         }
     }
 
+    /// Which error of the table.
+    pub(crate) fn code(&self) -> ErrorCode {
+        self.error.code
+    }
+
+    /// What a client reads. The cause of a fault of ours is logged here.
+    pub(crate) fn into_error(self) -> ApiError {
+        if self.cause.is_some() {
+            tracing::error!(error = %self, "a request of a batch failed");
+        }
+        self.error
+    }
+
     /// The error, where it is the client's; a fault of ours stays a failure.
     pub(crate) fn client_error(self) -> Result<ApiError, Self> {
         if self.cause.is_none() { Ok(self.error) } else { Err(self) }

@@ -119,6 +119,7 @@ pub struct ApiServer {
     stop: watch::Sender<bool>,
     webhooks: AddressPolicy,
     tokenizers: Arc<Tokenizers>,
+    serving: Serving,
 }
 
 impl ApiServer {
@@ -169,7 +170,7 @@ impl ApiServer {
         .disable_signals()
         .listen(listener)?
         .run();
-        Ok(Self { server, local_addr, store, live, stop, webhooks, tokenizers })
+        Ok(Self { server, local_addr, store, live, stop, webhooks, tokenizers, serving })
     }
 
     /// Where it listens.
@@ -192,7 +193,7 @@ impl ApiServer {
         let live = tokio::spawn(self.live.clone().run());
         let deliveries =
             tokio::spawn(webhooks::run(store.clone(), self.webhooks.clone(), stopped.clone()));
-        let batches = tokio::spawn(batches::run(store.clone(), stopped.clone()));
+        let batches = tokio::spawn(batches::run(self.serving.clone(), stopped.clone()));
         let tokenizers = Arc::clone(&self.tokenizers);
         let reports =
             tokio::spawn(file_reports::run(store.clone(), tokenizers.clone(), stopped.clone()));

@@ -107,6 +107,6 @@ fn an_image_is_refused_with_its_place() {
     assert_eq!(
         error.message,
         "Line 1: messages[0].content[0].type is \"image_url\", but must be \"text\". Only text is \
-         trained: remove images, audio and files, or the row."
+         read: remove images, audio and files."
     );
 }

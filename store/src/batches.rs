@@ -348,17 +348,25 @@ impl Store {
         .await?)
     }
 
-    /// Keeps others away for another minute.
+    /// Keeps others away for another minute, and says how many requests were answered so far and
+    /// how many were not.
     ///
     /// # Errors
     /// [`StoreError::BatchEnded`] if it is no longer to be worked on: stop.
-    pub async fn keep_batch(&self, id: &BatchId) -> Result<(), StoreError> {
+    pub async fn keep_batch(
+        &self,
+        id: &BatchId,
+        completed: u64,
+        failed: u64,
+    ) -> Result<(), StoreError> {
         let kept = sqlx::query(
-            "UPDATE batches SET claimed_until = now() + $2::interval
+            "UPDATE batches SET claimed_until = now() + $2::interval, completed = $3, failed = $4
              WHERE id = $1 AND status IN ('validating', 'in_progress', 'finalizing')",
         )
         .bind(id.as_str())
         .bind(CLAIM)
+        .bind(rows::bigint(completed))
+        .bind(rows::bigint(failed))
         .execute(&self.pool)
         .await?;
         still_there(id, kept.rows_affected())

@@ -1,25 +1,31 @@
 //! Works batches off: reads the file of requests, answers each, and writes the files of answers.
 //!
 //! Any number of processes may do this side by side: a claim keeps a batch to one of them for a
-//! minute at a time. Nothing of a batch is in memory but the names of its requests.
+//! minute at a time, and who takes up what another has left begins it anew. Nothing of a batch is in
+//! memory but the names of its requests and those that are being answered.
 
 mod lines;
 mod request;
 
 use crate::background::{Work, work_off_until};
-use crate::failure::wire;
-use futures::stream;
+use crate::failure::{Failure, invalid_value, wire};
+use crate::serving::{ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Serving};
+use bytes::Bytes;
+use futures::{TryStreamExt as _, stream};
 use lines::Lines;
 use request::Request;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::collections::HashSet;
+use std::convert::Infallible;
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
-use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::ids::random_text;
+use tokio::sync::{mpsc, watch};
+use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::ids::{FileId, random_text};
 use tunesmith_store::batches::{Batch, BatchError, BatchFile, BatchResult};
 use tunesmith_store::notify::Channel;
-use tunesmith_store::objects::ObjectKey;
+use tunesmith_store::objects::{ObjectKey, Stored};
 use tunesmith_store::{Store, StoreError};
 
 /// OpenAI's limits.
@@ -31,14 +37,22 @@ const MAX_ERRORS: usize = 100;
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How often a claim is renewed; well within the minute that it lasts.
 const RENEW_EVERY: Duration = Duration::from_secs(15);
+/// Requests of a batch that are answered side by side.
+const AT_ONCE: usize = 16;
+/// When a request is sent again that nobody can answer for now.
+const AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// How often a request may break a sampler down.
+const MAX_TRIES: u32 = 3;
+/// The other endpoint is that of completions.
+const CHAT: &str = "/v1/chat/completions";
 
 /// Works until `stopped` turns true.
-pub(crate) async fn run(store: Store, stopped: watch::Receiver<bool>) {
-    work_off_until(&Batches { store }, stopped).await;
+pub(crate) async fn run(serving: Serving, stopped: watch::Receiver<bool>) {
+    work_off_until(&Batches { serving }, stopped).await;
 }
 
 struct Batches {
-    store: Store,
+    serving: Serving,
 }
 
 impl Work for Batches {
@@ -46,24 +60,26 @@ impl Work for Batches {
     const NAME: &str = "working batches off";
 
     fn store(&self) -> &Store {
-        &self.store
+        &self.serving.store
     }
 
     async fn next(&self) -> Result<Option<Duration>, StoreError> {
-        let Some(batch) = self.store.claim_batch().await? else { return Ok(Some(LOOK_EVERY)) };
-        work(&self.store, &batch).await?;
+        let claimed = self.serving.store.claim_batch().await?;
+        let Some(batch) = claimed else { return Ok(Some(LOOK_EVERY)) };
+        work(&self.serving, &batch).await?;
         Ok(None)
     }
 }
 
 /// Works one batch off; being given up meanwhile is no error.
-async fn work(store: &Store, batch: &Batch) -> Result<(), StoreError> {
+async fn work(serving: &Serving, batch: &Batch) -> Result<(), StoreError> {
+    let store = &serving.store;
     let worked = async {
         match check(store, batch).await? {
             Err(errors) => store.fail_batch(&batch.id, &errors).await,
             Ok(checked) => {
                 store.begin_batch(&batch.id, checked.total, checked.model.as_deref()).await?;
-                refuse_all(store, batch, checked.total).await
+                answer_all(serving, batch).await
             }
         }
     };
@@ -95,7 +111,7 @@ async fn check(
     let mut claim = Claim::new(store, batch);
     let (mut errors, mut seen, mut models) = (Vec::new(), HashSet::new(), HashSet::new());
     while errors.len() < MAX_ERRORS {
-        claim.keep().await?;
+        claim.keep(Counts::default()).await?;
         let Some((number, line)) = lines.next().await? else { break };
         match Request::parse(&line, &batch.endpoint) {
             Ok(None) => {}
@@ -128,66 +144,165 @@ fn mistake(code: &str, message: &str, line: Option<u64>) -> BatchError {
     BatchError { code: code.to_owned(), message: message.to_owned(), param: None, line }
 }
 
-/// Answers every request with the reason why this server does not answer it.
-async fn refuse_all(store: &Store, batch: &Batch, total: u64) -> Result<(), StoreError> {
-    let id = store.begin_file(&batch.project_id).await?;
-    let lines = open(store, batch).await?;
-    let refusals =
-        stream::try_unfold((lines, Claim::new(store, batch)), |(mut lines, mut claim)| {
-            let endpoint = batch.endpoint.as_str();
-            async move {
-                loop {
-                    claim.keep().await?;
-                    let Some((_, line)) = lines.next().await? else { return Ok(None) };
-                    if let Ok(Some(request)) = Request::parse(&line, endpoint) {
-                        return Ok::<_, StoreError>(Some((refusal(&request), (lines, claim))));
-                    }
-                }
-            }
-        });
-    let written = async {
-        let key = ObjectKey::File(id.clone());
-        let stored = store.objects().put_stream(&key, refusals, u64::MAX).await?;
-        let filename = format!("{}_error.jsonl", batch.id);
-        let errors = Some(BatchFile { id: id.clone(), filename, stored });
-        let result = BatchResult { completed: 0, failed: total, output: None, errors };
-        store.complete_batch(batch, &result).await
+/// How many requests were answered and how many were not.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    completed: u64,
+    failed: u64,
+}
+
+/// Answers every request, and stores the answers and what went wrong in a file each.
+async fn answer_all(serving: &Serving, batch: &Batch) -> Result<(), StoreError> {
+    let store = &serving.store;
+    let (answers, errors) =
+        (store.begin_file(&batch.project_id).await?, store.begin_file(&batch.project_id).await?);
+    let (to_answers, answer_lines) = mpsc::channel(1);
+    let (to_errors, error_lines) = mpsc::channel(1);
+    let worked = async {
+        let (answers_stored, errors_stored, counts) = tokio::join!(
+            put(store, &answers, answer_lines),
+            put(store, &errors, error_lines),
+            answer_lines_of(serving, batch, to_answers, to_errors),
+        );
+        let (answers_stored, errors_stored, counts) = (answers_stored?, errors_stored?, counts?);
+        let file = |count: u64, id: &FileId, kind, stored| {
+            let filename = format!("{}_{kind}.jsonl", batch.id);
+            (count > 0).then(|| BatchFile { id: id.clone(), filename, stored })
+        };
+        let Counts { completed, failed } = counts;
+        let output = file(completed, &answers, "output", answers_stored);
+        let errors = file(failed, &errors, "error", errors_stored);
+        store.complete_batch(batch, &BatchResult { completed, failed, output, errors }).await?;
+        Ok(counts)
     };
-    let written = written.await;
-    if written.is_err()
-        && let Err(error) = store.abandon_file(&id).await
-    {
-        tracing::warn!(%error, file = %id, "the file of a batch that did not end well stays");
+    let worked = worked.await;
+    let counts = worked.as_ref().copied().unwrap_or_default();
+    for (id, lines) in [(&answers, counts.completed), (&errors, counts.failed)] {
+        if lines == 0
+            && let Err(error) = store.abandon_file(id).await
+        {
+            tracing::warn!(%error, file = %id, "a file of a batch that is not needed stays");
+        }
     }
-    match written {
-        // What ends the claim ends the stream, and comes wrapped.
-        Err(StoreError::BrokenStream(cause)) => match cause.downcast::<StoreError>() {
-            Ok(inner) => Err(*inner),
-            Err(cause) => Err(StoreError::BrokenStream(cause)),
-        },
-        other => other,
+    worked.map(|_| ())
+}
+
+/// Stores lines as they come.
+async fn put(
+    store: &Store,
+    id: &FileId,
+    lines: mpsc::Receiver<Bytes>,
+) -> Result<Stored, StoreError> {
+    let lines = stream::unfold(lines, |mut lines| async move {
+        let line = lines.recv().await?;
+        Some((Ok::<_, Infallible>(line), lines))
+    });
+    store.objects().put_stream(&ObjectKey::File(id.clone()), lines, u64::MAX).await
+}
+
+/// Answers the requests, some at a time, and says in their order what came of them.
+async fn answer_lines_of(
+    serving: &Serving,
+    batch: &Batch,
+    to_answers: mpsc::Sender<Bytes>,
+    to_errors: mpsc::Sender<Bytes>,
+) -> Result<Counts, StoreError> {
+    let lines = open(&serving.store, batch).await?;
+    let begun = (lines, batch.endpoint.clone());
+    let requests = stream::try_unfold(begun, |(mut lines, endpoint)| async move {
+        while let Some((_, line)) = lines.next().await? {
+            if let Ok(Some(request)) = Request::parse(&line, &endpoint) {
+                return Ok::<_, StoreError>(Some((request, (lines, endpoint))));
+            }
+        }
+        Ok(None)
+    });
+    let (asked, of) = (serving.clone(), Arc::new(batch.clone()));
+    let answers = requests.map_ok(move |request| {
+        let (serving, batch) = (asked.clone(), Arc::clone(&of));
+        async move { Ok(answer(&serving, &batch, request).await) }
+    });
+    let mut answers = pin!(answers.try_buffered(AT_ONCE));
+    let (mut claim, mut counts) = (Claim::new(&serving.store, batch), Counts::default());
+    loop {
+        claim.keep(counts).await?;
+        let answered = tokio::select! {
+            answered = answers.try_next() => answered?,
+            // Answers may take long; the claim may not.
+            () = tokio::time::sleep(RENEW_EVERY) => continue,
+        };
+        let Some((line, is_answered)) = answered else { return Ok(counts) };
+        let (to, count) = match is_answered {
+            true => (&to_answers, &mut counts.completed),
+            false => (&to_errors, &mut counts.failed),
+        };
+        *count += 1;
+        if to.send(line).await.is_err() {
+            // Its file could not be stored, which the other end says.
+            return Ok(counts);
+        }
     }
 }
 
-/// A line of the file of refusals.
-fn refusal(request: &Request) -> bytes::Bytes {
-    let message = format!(
-        "The model '{}' does not answer in batches yet. Send the request by itself.",
-        request.model
-    );
-    let error = ApiError::new(ErrorCode::ModelNotServed, message).with_param("model");
+/// The line that tells what came of a request, and whether it is an answer.
+async fn answer(serving: &Serving, batch: &Batch, request: Request) -> (Bytes, bool) {
+    let mut tries = 0;
+    let (status, body) = loop {
+        tries += 1;
+        let failure = match ask(serving, batch, &request.body).await {
+            Ok(body) => break (200, body),
+            Err(failure) => failure,
+        };
+        let again = match failure.code() {
+            // A sampler comes, or has room, in time; else the batch expires.
+            ErrorCode::ModelNotServed | ErrorCode::RateLimitExceeded | ErrorCode::Unavailable => {
+                true
+            }
+            ErrorCode::SamplerFailed | ErrorCode::Internal => tries < MAX_TRIES,
+            _ => false,
+        };
+        if !again {
+            break (failure.code().http_status(), wire(&failure.into_error()));
+        }
+        tokio::time::sleep(AGAIN_AFTER).await;
+    };
     let text = |length| random_text(&mut rand::rng(), length);
     let line = json!({
         "id": format!("batch_req_{}", text(24)),
         "custom_id": request.custom_id,
         "response": {
-            "status_code": error.code.http_status(),
+            "status_code": status,
             "request_id": format!("req_{}", text(24)),
-            "body": wire(&error),
+            "body": body,
         },
         "error": null,
     });
-    format!("{line}\n").into()
+    (format!("{line}\n").into(), status == 200)
+}
+
+/// The reply that a request by itself would get.
+async fn ask(
+    serving: &Serving,
+    batch: &Batch,
+    body: &Map<String, Value>,
+) -> Result<Value, Failure> {
+    let project = &batch.project_id;
+    let refuse_stream = |streams: bool| match streams {
+        true => Err(invalid_value("stream", true, "false in a batch")),
+        false => Ok(()),
+    };
+    let reply = if batch.endpoint == CHAT {
+        let request = ChatRequest::parse(body)?;
+        refuse_stream(request.streams())?;
+        let answer = ChatAnswer::begin(serving, project, &request, true).await?;
+        serde_json::to_value(answer.whole().await?)
+    } else {
+        let request = CompletionRequest::parse(body)?;
+        refuse_stream(request.streams())?;
+        let answer = CompletionAnswer::begin(serving, project, &request, true).await?;
+        serde_json::to_value(answer.whole().await?)
+    };
+    reply.map_err(Failure::internal)
 }
 
 async fn open(store: &Store, batch: &Batch) -> Result<Lines, StoreError> {
@@ -207,9 +322,10 @@ impl<'a> Claim<'a> {
         Self { store, batch, renewed: Instant::now() }
     }
 
-    async fn keep(&mut self) -> Result<(), StoreError> {
+    /// Renews the claim when it is time, and says how far the work has come.
+    async fn keep(&mut self, Counts { completed, failed }: Counts) -> Result<(), StoreError> {
         if self.renewed.elapsed() >= RENEW_EVERY {
-            self.store.keep_batch(&self.batch.id).await?;
+            self.store.keep_batch(&self.batch.id, completed, failed).await?;
             self.renewed = Instant::now();
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! One line of a batch's file.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tunesmith_store::batches::BatchError;
 
 const MAX_CUSTOM_ID: usize = 512;
@@ -12,6 +12,8 @@ pub(super) struct Request {
     pub(super) custom_id: String,
     /// The model that it asks.
     pub(super) model: String,
+    /// What it asks.
+    pub(super) body: Map<String, Value>,
 }
 
 impl Request {
@@ -28,7 +30,7 @@ impl Request {
                 line: None,
             })
         };
-        let value: Value = match serde_json::from_slice(line) {
+        let mut value: Value = match serde_json::from_slice(line) {
             Ok(value @ Value::Object(_)) => value,
             Ok(_) => {
                 let message = "The line is JSON, but not an object.".to_owned();
@@ -59,8 +61,12 @@ impl Request {
             );
             return wrong("invalid_url", Some("url"), message);
         }
-        match value["body"]["model"].as_str() {
-            Some(model) => Ok(Some(Self { custom_id, model: model.to_owned() })),
+        let body = match value["body"].take() {
+            Value::Object(body) => body,
+            _ => Map::new(),
+        };
+        match body.get("model").and_then(Value::as_str) {
+            Some(model) => Ok(Some(Self { custom_id, model: model.to_owned(), body })),
             None => {
                 let message = "The body needs a model.".to_owned();
                 wrong("missing_required_parameter", Some("body.model"), message)
@@ -81,7 +87,9 @@ mod tests {
         let line = json!({"custom_id": "a", "method": "POST", "url": ENDPOINT,
                           "body": {"model": "m", "messages": []}});
         let request = Request::parse(line.to_string().as_bytes(), ENDPOINT).expect("in order");
-        assert_eq!(request, Some(Request { custom_id: "a".to_owned(), model: "m".to_owned() }));
+        let request = request.expect("a request");
+        assert_eq!((request.custom_id.as_str(), request.model.as_str()), ("a", "m"));
+        assert_eq!(Value::from(request.body), line["body"]);
         assert_eq!(Request::parse(b" \r", ENDPOINT), Ok(None));
     }
 

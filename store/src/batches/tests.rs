@@ -38,7 +38,7 @@ async fn a_batch_is_claimed_begun_and_completed_with_its_files() {
     assert_eq!(claimed.id, made.id);
     assert_eq!(store.claim_batch().await.expect("claim"), None, "one at a time");
     store.begin_batch(&made.id, 2, Some("m")).await.expect("begun");
-    store.keep_batch(&made.id).await.expect("kept");
+    store.keep_batch(&made.id, 0, 0).await.expect("kept");
     let result =
         BatchResult { failed: 2, errors: Some(errors_file(&world).await), ..Default::default() };
     store.complete_batch(&claimed, &result).await.expect("completed");
@@ -64,7 +64,7 @@ async fn a_batch_that_is_given_up_is_cancelled_and_its_worker_hears_of_it() {
         let cancelling = store.cancel_batch(project, &made.id).await.expect("cancelling");
         assert_eq!(cancelling.status, BatchStatus::Cancelling);
     }
-    assert!(store.keep_batch(&made.id).await.is_err());
+    assert!(store.keep_batch(&made.id, 0, 0).await.is_err());
     let file = errors_file(&world).await;
     let result = BatchResult { failed: 1, errors: Some(file.clone()), ..Default::default() };
     let late = store.complete_batch(&claimed, &result).await;

@@ -1,4 +1,4 @@
-use crate::testing::{Client, TestApi};
+use crate::testing::{BASE, Client, FakeSampler, TestApi};
 use insta::assert_json_snapshot;
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
@@ -86,28 +86,61 @@ async fn a_new_batch_is_shown_as_the_sdks_declare_it() {
     assert!(cancelling["cancelling_at"].is_i64());
 }
 
+/// The lines of a file that a batch has written.
+async fn lines_of(api: &TestApi, file: &Value) -> Vec<Value> {
+    let file = format!("/v1/files/{}", file.as_str().expect("a file"));
+    assert_eq!(api.get(&file).await.ok()["purpose"], "batch_output");
+    let content = api.get(&format!("{file}/content")).await;
+    let content = String::from_utf8(content.body).expect("text");
+    content.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
 #[tokio::test]
-async fn every_request_is_refused_with_the_reason_until_models_are_served() {
-    let api = TestApi::with_validator().await;
-    let file = upload(&api, format!("{}\n{}", line("a", "m"), line("b", "m"))).await;
+async fn every_request_is_answered_or_told_why_not() {
+    let api = TestApi::with_validator().await.with_base_model().await;
+    let sampler = FakeSampler::start(&api.store).await;
+    let streamed = line("d", BASE).replace("\"messages\"", "\"stream\":true,\"messages\"");
+    let lines = [line("a", BASE), line("b", "m"), line("c", BASE), streamed];
+    let file = upload(&api, lines.join("\n")).await;
     let made = api.post(BATCHES, &asked(&file)).await.ok();
     let done = ended(&api, made["id"].as_str().expect("id")).await;
     assert_eq!(done["status"], "completed");
-    assert_eq!(done["request_counts"], json!({"total": 2, "completed": 0, "failed": 2}));
-    assert_eq!((&done["model"], &done["output_file_id"]), (&json!("m"), &json!(null)));
-    let errors = done["error_file_id"].as_str().expect("file");
-    assert_eq!(api.get(&format!("/v1/files/{errors}")).await.ok()["purpose"], "batch_output");
-    let content = api.get(&format!("/v1/files/{errors}/content")).await;
-    let content = String::from_utf8(content.body).expect("text");
-    let lines: Vec<Value> =
-        content.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
-    assert_eq!((&lines[0]["custom_id"], &lines[1]["custom_id"]), (&json!("a"), &json!("b")));
-    for line in lines {
-        assert_eq!(line["response"]["status_code"], 503);
-        assert_eq!(line["response"]["body"]["error"]["code"], "model_not_served");
+    assert_eq!(done["request_counts"], json!({"total": 4, "completed": 2, "failed": 2}));
+    let answers = lines_of(&api, &done["output_file_id"]).await;
+    for (answer, custom_id) in answers.iter().zip(["a", "c"]) {
+        assert_eq!(answer["custom_id"], custom_id);
+        assert_eq!(answer["response"]["status_code"], 200);
+        let body = &answer["response"]["body"];
+        assert_eq!(body["object"], "chat.completion");
+        assert_eq!(body["choices"][0]["message"]["content"], "answer");
     }
+    assert!(sampler.last_order().low_priority);
+    let errors = lines_of(&api, &done["error_file_id"]).await;
+    for (error, (custom_id, status, param)) in
+        errors.iter().zip([("b", 404, "model"), ("d", 400, "stream")])
+    {
+        assert_eq!(error["custom_id"], custom_id);
+        assert_eq!(error["response"]["status_code"], status);
+        assert_eq!(error["response"]["body"]["error"]["param"], param);
+    }
+    assert_eq!((answers.len(), errors.len()), (2, 2));
     let ended = format!("{BATCHES}/{}/cancel", done["id"].as_str().expect("id"));
     assert_eq!(api.post(&ended, &json!({})).await.error(400)["code"], "invalid_batch_state");
+}
+
+#[tokio::test]
+async fn a_batch_waits_for_a_sampler() {
+    let api = TestApi::with_validator().await.with_base_model().await;
+    let file = upload(&api, line("a", BASE)).await;
+    let made = api.post(BATCHES, &asked(&file)).await.ok();
+    let batch = format!("{BATCHES}/{}", made["id"].as_str().expect("id"));
+    while api.get(&batch).await.ok()["status"] != "in_progress" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    FakeSampler::start(&api.store).await;
+    let done = ended(&api, made["id"].as_str().expect("id")).await;
+    assert_eq!(done["request_counts"], json!({"total": 1, "completed": 1, "failed": 0}));
+    assert_eq!((&done["model"], &done["error_file_id"]), (&json!(BASE), &json!(null)));
 }
 
 #[tokio::test]
