@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 import yaml
 from conftest import TINY
-from harness import ROOT, Receiver, Service, run_cli, wait_for
+from harness import ROOT, Receiver, Service, run_cli
 from jsonschema import Draft202012Validator
 from rows import sums
 
@@ -80,7 +80,10 @@ class World:
         self.set("retrieveModel", job.fine_tuned_model)
         requests = self.service.upload([{}], name="requests.jsonl", purpose="batch")
         self.set("createBatch", body=["input_file_id"], real=requests)
-        self.many_requests = self.service.upload("{}\n" * 20_000, name="many.jsonl", purpose="batch")
+        body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}]}
+        line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+        many = [{"custom_id": str(number), **line} for number in range(2_000)]
+        self.many_requests = self.service.upload(many, name="many.jsonl", purpose="batch")
         self.set("retrieveBatch", self.batch(requests))
         self.set("retrieveWebhookEndpoint", self.endpoint())
         projects = "/organization/projects"
@@ -140,6 +143,9 @@ class World:
             self.set(operation_id, self.service.upload(sums(10)))
         elif operation_id == "testWebhookEndpoint":
             self.set(operation_id, self.endpoint())
+        elif operation_id == "cancelBatch":
+            # So many answers take longer than the next request.
+            self.set(operation_id, self.batch(self.many_requests))
 
     def restore(self, operation_id):
         """Ends what would go on, and puts the lasting names back."""
@@ -175,12 +181,6 @@ class World:
             return [self.with_real_names(inner) for inner in value]
         return self.real.get(value, value) if isinstance(value, str) else value
 
-    def cancel_batch(self):
-        """Cancels a new batch; nothing where it has ended by then."""
-        self.set("cancelBatch", self.batch(self.many_requests))
-        reply = self.send("cancelBatch")
-        return reply if reply[0] == 200 else None
-
 
 @pytest.fixture(scope="module")
 def world(inside):
@@ -200,10 +200,7 @@ def test_every_operation_answers_its_example_as_it_is_described(world):
     taking = [i for i in OPERATIONS if i.startswith("delete")] + ["archiveProject"]
     for operation_id in [i for i in OPERATIONS if i not in taking] + taking:
         world.prepare(operation_id)
-        if operation_id == "cancelBatch":
-            status, *rest = wait_for("a batch that is cancelled before it ends", world.cancel_batch)
-        else:
-            status, *rest = world.send(operation_id)
+        status, *rest = world.send(operation_id)
         value = check_reply(operation_id, (status, *rest))
         # Whether a sampler has the model by now is not this test's question.
         if operation_id not in ("createChatCompletion", "createCompletion"):

@@ -3,7 +3,7 @@
 //! Each case is a process of its own, since a peak belongs to a process.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use tunesmith_core::hyperparameters::{
     AdapterConfig, Auto, DataFacts, Hyperparameters, Precision, Quantization,
@@ -70,12 +70,18 @@ fn helper_trains_two_steps() {
 fn peak_of_a_run_is_within_a_fifth_of_its_estimate() {
     let config = ModelConfig::read(&model_dir()).unwrap();
     let mut failures = Vec::new();
-    for name in CASES {
-        let output = Command::new(std::env::current_exe().unwrap())
+    // Side by side: a peak is a process's own, and much of each run takes one core.
+    let children = CASES.map(|name| {
+        let child = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "helper_trains_two_steps", "--nocapture"])
             .env(CASE, name)
-            .output()
-            .unwrap();
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        (name, child.unwrap())
+    });
+    for (name, child) in children {
+        let output = child.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
         let (_, rest) = text.split_once("peak ").unwrap();
