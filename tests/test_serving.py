@@ -42,6 +42,15 @@ def test_each_adapter_says_its_own_word_side_by_side_with_its_base(client, tuned
         assert not answers[0].startswith(word)
 
 
+def test_a_model_that_was_tuned_whole_answers_too(service, client):
+    rows = [chat(QUESTION[0]["content"], "gamma")] * 16
+    adapter = {"type": "full"}
+    job = service.create_job(rows, TINY, adapter=adapter, n_epochs=20, batch_size=8, learning_rate=0.005)
+    model = service.finish(job.id).fine_tuned_model
+    assert text_of(valid(ask(client, model))).startswith("gamma")
+    assert not text_of(ask(client, TINY)).startswith("gamma")
+
+
 def test_a_stream_is_the_whole_answer(client):
     whole = valid(ask(client, TINY, seed=3, temperature=1, n=2, logprobs=True, top_logprobs=2))
     assert whole.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in whole.choices)
