@@ -43,9 +43,16 @@ pub(crate) fn worker_config(
     work_dir: PathBuf,
     device: &str,
 ) -> anyhow::Result<WorkerConfig> {
+    Ok(WorkerConfig::new(cache_dir, work_dir, device, own_command("train")?))
+}
+
+/// A hidden command of this program as a child.
+///
+/// # Errors
+/// When this program's own path cannot be found.
+pub(crate) fn own_command(name: &str) -> anyhow::Result<ChildCommand> {
     let program = std::env::current_exe().context("this program does not find itself")?;
-    let trainer = ChildCommand { program, args: vec!["train".into()], env: Vec::new() };
-    Ok(WorkerConfig::new(cache_dir, work_dir, device, trainer))
+    Ok(ChildCommand { program, args: vec![name.into()], env: Vec::new() })
 }
 
 /// Fails now, in one line, rather than in the first job.

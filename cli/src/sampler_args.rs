@@ -1,27 +1,29 @@
 //! How a sampler is run: what `up` and `sampler` take alike.
 
-use anyhow::Context as _;
+use crate::parts::own_command;
 use std::path::PathBuf;
-use tunesmith_sampler::SamplerConfig;
-use tunesmith_worker::ChildCommand;
+use tunesmith_sampler::{
+    DEFAULT_CACHE_BYTES, DEFAULT_MAX_ADAPTERS, DEFAULT_MAX_BATCH, DEFAULT_MAX_MODELS,
+    DEFAULT_MAX_ORDERS, SamplerConfig,
+};
 
 /// Bounds of a sampler.
 #[derive(Debug, clap::Args)]
 pub(crate) struct SamplerArgs {
     /// Models in memory at a time; adapters on one base model count as one
-    #[arg(long, env = "TUNESMITH_MAX_MODELS", value_name = "COUNT", default_value_t = 1, value_parser = at_least_one)]
+    #[arg(long, env = "TUNESMITH_MAX_MODELS", value_name = "COUNT", default_value_t = DEFAULT_MAX_MODELS, value_parser = at_least_one)]
     max_models: usize,
     /// Adapters in memory at a time for each base model
-    #[arg(long, env = "TUNESMITH_MAX_ADAPTERS", value_name = "COUNT", default_value_t = 32, value_parser = at_least_one)]
+    #[arg(long, env = "TUNESMITH_MAX_ADAPTERS", value_name = "COUNT", default_value_t = DEFAULT_MAX_ADAPTERS, value_parser = at_least_one)]
     max_adapters: usize,
     /// Answers that a model computes side by side
-    #[arg(long, env = "TUNESMITH_MAX_BATCH", value_name = "COUNT", default_value_t = 16, value_parser = at_least_one)]
+    #[arg(long, env = "TUNESMITH_MAX_BATCH", value_name = "COUNT", default_value_t = DEFAULT_MAX_BATCH, value_parser = at_least_one)]
     max_batch: usize,
     /// Requests that a sampler takes at a time, waiting ones included; one more is refused
-    #[arg(long, env = "TUNESMITH_MAX_REQUESTS", value_name = "COUNT", default_value_t = 256, value_parser = at_least_one)]
+    #[arg(long, env = "TUNESMITH_MAX_REQUESTS", value_name = "COUNT", default_value_t = DEFAULT_MAX_ORDERS, value_parser = at_least_one)]
     max_requests: usize,
     /// Memory for the keys and values of each model, in mebibytes
-    #[arg(long, env = "TUNESMITH_CACHE_MEMORY", value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    #[arg(long, env = "TUNESMITH_CACHE_MEMORY", value_name = "MIB", default_value_t = DEFAULT_CACHE_BYTES >> 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     cache_memory: u64,
 }
 
@@ -42,11 +44,10 @@ impl SamplerArgs {
         work_dir: PathBuf,
         device: &str,
     ) -> anyhow::Result<SamplerConfig> {
-        let program = std::env::current_exe().context("this program does not find itself")?;
-        let child = ChildCommand { program, args: vec!["sample".into()], env: Vec::new() };
         // Of several GPUs a model answers on the first.
         let device = device.split(',').next().unwrap_or(device).trim();
-        let mut config = SamplerConfig::new(listen, cache_dir, work_dir, device, child);
+        let mut config =
+            SamplerConfig::new(listen, cache_dir, work_dir, device, own_command("sample")?);
         config.max_models = self.max_models;
         config.max_adapters = self.max_adapters;
         config.max_batch = self.max_batch;

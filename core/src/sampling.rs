@@ -36,6 +36,24 @@ pub struct Sampling {
     pub stop_ids: Vec<u32>,
 }
 
+impl Sampling {
+    /// The most likely tokens, up to `max_tokens` of them, and nothing beside.
+    #[must_use]
+    pub fn greedy(max_tokens: u32) -> Self {
+        Self {
+            max_tokens,
+            temperature: 0.0,
+            top_p: 1.0,
+            seed: 0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            top_logprobs: 0,
+            stop_ids: Vec::new(),
+        }
+    }
+}
+
 /// A prompt to go on from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SampleRequest {

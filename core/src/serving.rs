@@ -107,17 +107,7 @@ mod tests {
             tuned: None,
             prompt: vec![1],
             n: 1,
-            sampling: Sampling {
-                max_tokens: 1,
-                temperature: 0.0,
-                top_p: 1.0,
-                seed: 0,
-                frequency_penalty: 0.0,
-                presence_penalty: 0.0,
-                logit_bias: Vec::new(),
-                top_logprobs: 0,
-                stop_ids: Vec::new(),
-            },
+            sampling: Sampling::greedy(1),
             low_priority: false,
         };
         assert_eq!(order.in_memory(), "basemodel_b");

@@ -51,17 +51,7 @@ impl Run {
                 adapter: adapter.clone(),
                 prompt: prompt.clone(),
                 n: 1,
-                sampling: Sampling {
-                    max_tokens: self.new_tokens,
-                    temperature: 0.0,
-                    top_p: 1.0,
-                    seed: 0,
-                    frequency_penalty: 0.0,
-                    presence_penalty: 0.0,
-                    logit_bias: Vec::new(),
-                    top_logprobs: 0,
-                    stop_ids: Vec::new(),
-                },
+                sampling: Sampling::greedy(self.new_tokens),
                 low_priority: false,
             };
             self.batcher.submit(request, &mut sink);

@@ -5,6 +5,17 @@ use std::time::Duration;
 use tunesmith_core::hyperparameters::Precision;
 use tunesmith_worker::ChildCommand;
 
+/// [`SamplerConfig::max_models`] unless it is told.
+pub const DEFAULT_MAX_MODELS: usize = 1;
+/// [`SamplerConfig::max_adapters`] unless it is told.
+pub const DEFAULT_MAX_ADAPTERS: usize = 32;
+/// [`SamplerConfig::max_batch`] unless it is told.
+pub const DEFAULT_MAX_BATCH: usize = 16;
+/// [`SamplerConfig::cache_bytes`] unless it is told.
+pub const DEFAULT_CACHE_BYTES: u64 = 1 << 30;
+/// [`SamplerConfig::max_orders`] unless it is told.
+pub const DEFAULT_MAX_ORDERS: usize = 256;
+
 /// How a sampler works. Made with [`SamplerConfig::new`], then changed field by field.
 #[derive(Debug, Clone)]
 pub struct SamplerConfig {
@@ -57,11 +68,11 @@ impl SamplerConfig {
             device: device.into(),
             precision: Precision::Auto,
             child,
-            max_models: 1,
-            max_adapters: 32,
-            max_batch: 16,
-            cache_bytes: 1 << 30,
-            max_orders: 256,
+            max_models: DEFAULT_MAX_MODELS,
+            max_adapters: DEFAULT_MAX_ADAPTERS,
+            max_batch: DEFAULT_MAX_BATCH,
+            cache_bytes: DEFAULT_CACHE_BYTES,
+            max_orders: DEFAULT_MAX_ORDERS,
             stop_grace: Duration::from_secs(30),
         }
     }

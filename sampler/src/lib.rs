@@ -13,5 +13,8 @@ mod model;
 mod models;
 mod sampler;
 
-pub use config::SamplerConfig;
+pub use config::{
+    DEFAULT_CACHE_BYTES, DEFAULT_MAX_ADAPTERS, DEFAULT_MAX_BATCH, DEFAULT_MAX_MODELS,
+    DEFAULT_MAX_ORDERS, SamplerConfig,
+};
 pub use sampler::{Sampler, SamplerError};

@@ -73,17 +73,7 @@ impl World {
             tuned: None,
             prompt: prompt.to_vec(),
             n: 1,
-            sampling: Sampling {
-                max_tokens: 5,
-                temperature: 0.0,
-                top_p: 1.0,
-                seed: 0,
-                frequency_penalty: 0.0,
-                presence_penalty: 0.0,
-                logit_bias: Vec::new(),
-                top_logprobs: 0,
-                stop_ids: Vec::new(),
-            },
+            sampling: Sampling::greedy(5),
             low_priority: false,
         }
     }

@@ -41,7 +41,7 @@ pub(crate) fn load(
              to train on {device}, or train on the device cpu"
         )));
     }
-    let mut loader = Loader {
+    let loader = Loader {
         weights: WeightFiles::open(dir)?,
         parameters: Parameters::new(bf16),
         blocks: lora.as_ref().and_then(|_| BlockFormat::of(adapter.quantization)),
@@ -53,10 +53,7 @@ pub(crate) fn load(
         bf16,
         bf16_where_equal: false,
     };
-    let decoder = loader.decoder(config)?;
-    loader.weights.finish()?;
-    loader.start.map_or(Ok(()), NamedSource::finish)?;
-    Ok((decoder, loader.parameters))
+    loader.finish(config)
 }
 
 /// Builds the decoder of `dir` to answer and not to learn. Matrices are stored in bf16 when that is
@@ -67,7 +64,7 @@ pub(crate) fn load_frozen(
     precision: Precision,
 ) -> Result<(Decoder, Parameters), EngineError> {
     let config = ModelConfig::read(dir)?;
-    let mut loader = Loader {
+    let loader = Loader {
         weights: WeightFiles::open(dir)?,
         parameters: Parameters::new(false),
         lora: None,
@@ -79,9 +76,7 @@ pub(crate) fn load_frozen(
         bf16: precision == Precision::Bf16,
         bf16_where_equal: precision == Precision::Auto,
     };
-    let decoder = loader.decoder(config)?;
-    loader.weights.finish()?;
-    Ok((decoder, loader.parameters))
+    loader.finish(config)
 }
 
 struct Loader<'a> {
@@ -140,6 +135,14 @@ struct Module {
 }
 
 impl Loader<'_> {
+    /// Builds the model, of which nothing may be left over.
+    fn finish(mut self, config: ModelConfig) -> Result<(Decoder, Parameters), EngineError> {
+        let decoder = self.decoder(config)?;
+        self.weights.finish()?;
+        self.start.map_or(Ok(()), NamedSource::finish)?;
+        Ok((decoder, self.parameters))
+    }
+
     fn decoder(&mut self, config: ModelConfig) -> Result<Decoder, EngineError> {
         let shape = [config.vocab_size, config.hidden_size];
         let trained = self.trained;

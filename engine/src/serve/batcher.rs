@@ -15,7 +15,7 @@ use tunesmith_core::sampling::{EndReason, FromSampler, SampleRequest};
 
 use super::choice::{Choice, Chooser, NotNumbers};
 use super::model::ServedModel;
-use super::prefixes::Prefixes;
+use super::prefixes::{Prefixes, same};
 use crate::error::EngineError;
 use crate::models::decoder::{Adaptation, KeyValueCache, Sequence};
 
@@ -248,18 +248,21 @@ impl Batcher {
         }
         let Reading { request, adaptation, cache, cached_tokens } = reading;
         let limit = self.limit_of(&request);
-        for index in 0..request.n {
-            let answer = Answer {
+        // The last one takes the cache over, and with one answer nothing is copied.
+        let copies = std::iter::repeat_n((cache, logits), request.n as usize);
+        for (index, (cache, logits)) in (0..).zip(copies) {
+            let mut answer = Answer {
                 id: request.id,
                 index,
                 adaptation: adaptation.clone(),
                 ids: request.prompt.clone(),
-                cache: cache.clone(),
+                cache,
                 limit,
                 chooser: Chooser::new(request.sampling.clone(), index),
                 cached_tokens,
             };
-            if !self.continue_with(answer, logits.clone(), sink) {
+            let choice = answer.chooser.choose(logits);
+            if !self.append(answer, choice, sink) {
                 break;
             }
         }
@@ -300,11 +303,6 @@ impl Batcher {
         Ok(())
     }
 
-    fn continue_with(&mut self, mut answer: Answer, logits: Vec<f32>, sink: Sink<'_>) -> bool {
-        let choice = answer.chooser.choose(logits);
-        self.append(answer, choice, sink)
-    }
-
     /// Says what was chosen, and lets the answer run on or ends it. False where the whole request
     /// came to nothing.
     fn append(
@@ -335,11 +333,8 @@ impl Batcher {
             self.keep(answer);
             return true;
         }
-        let same = |other: &Answer| match (&other.adaptation, &answer.adaptation) {
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            (a, b) => a.is_none() && b.is_none(),
-        };
-        let place = self.answers.iter().rposition(same).map_or(self.answers.len(), |i| i + 1);
+        let is_alike = |other: &Answer| same(&other.adaptation, &answer.adaptation);
+        let place = self.answers.iter().rposition(is_alike).map_or(self.answers.len(), |i| i + 1);
         self.answers.insert(place, answer);
         true
     }

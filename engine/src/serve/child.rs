@@ -154,17 +154,7 @@ mod tests {
             adapter: Some(adapter.to_owned()),
             prompt: vec![5, 6, 7],
             n: 1,
-            sampling: Sampling {
-                max_tokens: 3,
-                temperature: 1.0,
-                top_p: 0.9,
-                seed: 3,
-                frequency_penalty: 0.0,
-                presence_penalty: 0.0,
-                logit_bias: Vec::new(),
-                top_logprobs: 0,
-                stop_ids: Vec::new(),
-            },
+            sampling: Sampling { temperature: 1.0, top_p: 0.9, seed: 3, ..Sampling::greedy(3) },
             low_priority: false,
         })
     }

@@ -1,5 +1,6 @@
 //! From logits to a token.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
@@ -45,58 +46,47 @@ impl Chooser {
     }
 
     /// Chooses the next token.
-    pub(super) fn choose(&mut self, mut logits: Vec<f32>) -> Result<Choice, NotNumbers> {
+    pub(super) fn choose(&mut self, logits: Vec<f32>) -> Result<Choice, NotNumbers> {
         let mut scratch = vec![0.0; logits.len()];
         let (greatest, total) = exponentials(&logits, 1.0, &mut scratch);
         if !total.is_finite() || !greatest.is_finite() {
             return Err(NotNumbers);
         }
         let log_total = f64::from(greatest) + total.ln();
-        let with_logprob = |id: u32, logit: f32| TokenLogprob {
+        let with_logprob = |id: u32| TokenLogprob {
             id,
-            logprob: (f64::from(logit) - log_total) as f32,
+            logprob: (f64::from(logits[id as usize]) - log_total) as f32,
         };
-        let top = most_likely(&logits, usize::from(self.sampling.top_logprobs))
-            .into_iter()
-            .map(|id| with_logprob(id, logits[id as usize]))
-            .collect();
-        let changed = self.penalised(&logits);
-        let own_logit = |id: u32| {
-            let before = changed.iter().find(|(changed, _)| *changed == id);
-            before.map(|&(_, logit)| logit)
-        };
-        for &(id, _) in &changed {
-            let logit = &mut logits[id as usize];
-            *logit += self.shift(id);
-        }
+        let top = most_likely(&logits, usize::from(self.sampling.top_logprobs));
+        let top = top.into_iter().map(with_logprob).collect();
+        let shifted = self.shifted(&logits);
         let id = match self.sampling.temperature > 0.0 {
-            true => self.draw(&logits, &mut scratch),
-            false => most_likely(&logits, 1)[0],
+            true => self.draw(&shifted, &mut scratch),
+            false => most_likely(&shifted, 1)[0],
         };
-        let logit = own_logit(id).unwrap_or(logits[id as usize]);
         *self.counts.entry(id).or_default() += 1;
-        Ok(Choice { token: with_logprob(id, logit), top })
+        Ok(Choice { token: with_logprob(id), top })
     }
 
-    /// The tokens whose logits are shifted, with their logits before.
-    fn penalised(&self, logits: &[f32]) -> Vec<(u32, f32)> {
-        let counted = self.counts.keys().copied();
-        let mut ids: Vec<u32> =
-            counted.chain(self.sampling.logit_bias.iter().map(|&(id, _)| id)).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        ids.into_iter().filter_map(|id| Some((id, *logits.get(id as usize)?))).collect()
-    }
-
-    /// What is added to a token's logit.
-    fn shift(&self, id: u32) -> f32 {
+    /// The logits with bias and penalties.
+    fn shifted<'a>(&self, logits: &'a [f32]) -> Cow<'a, [f32]> {
         let Sampling { frequency_penalty, presence_penalty, logit_bias, .. } = &self.sampling;
-        let bias: f32 =
-            logit_bias.iter().filter(|(biased, _)| *biased == id).map(|(_, bias)| bias).sum();
-        match self.counts.get(&id) {
-            Some(&count) => bias - frequency_penalty * count as f32 - presence_penalty,
-            None => bias,
+        let is_penalised = *frequency_penalty != 0.0 || *presence_penalty != 0.0;
+        if logit_bias.is_empty() && !is_penalised {
+            return Cow::Borrowed(logits);
         }
+        let mut shifted = logits.to_vec();
+        let biases = logit_bias.iter().copied();
+        let penalties = self
+            .counts
+            .iter()
+            .map(|(&id, &count)| (id, -frequency_penalty * count as f32 - presence_penalty));
+        for (id, shift) in biases.chain(penalties) {
+            if let Some(logit) = shifted.get_mut(id as usize) {
+                *logit += shift;
+            }
+        }
+        Cow::Owned(shifted)
     }
 
     /// Draws from softmax(logits / temperature), of the most likely tokens up to top_p.
@@ -165,18 +155,8 @@ fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    pub(crate) fn greedy() -> Sampling {
-        Sampling {
-            max_tokens: 10,
-            temperature: 0.0,
-            top_p: 1.0,
-            seed: 1,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            logit_bias: Vec::new(),
-            top_logprobs: 0,
-            stop_ids: Vec::new(),
-        }
+    fn greedy() -> Sampling {
+        Sampling { seed: 1, ..Sampling::greedy(10) }
     }
 
     fn logits() -> Vec<f32> {

@@ -83,7 +83,8 @@ impl Prefixes {
     }
 }
 
-fn same(a: &Option<Arc<Adaptation>>, b: &Option<Arc<Adaptation>>) -> bool {
+/// Whether both are computed with the same adapter, or both with none.
+pub(super) fn same(a: &Option<Arc<Adaptation>>, b: &Option<Arc<Adaptation>>) -> bool {
     match (a, b) {
         (Some(a), Some(b)) => Arc::ptr_eq(a, b),
         (None, None) => true,

@@ -20,17 +20,7 @@ fn request(id: u64, adapter: Option<&str>, prompt: &[u32], max_tokens: u32) -> S
         adapter: adapter.map(str::to_owned),
         prompt: prompt.to_vec(),
         n: 1,
-        sampling: Sampling {
-            max_tokens,
-            temperature: 0.0,
-            top_p: 1.0,
-            seed: 1,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            logit_bias: Vec::new(),
-            top_logprobs: 2,
-            stop_ids: Vec::new(),
-        },
+        sampling: Sampling { seed: 1, top_logprobs: 2, ..Sampling::greedy(max_tokens) },
         low_priority: false,
     }
 }
