@@ -9,7 +9,7 @@ mod request;
 
 use crate::background::{Work, work_off_until};
 use crate::failure::{Failure, invalid_value, wire};
-use crate::serving::{ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Serving};
+use crate::serving::{AnswerReply as _, AnswerRequest, ChatRequest, CompletionRequest, Serving};
 use bytes::Bytes;
 use futures::{TryStreamExt as _, stream};
 use lines::Lines;
@@ -286,23 +286,23 @@ async fn ask(
     batch: &Batch,
     body: &Map<String, Value>,
 ) -> Result<Value, Failure> {
-    let project = &batch.project_id;
-    let refuse_stream = |streams: bool| match streams {
-        true => Err(invalid_value("stream", true, "false in a batch")),
-        false => Ok(()),
-    };
-    let reply = if batch.endpoint == CHAT {
-        let request = ChatRequest::parse(body)?;
-        refuse_stream(request.streams())?;
-        let answer = ChatAnswer::begin(serving, project, &request, true).await?;
-        serde_json::to_value(answer.whole().await?)
-    } else {
-        let request = CompletionRequest::parse(body)?;
-        refuse_stream(request.streams())?;
-        let answer = CompletionAnswer::begin(serving, project, &request, true).await?;
-        serde_json::to_value(answer.whole().await?)
-    };
-    reply.map_err(Failure::internal)
+    match batch.endpoint.as_str() {
+        CHAT => ask_as::<ChatRequest>(serving, batch, body).await,
+        _ => ask_as::<CompletionRequest>(serving, batch, body).await,
+    }
+}
+
+async fn ask_as<R: AnswerRequest>(
+    serving: &Serving,
+    batch: &Batch,
+    body: &Map<String, Value>,
+) -> Result<Value, Failure> {
+    let request = R::parse(body)?;
+    if request.streams() {
+        return Err(invalid_value("stream", true, "false in a batch").into());
+    }
+    let answers = request.begin(serving, &batch.project_id, true).await?;
+    serde_json::to_value(answers.whole().await?).map_err(Failure::internal)
 }
 
 async fn open(store: &Store, batch: &Batch) -> Result<Lines, StoreError> {

@@ -5,7 +5,7 @@ use crate::body::read_long_json;
 use crate::failure::Failure;
 use crate::routes::path;
 use crate::server::AppState;
-use crate::serving::{ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest};
+use crate::serving::{AnswerReply as _, AnswerRequest, ChatRequest, CompletionRequest};
 use crate::warnings;
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_ENCODING, HeaderValue};
 use actix_web::web::{self, ServiceConfig};
@@ -14,44 +14,25 @@ use actix_web::{HttpResponse, HttpResponseBuilder};
 /// The paths of this group.
 pub(crate) fn configure(config: &mut ServiceConfig) {
     config
-        .service(path("/v1/chat/completions").post(chat))
-        .service(path("/v1/completions").post(complete));
+        .service(path("/v1/chat/completions").post(answer::<ChatRequest>))
+        .service(path("/v1/completions").post(answer::<CompletionRequest>));
 }
 
-/// `POST /v1/chat/completions`
-async fn chat(
+/// `POST /v1/chat/completions` and `POST /v1/completions`
+async fn answer<R: AnswerRequest>(
     state: web::Data<AppState>,
     caller: Authenticated,
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
-    let request = ChatRequest::parse(&read_long_json(payload).await?.fields)?;
-    let project = &caller.project_id;
-    let mut answer = ChatAnswer::begin(&state.serving, project, &request, false).await?;
+    let request = R::parse(&read_long_json(payload).await?.fields)?;
+    let mut answers = request.begin(&state.serving, &caller.project_id, false).await?;
     let mut reply = HttpResponse::Ok();
     warnings::add(&mut reply, request.warnings());
     if !request.streams() {
-        return Ok(reply.json(answer.whole().await?));
+        return Ok(reply.json(answers.whole().await?));
     }
-    answer.wait_for_first().await?;
-    Ok(event_stream(&mut reply).streaming(answer.stream()))
-}
-
-/// `POST /v1/completions`
-async fn complete(
-    state: web::Data<AppState>,
-    caller: Authenticated,
-    payload: web::Payload,
-) -> Result<HttpResponse, Failure> {
-    let request = CompletionRequest::parse(&read_long_json(payload).await?.fields)?;
-    let project = &caller.project_id;
-    let mut answer = CompletionAnswer::begin(&state.serving, project, &request, false).await?;
-    let mut reply = HttpResponse::Ok();
-    warnings::add(&mut reply, request.warnings());
-    if !request.streams() {
-        return Ok(reply.json(answer.whole().await?));
-    }
-    answer.wait_for_first().await?;
-    Ok(event_stream(&mut reply).streaming(answer.stream()))
+    answers.wait_for_first().await?;
+    Ok(event_stream(&mut reply).streaming(answers.stream()))
 }
 
 fn event_stream(reply: &mut HttpResponseBuilder) -> &mut HttpResponseBuilder {

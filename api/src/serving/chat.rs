@@ -2,17 +2,16 @@
 
 use super::answers::{Answers, Event, Prompt};
 use super::chat_request::ChatRequest;
+use super::reply::AnswerReply;
 use super::text::{AnswerToken, Piece};
 use super::tools::{ToolCall, ToolReader};
 use super::{DONE, FinishReason, Head, KEEP_ALIVE, Served, Serving, Usage, event};
-use crate::failure::{Failure, wire};
+use crate::failure::Failure;
 use bytes::Bytes;
-use futures::{Stream, stream};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::sync::Arc;
 use tunesmith_core::dataset::{ChatTokenizer, TokenizerError};
 use tunesmith_core::errors::{ApiError, ErrorCode};
@@ -140,7 +139,7 @@ impl ChatAnswer {
     /// # Errors
     /// `no_such_model`, `invalid_value` for a conversation that the model's template refuses,
     /// `context_length_exceeded`, and those of asking a sampler.
-    pub(crate) async fn begin(
+    pub(super) async fn begin(
         serving: &Serving,
         project: &ProjectId,
         request: &ChatRequest,
@@ -166,14 +165,6 @@ impl ChatAnswer {
             parallel_calls: request.parallel_calls,
             include_usage: asked.include_usage,
         })
-    }
-
-    /// Waits a while for the first word, so that what goes wrong before it can be a reply's status.
-    ///
-    /// # Errors
-    /// What goes wrong.
-    pub(crate) async fn wait_for_first(&mut self) -> Result<(), ApiError> {
-        self.answers.wait_for_first().await
     }
 
     async fn next(&mut self) -> Result<Option<ChatEvent>, ApiError> {
@@ -219,11 +210,52 @@ impl ChatAnswer {
         self.ready.push_back(ChatEvent::End { index, reason });
     }
 
-    /// The answers when all are complete.
-    ///
-    /// # Errors
-    /// What goes wrong meanwhile.
-    pub(crate) async fn whole(mut self) -> Result<ChatCompletion, ApiError> {
+    fn event(&self, next: ChatEvent) -> Bytes {
+        match next {
+            ChatEvent::Waiting => KEEP_ALIVE,
+            ChatEvent::Text { index, text, tokens } => {
+                let mut chunk =
+                    self.chunk(index, Delta { content: Some(text), ..Delta::default() }, None);
+                if self.shows_logprobs {
+                    let content = shown(&self.tokenizer, &tokens);
+                    chunk.choices[0].logprobs = Some(Logprobs { content, refusal: None });
+                }
+                event(&chunk)
+            }
+            ChatEvent::Calls { index, calls } => {
+                let calls = calls.into_iter().zip(0..);
+                let tool_calls = calls.map(|(call, index)| CallDelta { index, call }).collect();
+                event(&self.chunk(index, Delta { tool_calls, ..Delta::default() }, None))
+            }
+            ChatEvent::End { index, reason } => {
+                event(&self.chunk(index, Delta::default(), Some(reason)))
+            }
+        }
+    }
+
+    fn chunk(
+        &self,
+        index: u32,
+        delta: Delta,
+        finish_reason: Option<FinishReason>,
+    ) -> ChatCompletionChunk {
+        let Head { id, created, model } = self.head.clone();
+        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
+        ChatCompletionChunk {
+            id,
+            object: "chat.completion.chunk",
+            created,
+            model,
+            choices: vec![choice],
+            usage: None,
+        }
+    }
+}
+
+impl AnswerReply for ChatAnswer {
+    type Whole = ChatCompletion;
+
+    async fn whole(mut self) -> Result<ChatCompletion, ApiError> {
         let choice = |index| Choice {
             index,
             message: AnswerMessage {
@@ -265,52 +297,23 @@ impl ChatAnswer {
         Ok(ChatCompletion { id, object: "chat.completion", created, model, choices, usage })
     }
 
-    /// The answers as server-sent events.
-    pub(crate) fn stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    async fn wait_for_first(&mut self) -> Result<(), ApiError> {
+        self.answers.wait_for_first().await
+    }
+
+    fn first_events(&self) -> Bytes {
         let mut first = Vec::new();
         for index in 0..self.n {
             let (role, content) = (Some("assistant"), Some(String::new()));
             let delta = Delta { role, content, tool_calls: Vec::new() };
             first.extend_from_slice(&event(&self.chunk(index, delta, None)));
         }
-        let begun = (Some(self), Some(Bytes::from(first)));
-        stream::unfold(begun, |(answer, first)| async move {
-            if let Some(first) = first {
-                return Some((Ok(first), (answer, None)));
-            }
-            let mut answer = answer?;
-            match answer.next().await {
-                Ok(Some(next)) => {
-                    let text = answer.event(next);
-                    Some((Ok(text), (Some(answer), None)))
-                }
-                Ok(None) => Some((Ok(answer.last_events()), (None, None))),
-                Err(error) => Some((Ok(event(&wire(&error))), (None, None))),
-            }
-        })
+        first.into()
     }
 
-    fn event(&self, next: ChatEvent) -> Bytes {
-        match next {
-            ChatEvent::Waiting => KEEP_ALIVE,
-            ChatEvent::Text { index, text, tokens } => {
-                let mut chunk =
-                    self.chunk(index, Delta { content: Some(text), ..Delta::default() }, None);
-                if self.shows_logprobs {
-                    let content = shown(&self.tokenizer, &tokens);
-                    chunk.choices[0].logprobs = Some(Logprobs { content, refusal: None });
-                }
-                event(&chunk)
-            }
-            ChatEvent::Calls { index, calls } => {
-                let calls = calls.into_iter().zip(0..);
-                let tool_calls = calls.map(|(call, index)| CallDelta { index, call }).collect();
-                event(&self.chunk(index, Delta { tool_calls, ..Delta::default() }, None))
-            }
-            ChatEvent::End { index, reason } => {
-                event(&self.chunk(index, Delta::default(), Some(reason)))
-            }
-        }
+    async fn next_event(&mut self) -> Result<Option<Bytes>, ApiError> {
+        let next = self.next().await?;
+        Ok(next.map(|next| self.event(next)))
     }
 
     fn last_events(&self) -> Bytes {
@@ -321,24 +324,6 @@ impl ChatAnswer {
         chunk.choices.clear();
         chunk.usage = Some(self.answers.usage());
         [event(&chunk), DONE].concat().into()
-    }
-
-    fn chunk(
-        &self,
-        index: u32,
-        delta: Delta,
-        finish_reason: Option<FinishReason>,
-    ) -> ChatCompletionChunk {
-        let Head { id, created, model } = self.head.clone();
-        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
-        ChatCompletionChunk {
-            id,
-            object: "chat.completion.chunk",
-            created,
-            model,
-            choices: vec![choice],
-            usage: None,
-        }
     }
 }
 

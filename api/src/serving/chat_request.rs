@@ -1,13 +1,17 @@
 //! A request for a chat completion, checked.
 
+use super::chat::ChatAnswer;
+use super::reply::AnswerRequest;
 use super::sampling_request::{Asked, FIELDS, TAKEN_WITHOUT_EFFECT, flag};
-use super::unsupported;
-use crate::failure::{invalid_value, missing};
+use super::{Serving, unsupported};
+use crate::failure::{Failure, invalid_value, missing};
 use crate::fields::{self, given, integer, metadata, required};
 use crate::warnings::unknown_fields;
 use serde_json::{Map, Value, json};
+use std::future::Future;
 use tunesmith_core::dataset::{Message, parse_conversation, parse_tools};
 use tunesmith_core::errors::ApiError;
+use tunesmith_core::ids::ProjectId;
 use tunesmith_core::sampling::MAX_TOP_LOGPROBS;
 
 /// The fields that are read beside those of sampling.
@@ -43,12 +47,10 @@ pub(crate) struct ChatRequest {
     warnings: Vec<String>,
 }
 
-impl ChatRequest {
-    /// Reads and checks the body.
-    ///
-    /// # Errors
-    /// The first mistake, by the name of its field.
-    pub(crate) fn parse(body: &Map<String, Value>) -> Result<Self, ApiError> {
+impl AnswerRequest for ChatRequest {
+    type Reply = ChatAnswer;
+
+    fn parse(body: &Map<String, Value>) -> Result<Self, ApiError> {
         let model = required(body, "model")?;
         let messages = given(body, "messages").ok_or_else(|| missing("messages"))?;
         let messages = parse_conversation(messages)?;
@@ -71,16 +73,25 @@ impl ChatRequest {
         })
     }
 
-    /// Whether the reply comes as a stream.
-    pub(crate) fn streams(&self) -> bool {
+    fn streams(&self) -> bool {
         self.asked.stream
     }
 
-    /// What was taken, but is probably not what the client meant.
-    pub(crate) fn warnings(&self) -> &[String] {
+    fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
+    fn begin(
+        &self,
+        serving: &Serving,
+        project: &ProjectId,
+        low_priority: bool,
+    ) -> impl Future<Output = Result<Self::Reply, Failure>> + Send {
+        ChatAnswer::begin(serving, project, self, low_priority)
+    }
+}
+
+impl ChatRequest {
     /// The names of the tools that an answer may call.
     pub(super) fn tool_names(&self) -> Vec<String> {
         let tools = self.tools.as_ref().and_then(Value::as_array).into_iter().flatten();

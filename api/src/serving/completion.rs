@@ -3,17 +3,16 @@
 use super::answers::{Answers, Event, Prompt};
 use super::chat::token_text;
 use super::completion_request::{CompletionRequest, PromptText};
+use super::reply::AnswerReply;
 use super::text::{AnswerToken, Piece};
 use super::{
     DONE, FinishReason, Head, KEEP_ALIVE, Served, Serving, Usage, event, tokenizer_failed,
 };
-use crate::failure::{Failure, invalid_value, wire};
+use crate::failure::{Failure, invalid_value};
 use bytes::Bytes;
-use futures::{Stream, stream};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
-use std::convert::Infallible;
 use std::sync::Arc;
 use tunesmith_core::dataset::ChatTokenizer;
 use tunesmith_core::errors::{ApiError, ErrorCode};
@@ -89,7 +88,7 @@ impl CompletionAnswer {
     /// # Errors
     /// `no_such_model`, `invalid_value` for token ids that are none, `context_length_exceeded`,
     /// and those of asking a sampler.
-    pub(crate) async fn begin(
+    pub(super) async fn begin(
         serving: &Serving,
         project: &ProjectId,
         request: &CompletionRequest,
@@ -131,14 +130,6 @@ impl CompletionAnswer {
         })
     }
 
-    /// Waits a while for the first word, so that what goes wrong before it can be a reply's status.
-    ///
-    /// # Errors
-    /// What goes wrong.
-    pub(crate) async fn wait_for_first(&mut self) -> Result<(), ApiError> {
-        self.answers[0].wait_for_first().await
-    }
-
     /// What happens next, with the index of its choice among all.
     async fn next(&mut self) -> Result<Option<Event>, ApiError> {
         while let Some(answers) = self.answers.get_mut(self.current) {
@@ -176,11 +167,29 @@ impl CompletionAnswer {
         Completion { id, object: "text_completion", created, model, choices, usage }
     }
 
-    /// The answers when all are complete.
-    ///
-    /// # Errors
-    /// What goes wrong meanwhile.
-    pub(crate) async fn whole(mut self) -> Result<Completion, ApiError> {
+    fn event(&self, next: Event) -> Bytes {
+        let choice = match next {
+            Event::Waiting => return KEEP_ALIVE,
+            Event::Piece(index, Piece { text, tokens }) => {
+                let logprobs = self.shows_logprobs.then(|| {
+                    let mut logprobs = Logprobs::default();
+                    logprobs.extend(&self.tokenizer, &tokens);
+                    logprobs
+                });
+                Choice { text, index, logprobs, finish_reason: None }
+            }
+            Event::End(index, reason) => {
+                Choice { text: String::new(), index, logprobs: None, finish_reason: Some(reason) }
+            }
+        };
+        event(&self.completion(vec![choice], None))
+    }
+}
+
+impl AnswerReply for CompletionAnswer {
+    type Whole = Completion;
+
+    async fn whole(mut self) -> Result<Completion, ApiError> {
         let mut choices = self.choices();
         while let Some(event) = self.next().await? {
             match event {
@@ -200,47 +209,22 @@ impl CompletionAnswer {
         Ok(self.completion(choices, Some(self.usage())))
     }
 
-    /// The answers as server-sent events.
-    pub(crate) fn stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> {
-        let mut first = Vec::new();
-        if !self.echoes.is_empty() {
-            for choice in self.choices() {
-                first.extend_from_slice(&event(&self.completion(vec![choice], None)));
-            }
-        }
-        let begun = (Some(self), (!first.is_empty()).then(|| Bytes::from(first)));
-        stream::unfold(begun, |(answer, first)| async move {
-            if let Some(first) = first {
-                return Some((Ok(first), (answer, None)));
-            }
-            let mut answer = answer?;
-            match answer.next().await {
-                Ok(Some(next)) => {
-                    let text = answer.event(next);
-                    Some((Ok(text), (Some(answer), None)))
-                }
-                Ok(None) => Some((Ok(answer.last_events()), (None, None))),
-                Err(error) => Some((Ok(event(&wire(&error))), (None, None))),
-            }
-        })
+    async fn wait_for_first(&mut self) -> Result<(), ApiError> {
+        self.answers[0].wait_for_first().await
     }
 
-    fn event(&self, next: Event) -> Bytes {
-        let choice = match next {
-            Event::Waiting => return KEEP_ALIVE,
-            Event::Piece(index, Piece { text, tokens }) => {
-                let logprobs = self.shows_logprobs.then(|| {
-                    let mut logprobs = Logprobs::default();
-                    logprobs.extend(&self.tokenizer, &tokens);
-                    logprobs
-                });
-                Choice { text, index, logprobs, finish_reason: None }
-            }
-            Event::End(index, reason) => {
-                Choice { text: String::new(), index, logprobs: None, finish_reason: Some(reason) }
-            }
-        };
-        event(&self.completion(vec![choice], None))
+    fn first_events(&self) -> Bytes {
+        if self.echoes.is_empty() {
+            return Bytes::new();
+        }
+        let choices = self.choices().into_iter();
+        let first = choices.map(|choice| event(&self.completion(vec![choice], None)));
+        first.collect::<Vec<Bytes>>().concat().into()
+    }
+
+    async fn next_event(&mut self) -> Result<Option<Bytes>, ApiError> {
+        let next = self.next().await?;
+        Ok(next.map(|next| self.event(next)))
     }
 
     fn last_events(&self) -> Bytes {

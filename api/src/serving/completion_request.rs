@@ -1,12 +1,16 @@
 //! A request for a completion of plain prompts, checked.
 
+use super::completion::CompletionAnswer;
+use super::reply::AnswerRequest;
 use super::sampling_request::{Asked, FIELDS, MAX_N, TAKEN_WITHOUT_EFFECT, flag};
-use super::unsupported;
-use crate::failure::{invalid_value, missing};
+use super::{Serving, unsupported};
+use crate::failure::{Failure, invalid_value, missing};
 use crate::fields::{self, given, integer, required};
 use crate::warnings::unknown_fields;
 use serde_json::{Map, Value};
+use std::future::Future;
 use tunesmith_core::errors::ApiError;
+use tunesmith_core::ids::ProjectId;
 
 /// OpenAI's limit of alternatives here.
 pub(crate) const MAX_LOGPROBS: u64 = 5;
@@ -36,12 +40,10 @@ pub(crate) struct CompletionRequest {
     warnings: Vec<String>,
 }
 
-impl CompletionRequest {
-    /// Reads and checks the body.
-    ///
-    /// # Errors
-    /// The first mistake, by the name of its field.
-    pub(crate) fn parse(body: &Map<String, Value>) -> Result<Self, ApiError> {
+impl AnswerRequest for CompletionRequest {
+    type Reply = CompletionAnswer;
+
+    fn parse(body: &Map<String, Value>) -> Result<Self, ApiError> {
         let model = required(body, "model")?;
         let prompts = prompts(given(body, "prompt").ok_or_else(|| missing("prompt"))?)?;
         let asked = Asked::parse(body, &["max_tokens"])?;
@@ -77,14 +79,21 @@ impl CompletionRequest {
         })
     }
 
-    /// Whether the reply comes as a stream.
-    pub(crate) fn streams(&self) -> bool {
+    fn streams(&self) -> bool {
         self.asked.stream
     }
 
-    /// What was taken, but is probably not what the client meant.
-    pub(crate) fn warnings(&self) -> &[String] {
+    fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    fn begin(
+        &self,
+        serving: &Serving,
+        project: &ProjectId,
+        low_priority: bool,
+    ) -> impl Future<Output = Result<Self::Reply, Failure>> + Send {
+        CompletionAnswer::begin(serving, project, self, low_priority)
     }
 }
 

@@ -7,15 +7,17 @@ mod chat;
 mod chat_request;
 mod completion;
 mod completion_request;
+mod reply;
 mod sampling_request;
 mod text;
 mod tools;
 mod upstream;
 
-pub(crate) use chat::{ChatAnswer, ChatCompletion, ChatCompletionChunk};
+pub(crate) use chat::{ChatCompletion, ChatCompletionChunk};
 pub(crate) use chat_request::ChatRequest;
-pub(crate) use completion::{Completion, CompletionAnswer};
+pub(crate) use completion::Completion;
 pub(crate) use completion_request::{CompletionRequest, MAX_LOGPROBS};
+pub(crate) use reply::{AnswerReply, AnswerRequest};
 pub(crate) use sampling_request::{MAX_N, MAX_STOPS};
 
 use crate::failure::{Failure, no_such_model};
