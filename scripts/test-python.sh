@@ -15,7 +15,7 @@ if [ ! -f "$venv/complete" ]; then
   echo "Installing the tests' Python packages (5.7 GB with PyTorch, about two minutes) ..." >&2
   rm -rf "$venv"
   python3 -m venv "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" >&2
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir -r "$requirements" >&2
   touch "$venv/complete"
 fi
 echo "$venv/bin/python"
