@@ -19,8 +19,10 @@ if [ ! -e "$home/ready" ]; then
 fi
 
 root=$PWD
+scripts/test-model.sh SmolLM2-135M-Instruct scripts/fetch-smollm2.sh
 cd "$home/openai-$version"
-ours=(fine_tuning test_files.py test_uploads.py uploads test_models.py test_batches.py webhooks)
+ours=(fine_tuning test_files.py test_uploads.py uploads test_models.py test_batches.py webhooks
+    test_completions.py chat)
 # `-o addopts=`: the distribution's own options are for its own runner.
 PYTHONPATH="$root/tests/sdk" exec "$home/venv/bin/python" -m pytest -p fixture_mode -o addopts= -q \
     --tb=short -p no:cacheprovider "${ours[@]/#/tests/api_resources/}" "$@"
