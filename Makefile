@@ -10,10 +10,10 @@ demo:
 # Everything: the types of the cuda feature, unit tests, then the black-box tests.
 test: start-python check-cuda test-rust test-black-box
 
-# The tests' Python packages come down while the compiler works; who needs them waits for them.
+# The tests' packages come down while the compiler works; who needs them waits for them.
 start-python:
 	@scripts/packages.sh test
-	@scripts/test-python.sh >/dev/null 2>&1 &
+	@{ scripts/test-python.sh; scripts/test-clients.sh; } >/dev/null 2>&1 &
 
 test-rust:
 	scripts/packages.sh test

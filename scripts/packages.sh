@@ -29,6 +29,8 @@ need postgresql has_postgresql
 if [ "$purpose" = test ]; then
   need python3-venv python3 -c 'import ensurepip, venv'
   need chromium chromium --version
+  need nodejs node --version
+  need npm npm --version
 fi
 
 [ ${#missing[@]} -eq 0 ] && exit 0

@@ -1,11 +1,13 @@
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 # Nothing here may reach for a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
-from harness import SMOLLM2_DIR, TUNESMITH, Parts, Up  # noqa: E402
+from harness import ROOT, SMOLLM2_DIR, TUNESMITH, Parts, Up  # noqa: E402
 
 TINY = "tiny"
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -58,6 +60,13 @@ def up(tmp_path_factory, tiny_dir):
         server.import_model(SMOLLM2_DIR, SMOLLM2)
         yield server
         assert server.process.stop() == 0, server.process.output()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def clients():
+    """Where programs of others lie that are sent to a server (scripts/test-clients.sh)."""
+    done = subprocess.run([ROOT / "scripts/test-clients.sh"], check=True, stdout=subprocess.PIPE, text=True)
+    return Path(done.stdout.strip())
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
-"""The running server answers as docs/openapi.yaml says: each example."""
+"""The running server answers as docs/openapi.yaml says: each example, and what is made at random."""
 
+import copy
 import json
+import os
+import re
+import subprocess
 import urllib.request
 
 import pytest
 import yaml
 from conftest import TINY
-from harness import ROOT, Receiver, Service, run_cli
+from harness import PATIENCE_SECONDS, ROOT, Receiver, Service, run_cli
 from jsonschema import Draft202012Validator
 from rows import sums
 
@@ -18,6 +22,8 @@ OPERATIONS = {
 }
 JSON, FORM = "application/json", "multipart/form-data"
 BOUNDARY, PROJECT = "a-boundary", "described"
+# Operations that take away what others need.
+TAKES = re.compile("delete|archive|cancel|complete")
 
 
 def examples(operation_id):
@@ -94,6 +100,7 @@ class World:
         self.set("retrieveAdminKey", key)
         (given,) = sdk.fine_tuning.checkpoints.permissions.create(job.fine_tuned_model, project_ids=[project])
         self.set("deletePermission", job.fine_tuned_model, given.id)
+        self.set("addUploadPart", self.upload())
 
     @staticmethod
     def made(service, path, body):
@@ -193,6 +200,35 @@ def test_every_example_of_a_request_is_valid():
         content = operation.get("requestBody", {}).get("content", {})
         if JSON in content:
             check(content[JSON]["schema"], content[JSON]["example"], operation_id)
+
+
+def conforms(clients, world, service, directory, *selection):
+    """Runs schemathesis over the operations of `selection`; fails with what it reports."""
+    document = copy.deepcopy(DOCUMENT)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if not TAKES.match(operation["operationId"]):
+                operation.update(world.with_real_names(operation))
+    path = directory / "openapi.json"
+    path.write_text(json.dumps(document))
+    program, config = clients / "python/bin/schemathesis", ROOT / "tests/schemathesis.toml"
+    done = subprocess.run(
+        [program, "--config-file", config, "run", path, "--url", world.root, *selection],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        env=os.environ | {"TUNESMITH_API_KEY": service.key},
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
+
+
+def test_what_a_project_may_do_is_answered_as_it_is_described(clients, world, tmp_path):
+    conforms(clients, world, world.service, tmp_path, "--exclude-tag", "Organization")
+
+
+def test_what_an_administrator_may_do_is_answered_as_it_is_described(clients, world, tmp_path):
+    conforms(clients, world, world.admin, tmp_path, "--include-tag", "Organization")
 
 
 def test_every_operation_answers_its_example_as_it_is_described(world):

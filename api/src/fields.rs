@@ -36,6 +36,21 @@ pub(crate) fn required(fields: &Map<String, Value>, name: &str) -> Result<String
     text(fields, name)?.ok_or_else(|| missing(name))
 }
 
+/// A whole number, however it is written: to JSON 3 and 3.0 are the same.
+pub(crate) fn whole(value: &Value) -> Option<i64> {
+    /// Up to here every whole number is exact as a float.
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    value.as_i64().or_else(|| {
+        let number = value.as_f64()?;
+        (number.fract() == 0.0 && number.abs() <= EXACT).then_some(number as i64)
+    })
+}
+
+/// The same for one that is not negative.
+pub(crate) fn count(value: &Value) -> Option<u64> {
+    whole(value)?.try_into().ok()
+}
+
 /// A whole number within `range`; none if the field is absent or null.
 ///
 /// # Errors
@@ -46,7 +61,7 @@ pub(crate) fn integer(
     range: RangeInclusive<u64>,
 ) -> Result<Option<u64>, ApiError> {
     let Some(value) = given(fields, name) else { return Ok(None) };
-    value.as_u64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
+    count(value).filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
         let (low, high) = range.into_inner();
         invalid_value(name, value, &format!("a whole number between {low} and {high}"))
     })
@@ -101,4 +116,26 @@ fn pairs(value: &Value) -> Option<BTreeMap<String, String>> {
         fits.then(|| (key.clone(), value.to_owned()))
     };
     pairs.iter().map(pair).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_whole_number_may_be_written_with_a_point() {
+        let read = |value: Value| whole(&value);
+        assert_eq!(
+            (read(json!(3)), read(json!(3.0)), read(json!(-2.0))),
+            (Some(3), Some(3), Some(-2))
+        );
+        assert_eq!(read(json!(i64::MIN)), Some(i64::MIN));
+        for other in
+            [json!(0.5), json!(1e300), json!("3"), json!(true), json!(u64::MAX), json!([3])]
+        {
+            assert_eq!(read(other.clone()), None, "{other}");
+        }
+        assert_eq!((count(&json!(7.0)), count(&json!(-1))), (Some(7), None));
+    }
 }

@@ -127,7 +127,7 @@ pub(crate) fn expires_after(
 ) -> Result<Option<Duration>, ApiError> {
     let Some(value) = given(fields, name) else { return Ok(None) };
     let (low, high) = EXPIRES_AFTER_SECONDS.into_inner();
-    let seconds = value["seconds"].as_u64().filter(|seconds| (low..=high).contains(seconds));
+    let seconds = fields::count(&value["seconds"]).filter(|seconds| (low..=high).contains(seconds));
     match (value["anchor"].as_str(), seconds) {
         (Some("created_at"), Some(seconds)) => Ok(Some(Duration::from_secs(seconds))),
         _ => {

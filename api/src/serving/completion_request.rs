@@ -5,7 +5,7 @@ use super::reply::AnswerRequest;
 use super::sampling_request::{Asked, FIELDS, MAX_N, TAKEN_WITHOUT_EFFECT, flag};
 use super::{Serving, unsupported};
 use crate::failure::{Failure, invalid_value, missing};
-use crate::fields::{self, given, integer, required};
+use crate::fields::{self, given, integer, required, whole};
 use crate::warnings::unknown_fields;
 use serde_json::{Map, Value};
 use std::future::Future;
@@ -119,7 +119,7 @@ fn prompts(value: &Value) -> Result<Vec<PromptText>, ApiError> {
 }
 
 fn ids_of(value: &Value) -> Option<Vec<u32>> {
-    let id = |value: &Value| u32::try_from(value.as_u64()?).ok();
+    let id = |value: &Value| u32::try_from(whole(value)?).ok();
     value.as_array().filter(|list| !list.is_empty())?.iter().map(id).collect()
 }
 

@@ -2,7 +2,7 @@
 
 use super::Served;
 use crate::failure::invalid_value;
-use crate::fields::{given, integer};
+use crate::fields::{given, integer, whole};
 use rand::RngExt as _;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
@@ -167,10 +167,7 @@ fn number(
 
 fn seed(fields: &Map<String, Value>) -> Result<Option<i64>, ApiError> {
     let Some(value) = given(fields, "seed") else { return Ok(None) };
-    value
-        .as_i64()
-        .map(Some)
-        .ok_or_else(|| invalid_value("seed", value, "a whole number of 64 bits"))
+    whole(value).map(Some).ok_or_else(|| invalid_value("seed", value, "a whole number of 64 bits"))
 }
 
 fn stops(fields: &Map<String, Value>) -> Result<Vec<String>, ApiError> {

@@ -33,7 +33,26 @@ pub fn parse_conversation(messages: &Value) -> Result<Vec<Message>, ApiError> {
 /// # Errors
 /// `invalid_value` with the key path of what is wrong.
 pub fn parse_tools(fields: &Map<String, Value>) -> Result<Option<Value>, ApiError> {
-    row::tools(fields).map_err(Fault::into_request_error)
+    let tools = row::tools(fields).map_err(Fault::into_request_error)?;
+    for (index, tool) in
+        tools.iter().flat_map(|tools| tools.as_array().into_iter().flatten()).enumerate()
+    {
+        check_tool(tool, index).map_err(Fault::into_request_error)?;
+    }
+    Ok(tools)
+}
+
+/// A call is told from text by the name of its tool.
+fn check_tool(tool: &Value, index: usize) -> Result<(), Fault> {
+    if tool.get("type").is_some_and(|kind| kind != "function") {
+        let place = format_args!("tools[{index}].type");
+        return Err(Fault::at_key(place, "must be \"function\".", row::TOOL_HINT));
+    }
+    if tool["function"]["name"].as_str().is_none_or(str::is_empty) {
+        let place = format_args!("tools[{index}].function.name");
+        return Err(Fault::at_key(place, "must be a string that is not empty.", row::TOOL_HINT));
+    }
+    Ok(())
 }
 
 impl Fault {
@@ -66,8 +85,15 @@ mod tests {
             assert_eq!(error.param.as_deref(), Some(param), "{error}");
             assert!(error.message.starts_with("Invalid value: messages"), "{error}");
         }
-        let tools = json!({"tools": [7]});
-        let error = parse_tools(tools.as_object().expect("object")).expect_err("refused");
-        assert_eq!(error.param.as_deref(), Some("tools[0]"));
+        for (wrong, param) in [
+            (json!(7), "tools[1]"),
+            (json!({"type": "code", "function": {"name": "f"}}), "tools[1].type"),
+            (json!({"type": "function"}), "tools[1].function.name"),
+            (json!({"name": "f", "parameters": {}}), "tools[1].function.name"),
+        ] {
+            let tools = json!({"tools": [{"function": {"name": "f"}}, wrong]});
+            let error = parse_tools(tools.as_object().expect("object")).expect_err("refused");
+            assert_eq!(error.param.as_deref(), Some(param), "{error}");
+        }
     }
 }

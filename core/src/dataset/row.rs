@@ -154,6 +154,9 @@ pub(super) fn filled_text<'a>(fields: &'a Map<String, Value>, key: &str) -> Resu
     Ok(text)
 }
 
+pub(super) const TOOL_HINT: &str =
+    "Write {\"type\": \"function\", \"function\": {\"name\": …, \"parameters\": …}}.";
+
 pub(super) fn tools(fields: &Map<String, Value>) -> Result<Option<Value>, Fault> {
     match fields.get("tools") {
         None | Some(Value::Null) => Ok(None),
@@ -163,7 +166,7 @@ pub(super) fn tools(fields: &Map<String, Value>) -> Result<Option<Value>, Fault>
             Some(index) => Err(Fault::at_key(
                 format_args!("tools[{index}]"),
                 format!("is {}, but must be an object.", quoted(&list[index])),
-                "Write {\"type\": \"function\", \"function\": {\"name\": …, \"parameters\": …}}.",
+                TOOL_HINT,
             )),
         },
         Some(value) => Err(Fault::at_key(

@@ -69,7 +69,16 @@ pub(super) fn chat() -> Value {
         },
     });
     let tool = json!({
-        "type": "object", "properties": { "type": { "const": "function" } },
+        "type": "object",
+        "required": ["function"],
+        "properties": {
+            "type": { "const": "function" },
+            "function": {
+                "type": "object",
+                "required": ["name"],
+                "properties": { "name": { "type": "string", "minLength": 1 } },
+            },
+        },
     });
     let more = json!({
         "messages": { "type": "array", "minItems": 1, "items": message },

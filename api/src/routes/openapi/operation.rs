@@ -125,8 +125,8 @@ impl Operation {
     pub(super) fn page(self, default: u64, max: u64) -> Self {
         self.query(
             "limit",
-            json!({ "type": "integer", "minimum": 1, "maximum": max, "default": default }),
-            "How many entries a page has at most.",
+            json!({ "type": "integer", "minimum": 0, "maximum": max, "default": default }),
+            "How many entries a page has at most; with 0, `has_more` tells whether there are any.",
         )
         .query(
             "after",
@@ -177,6 +177,26 @@ impl Operation {
     /// A reply of status 200 in JSON.
     pub(super) fn reply(self, schema: Value) -> Self {
         self.content(200, JSON, schema)
+    }
+
+    /// A reply of status 200 as server-sent events, each with one of `schema` in JSON, and the last
+    /// with `[DONE]`. OpenAPI 3.1 has one schema for a stream, that of each event.
+    pub(super) fn events(self, schema: &Value) -> Self {
+        let kind = "text/event-stream";
+        let event = json!({
+            "type": "object",
+            "required": ["data"],
+            "properties": {
+                "id": { "type": "string" },
+                "data": {
+                    "anyOf": [
+                        { "const": "[DONE]" },
+                        { "type": "string", "contentMediaType": JSON, "contentSchema": schema },
+                    ],
+                },
+            },
+        });
+        self.content(200, kind, event)
     }
 
     pub(super) fn content(mut self, status: u16, kind: &str, schema: Value) -> Self {

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use tunesmith_core::dataset::FileReport;
 use tunesmith_core::errors::ErrorCode;
 use tunesmith_core::gguf::StorageType;
-use tunesmith_core::metrics::MAX_ROW_LOSSES;
+use tunesmith_core::metrics::{MAX_ROW_LOSSES, StepMetrics};
 
 /// Names in examples; the tests put real ones in their place.
 pub(super) mod example {
@@ -348,7 +348,6 @@ fn of_job_parts(generator: &mut SchemaGenerator) -> [Operation; 4] {
             "Of a stream: where one that broke off goes on.",
         )
     };
-    let event_stream = || json!({ "type": "string" });
     [
         last(
             at_job(Operation::get(
@@ -360,7 +359,7 @@ fn of_job_parts(generator: &mut SchemaGenerator) -> [Operation; 4] {
             .query("stream", flag(), STREAM),
         )
         .reply(of::<Page<EventObject>>(generator))
-        .content(200, "text/event-stream", event_stream()),
+        .events(&of::<EventObject>(generator)),
         at_job(Operation::get(
             "/v1/fine_tuning/jobs/{id}/checkpoints",
             (JOBS, "listJobCheckpoints"),
@@ -405,7 +404,7 @@ fn of_job_parts(generator: &mut SchemaGenerator) -> [Operation; 4] {
             .query("stream", flag(), STREAM),
         )
         .reply(of::<Curve>(generator))
-        .content(200, "text/event-stream", event_stream()),
+        .events(&of::<StepMetrics>(generator)),
     ]
 }
 
@@ -509,6 +508,8 @@ fn of_answers(generator: &mut SchemaGenerator) -> [Operation; 2] {
         ])
     };
     let (chunk, completion) = (of::<ChatCompletionChunk>(generator), of::<Completion>(generator));
+    // What goes wrong after the first event is the last one.
+    let or_error = |chunk: &Value| json!({ "anyOf": [chunk, reference("Error")] });
     [
         answered(
             Operation::post(
@@ -516,7 +517,7 @@ fn of_answers(generator: &mut SchemaGenerator) -> [Operation; 2] {
                 (ANSWERS, "createChatCompletion"),
                 "Answer a conversation",
             )
-            .text("With `stream`, each event is a chunk, and the last one is `[DONE]`.")
+            .text("With `stream` the answer comes as server-sent events.")
             .body(
                 completions::chat(),
                 json!({
@@ -526,7 +527,7 @@ fn of_answers(generator: &mut SchemaGenerator) -> [Operation; 2] {
                 }),
             )
             .reply(of::<ChatCompletion>(generator))
-            .content(200, "text/event-stream", chunk),
+            .events(&or_error(&chunk)),
         ),
         answered(
             Operation::post(
@@ -534,13 +535,13 @@ fn of_answers(generator: &mut SchemaGenerator) -> [Operation; 2] {
                 (ANSWERS, "createCompletion"),
                 "Go on from a plain prompt",
             )
-            .text("With `stream`, each event is a chunk, and the last one is `[DONE]`.")
+            .text("With `stream` the answer comes as server-sent events.")
             .body(
                 completions::completion(),
                 json!({ "model": example::TUNED, "prompt": "Hello", "max_tokens": 16 }),
             )
             .reply(completion.clone())
-            .content(200, "text/event-stream", completion),
+            .events(&or_error(&completion)),
         ),
     ]
 }

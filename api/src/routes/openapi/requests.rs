@@ -296,23 +296,27 @@ pub(super) fn event_types() -> Value {
     })
 }
 
-/// A webhook endpoint, of which a new one needs all.
+/// A webhook endpoint, of which a new one needs all; null leaves as it is what is there.
 pub(super) fn webhook_endpoint(required: &[&str]) -> Value {
+    let of_type =
+        |kind: &str| if required.is_empty() { json!([kind, "null"]) } else { json!(kind) };
     json!({
         "type": "object",
         "required": required,
         "properties": {
             "name": {
-                "type": "string",
+                "type": of_type("string"),
                 "minLength": 1,
                 "maxLength": webhook_endpoints::MAX_NAME,
             },
             "url": {
-                "type": "string",
+                "type": of_type("string"),
                 "format": "uri",
                 "description": "By `https`, and on the internet unless the server was told more.",
             },
-            "event_types": { "type": "array", "minItems": 1, "items": event_type() },
+            "event_types": {
+                "type": of_type("array"), "minItems": 1, "items": event_type(),
+            },
         },
     })
 }
