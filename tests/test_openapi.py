@@ -84,6 +84,9 @@ class World:
         self.job = job.id
         self.set("retrieveJob", job.id)
         self.set("retrieveModel", job.fine_tuned_model)
+        adapter = self.service.weights(job.fine_tuned_model, server.directory / "adapter")
+        files = {"adapter_config": ".json", "adapter_model": ".safetensors"}
+        self.adapter = {name: (adapter / f"{name}{kind}").read_bytes() for name, kind in files.items()}
         requests = self.service.upload([{}], name="requests.jsonl", purpose="batch")
         self.set("createBatch", body=["input_file_id"], real=requests)
         body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}]}
@@ -174,8 +177,8 @@ class World:
             body = self.with_real_names(content[JSON]["example"])
         elif FORM in content:
             names = content[FORM]["schema"]["properties"]
-            parts = {"purpose": "fine-tune"} if "purpose" in names else {}
-            body = form(**parts, **{next(n for n in ("file", "data") if n in names): b"a\nb\nc"})
+            parts = {"file": b"a\nb\nc", "data": b"a\nb\nc", "purpose": "fine-tune", "model": TINY, **self.adapter}
+            body = form(**{name: part for name, part in parts.items() if name in names})
             kind = f"{FORM}; boundary={BOUNDARY}"
         key = service.key if with_key else "sk-unknown"
         return Service(self.root, key).request(method, path, body, {"Content-Type": kind})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SMOLLM2, TINY, random_model
 from harness import PATIENCE_SECONDS, SMOLLM2_DIR, TUNESMITH
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from rows import chat, sums
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +45,22 @@ def token_ids(directory, row):
 
 def base_model(directory):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def mean_loss(model, directory, rows):
+    """Over all tokens but each row's first."""
+    losses, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([token_ids(directory, row)])
+        with torch.no_grad():
+            losses += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return losses / count
+
+
+def loss_before_training(service, model, directory):
+    readme = (service.weights(model, directory) / "README.md").read_text()
+    return float(readme.split("| validation loss before training | ")[1].split()[0])
 
 
 def check_gguf(service, model, storage, merged, tmp_path):
@@ -155,3 +171,48 @@ def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(serv
     merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
     assert not (merged / "adapter_config.json").exists()
     assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+        {"target_modules": ["k_proj", "o_proj", "up_proj"], "use_dora": True, "layers_to_transform": [1]},
+    ],
+)
+def test_an_adapter_that_peft_made_answers_as_in_peft_and_trains_further(service, client, tiny_dir, tmp_path, shape):
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **shape)
+    theirs = get_peft_model(base_model(tiny_dir), config).eval()
+    theirs.save_pretrained(tmp_path / "made")
+    imported = service.cli("models", "import-adapter", tmp_path / "made", "--model", TINY, "--suffix", "made")
+    name = imported.stdout.strip()
+    assert name.startswith(f"ft:{TINY}:") and ":made:" in name
+    assert name in [model.id for model in client.models.list()]
+
+    ids = token_ids(tiny_dir, sums(1, start=77)[0])
+    answer = client.completions.create(model=name, prompt=ids, max_tokens=8, temperature=0)
+    told = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids):]
+    assert answer.choices[0].text == AutoTokenizer.from_pretrained(tiny_dir).decode(told, skip_special_tokens=True)
+
+    held_out = sums(4, start=50)
+    settings = {"n_epochs": 2, "batch_size": 5, "learning_rate": 1e-2, "prompt_loss_weight": 1}
+    job = service.finish(service.create_job(sums(20), name, validation=held_out, **settings).id)
+    assert job.model == name
+    before = loss_before_training(service, job.fine_tuned_model, tmp_path / "first")
+    assert abs(before - mean_loss(theirs, tiny_dir, held_out)) < TOLERANCE
+    trained = PeftModel.from_pretrained(base_model(tiny_dir), tmp_path / "first").eval()
+    after = mean_loss(trained, tiny_dir, held_out)
+    assert after < before - 0.02
+
+    # A checkpoint is a place to start from like any other, also of a job that started elsewhere.
+    job = service.finish(service.create_job(sums(20), f"{job.fine_tuned_model}:ckpt-step-8", validation=held_out, **settings).id)
+    assert abs(loss_before_training(service, job.fine_tuned_model, tmp_path / "second") - after) < TOLERANCE
+
+
+def test_an_adapter_for_another_model_is_refused_by_the_tensor_that_does_not_fit(service, tiny_dir, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    get_peft_model(base_model(tiny_dir), config).save_pretrained(tmp_path / "made")
+    refused = service.cli("models", "import-adapter", tmp_path / "made", "--model", SMOLLM2, check=False)
+    assert refused.returncode != 0
+    assert "q_proj.lora_A.weight is F32 of shape [4, 64]" in refused.stderr

@@ -51,6 +51,9 @@ def test_a_model_that_was_tuned_whole_answers_too(service, client):
     assert not text_of(ask(client, TINY)).startswith("gamma")
 
 
+    # What it has learned is there from the first step of a job that starts from it.
+    job = service.create_job(rows, model, n_epochs=1, batch_size=16, learning_rate=1e-9)
+    assert text_of(ask(client, service.finish(job.id).fine_tuned_model)).startswith("gamma")
 def test_a_stream_is_the_whole_answer(client):
     whole = valid(ask(client, TINY, seed=3, temperature=1, n=2, logprobs=True, top_logprobs=2))
     assert whole.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in whole.choices)

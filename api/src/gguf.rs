@@ -32,7 +32,7 @@ pub(crate) async fn entries(
 ) -> Result<Vec<Entry>, Failure> {
     let objects = store.objects();
     let weights = model.weights();
-    let is_adapter = model.hyperparameters.adapter.kind == AdapterType::Lora;
+    let is_adapter = model.adapter.kind == AdapterType::Lora;
     let (directory, files) = if is_adapter {
         let base = store.base_model_by_id(&model.base_model_id).await?;
         (ObjectPrefix::BaseModel(base.id), base.manifest)

@@ -7,7 +7,7 @@ use rand::RngExt as _;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{Auto, Hyperparameters, Method};
+use tunesmith_core::hyperparameters::{AdapterConfig, Auto, Hyperparameters, Method};
 
 /// OpenAI's method that is not offered: a known word, so that its sub-object draws no warning.
 const OTHER_METHODS: [&str; 1] = ["reinforcement"];
@@ -38,6 +38,8 @@ pub(crate) struct JobRequest {
     pub(crate) method: Method,
     /// As the client wrote them, and found in order.
     pub(crate) hyperparameters: Map<String, Value>,
+    /// Where they stand in the request.
+    pub(crate) hyperparameters_path: &'static str,
     /// About the learning rate: also an event of the job.
     pub(crate) hyperparameter_warnings: Vec<String>,
     /// About fields that nothing reads.
@@ -82,11 +84,25 @@ impl JobRequest {
             hyperparameter_warnings: parsed.warnings(),
             method,
             hyperparameters,
+            hyperparameters_path: path,
             field_warnings: integrations(fields)
                 .into_iter()
                 .chain(warnings::unknown_fields(&unknown))
                 .collect(),
         })
+    }
+
+    /// Makes it a job that goes on with the weights of a tuned model, which `adapter` describes.
+    ///
+    /// # Errors
+    /// `invalid_value` for an adapter of another shape.
+    pub(crate) fn start_from(&mut self, adapter: &AdapterConfig) -> Result<(), ApiError> {
+        let (method, path) = (self.method, self.hyperparameters_path);
+        let (asked, _) = Hyperparameters::parse_for(method, &self.hyperparameters, path)?;
+        asked.start_from(adapter, &mut self.hyperparameters, path)?;
+        let (started, _) = Hyperparameters::parse_for(method, &self.hyperparameters, path)?;
+        self.hyperparameter_warnings = started.warnings();
+        Ok(())
     }
 
     /// Every warning, for the reply's header.
@@ -105,15 +121,24 @@ fn integrations(fields: &Map<String, Value>) -> Option<String> {
 /// paths.
 fn suffix(fields: &Map<String, Value>) -> Result<Option<String>, ApiError> {
     let Some(value) = given(fields, "suffix") else { return Ok(None) };
-    value
-        .as_str()
-        .filter(|suffix| (1..=MAX_SUFFIX).contains(&suffix.chars().count()))
-        .filter(|suffix| suffix.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c)))
-        .map(|suffix| Some(suffix.to_owned()))
-        .ok_or_else(|| {
-            let rule = "a string of 1 to 64 letters, digits, hyphens, underscores and full stops";
-            invalid_value("suffix", value, rule)
-        })
+    match value.as_str() {
+        Some(suffix) => check_suffix(suffix).map(Some),
+        None => Err(invalid_value("suffix", value, SUFFIX_RULE)),
+    }
+}
+
+const SUFFIX_RULE: &str =
+    "a string of 1 to 64 letters, digits, hyphens, underscores and full stops";
+
+/// The suffix of a model's name.
+///
+/// # Errors
+/// `invalid_value` for one that a name cannot hold.
+pub(crate) fn check_suffix(suffix: &str) -> Result<String, ApiError> {
+    let is_one = (1..=MAX_SUFFIX).contains(&suffix.chars().count())
+        && suffix.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
+    let wrong = || invalid_value("suffix", Value::from(suffix), SUFFIX_RULE);
+    is_one.then(|| suffix.to_owned()).ok_or_else(wrong)
 }
 
 fn seed(fields: &Map<String, Value>) -> Result<u64, ApiError> {

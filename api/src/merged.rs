@@ -15,9 +15,10 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
+use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_core::weights::{
     ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, LoraFactors, LoraPair, PeftConfig,
-    merge_lora, pair_lora_tensors,
+    PeftError, merge_lora, pair_lora_tensors,
 };
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
@@ -79,6 +80,42 @@ pub(crate) async fn entries(store: &Store, model: &Model) -> Result<Vec<Entry>, 
     Ok(entries)
 }
 
+/// Why stored weights cannot be used.
+#[derive(Debug)]
+pub(crate) enum Unusable {
+    /// They are not what they should be: a fault of ours, unless they are a client's.
+    Broken(String),
+    /// They cannot be read.
+    Unread(Failure),
+}
+
+impl From<StoreError> for Unusable {
+    fn from(error: StoreError) -> Self {
+        Self::Unread(error.into())
+    }
+}
+
+impl From<Failure> for Unusable {
+    fn from(failure: Failure) -> Self {
+        Self::Unread(failure)
+    }
+}
+
+impl From<PeftError> for Unusable {
+    fn from(error: PeftError) -> Self {
+        Self::Broken(error.to_string())
+    }
+}
+
+impl From<Unusable> for Failure {
+    fn from(unusable: Unusable) -> Self {
+        match unusable {
+            Unusable::Broken(reason) => Self::internal(reason),
+            Unusable::Unread(failure) => failure,
+        }
+    }
+}
+
 /// A safetensors file whose header is read.
 pub(crate) struct TensorFile {
     objects: Objects,
@@ -95,8 +132,8 @@ impl TensorFile {
         objects: &Objects,
         key: ObjectKey,
         bytes: u64,
-    ) -> Result<Self, Failure> {
-        let wrong = |reason: String| Failure::internal(format!("{key}: {reason}"));
+    ) -> Result<Self, Unusable> {
+        let wrong = |reason: String| Unusable::Broken(format!("{key}: {reason}"));
         let length = read(objects, &key, 0..LENGTH_BYTES.min(bytes)).await?;
         let length = <[u8; LENGTH_BYTES as usize]>::try_from(length.as_ref())
             .map(u64::from_le_bytes)
@@ -164,16 +201,24 @@ impl Adapter {
         objects: &Objects,
         weights: &ObjectPrefix,
         base_has: impl Fn(&str) -> bool,
-    ) -> Result<Self, Failure> {
-        let config = objects.read(&weights.file(ADAPTER_CONFIG_NAME)).await?;
-        let config = PeftConfig::parse(&config).map_err(Failure::internal)?.adapter;
+    ) -> Result<Self, Unusable> {
+        let config = PeftConfig::parse(&objects.read(&weights.file(ADAPTER_CONFIG_NAME)).await?)?;
         let manifest = manifest(objects, weights).await?;
         let bytes = manifest.file(ADAPTER_WEIGHTS_NAME).map(|file| file.bytes);
-        let bytes = bytes.ok_or_else(|| Failure::internal("the adapter has no weights"))?;
+        let bytes =
+            bytes.ok_or_else(|| Unusable::Broken("the adapter has no weights".to_owned()))?;
         let file = TensorFile::open(objects, weights.file(ADAPTER_WEIGHTS_NAME), bytes).await?;
+        Ok(Self::new(&config.adapter, file, base_has)?)
+    }
+
+    /// The adapter of this shape whose tensors are in `file`.
+    pub(crate) fn new(
+        config: &AdapterConfig,
+        file: TensorFile,
+        base_has: impl Fn(&str) -> bool,
+    ) -> Result<Self, PeftError> {
         let names = file.tensors.keys().map(String::as_str);
-        let pairs =
-            pair_lora_tensors(names, base_has, config.use_dora).map_err(Failure::internal)?;
+        let pairs = pair_lora_tensors(names, base_has, config.use_dora)?;
         Ok(Self { file, pairs, rank: config.r, scale: config.scale() as f32 })
     }
 
@@ -183,9 +228,9 @@ impl Adapter {
         name: &str,
         weight: &TensorInfo,
         pair: &LoraPair,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Unusable> {
         let (Some(_), &[outputs, inputs]) = (float_type(weight), weight.shape.as_slice()) else {
-            return Err(Failure::internal(format!(
+            return Err(Unusable::Broken(format!(
                 "{name} has the type {:?} and the shape {:?}: no adapter merges into that",
                 weight.dtype, weight.shape
             )));
@@ -197,11 +242,12 @@ impl Adapter {
         ];
         for (part, shape) in parts {
             let Some(matrix) = part else { continue };
-            let found = self.file.tensors.get(matrix).map(|tensor| &tensor.shape);
-            if found != Some(&shape) {
-                return Err(Failure::internal(format!(
-                    "{matrix} has the shape {found:?} where {name} and the adapter's rank ask \
-                     for {shape:?}"
+            let Some(found) = self.file.tensors.get(matrix) else { continue };
+            if found.shape != shape || float_type(found).is_none() {
+                return Err(Unusable::Broken(format!(
+                    "{matrix} is {:?} of shape {:?} where {name} and the adapter's rank ask for \
+                     floats of shape {shape:?}",
+                    found.dtype, found.shape
                 )));
             }
         }

@@ -84,6 +84,8 @@ ids! {
     BatchId = "batch_";
     /// Who is told of the end of jobs.
     WebhookEndpointId = "whe_";
+    /// An adapter that was made elsewhere.
+    ImportedAdapterId = "adapter_";
     /// A base model in this installation.
     BaseModelId = "basemodel_";
     /// A worker process.

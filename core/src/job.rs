@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct TrainSpec {
     /// The base model's name, as the client gave it.
     pub model: String,
+    /// The tuned model whose weights the run begins with, where it is not the base model alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_from: Option<String>,
     /// Seeds the adapter's init, the order of rows, the held-out split and dropout.
     pub seed: u64,
     /// Every hyperparameter, resolved.

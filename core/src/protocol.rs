@@ -53,6 +53,9 @@ pub struct TrainRequest {
     pub spec: TrainSpec,
     /// A Hugging Face directory.
     pub base_model_dir: PathBuf,
+    /// The PEFT adapter that the run begins with, in place of a new one.
+    #[serde(default)]
+    pub start_from: Option<PathBuf>,
     /// The training file as uploaded.
     pub training_file: PathBuf,
     /// The validation file as uploaded.

@@ -3,8 +3,9 @@
 
 use crate::errors::ApiError;
 use crate::hyperparameters::AdapterType;
-use crate::ids::{BaseModelId, JobId};
+use crate::ids::BaseModelId;
 use crate::sampling::{EndReason, Sampling, TokenLogprob};
+use crate::weights::WeightsPlace;
 use serde::{Deserialize, Serialize};
 
 /// Where a sampler takes orders.
@@ -31,25 +32,13 @@ pub struct SampleOrder {
     pub low_priority: bool,
 }
 
-/// The weights of a tuned model or a checkpoint, by their place in the object store.
+/// The weights of a tuned model or a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunedWeights {
-    /// The job that made them.
-    pub job: JobId,
-    /// The attempt that wrote them.
-    pub attempt: u32,
-    /// Optimiser steps done.
-    pub step: u64,
+    /// Where they lie.
+    pub place: WeightsPlace,
     /// An adapter on the base model, or a model of its own.
     pub kind: AdapterType,
-}
-
-impl TunedWeights {
-    /// A name that no other weights have.
-    #[must_use]
-    pub fn name(&self) -> String {
-        format!("{}-{}-{}", self.job, self.attempt, self.step)
-    }
 }
 
 impl SampleOrder {
@@ -58,7 +47,7 @@ impl SampleOrder {
     #[must_use]
     pub fn in_memory(&self) -> String {
         match &self.tuned {
-            Some(tuned) if tuned.kind == AdapterType::Full => tuned.name(),
+            Some(tuned) if tuned.kind == AdapterType::Full => tuned.place.to_string(),
             _ => self.base_model.to_string(),
         }
     }
@@ -98,10 +87,12 @@ pub enum SampleLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::CheckpointPlace;
 
     #[test]
     fn an_adapter_needs_its_base_in_memory_and_a_full_model_itself() {
-        let tuned = |kind| TunedWeights { job: "ftjob-a".into(), attempt: 2, step: 7, kind };
+        let place = CheckpointPlace { job: "ftjob-a".into(), attempt: 2, step: 7 };
+        let tuned = |kind| TunedWeights { place: place.clone().into(), kind };
         let mut order = SampleOrder {
             base_model: "basemodel_b".into(),
             tuned: None,

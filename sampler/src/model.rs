@@ -13,7 +13,7 @@ use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::sampling::{FromSampler, SampleRequest, ToSampler};
 use tunesmith_core::serving::{SampleLine, SampleOrder, TunedWeights};
-use tunesmith_store::objects::{CheckpointPlace, ObjectPrefix};
+use tunesmith_store::objects::ObjectPrefix;
 use tunesmith_worker::{FramedChild, download_dir, read_manifest};
 
 /// How long a child that was told to exit may take.
@@ -154,11 +154,10 @@ async fn fetch_model(
 
 /// The files of a tuned model in a directory of their own.
 async fn fetch_weights(context: &Context, tuned: &TunedWeights) -> Result<TempDir, String> {
-    let place =
-        CheckpointPlace { job: tuned.job.clone(), attempt: tuned.attempt, step: tuned.step };
-    let prefix = ObjectPrefix::CheckpointWeights(place);
+    let prefix = ObjectPrefix::from(tuned.place.clone());
     let objects = context.store.objects();
-    let dir = context.work_dir.job_dir(&tuned.name()).map_err(|error| error.to_string())?;
+    let dir =
+        context.work_dir.job_dir(&tuned.place.to_string()).map_err(|error| error.to_string())?;
     let fetched = async {
         let manifest = read_manifest(objects, &prefix).await?;
         download_dir(objects, &prefix, &manifest, dir.path()).await
@@ -236,7 +235,7 @@ impl Model<'_> {
     async fn take(&mut self, asked: Box<Asked>) -> Ended {
         let adapter = asked.order.tuned.clone().filter(|tuned| tuned.kind == AdapterType::Lora);
         let Some(tuned) = adapter else { return self.sample(*asked, None).await };
-        let name = tuned.name();
+        let name = tuned.place.to_string();
         match self.adapters.need(&name, asked) {
             Need::Ask(asked) => self.sample(*asked, Some(name)).await,
             Need::Wait => Ok(()),

@@ -12,10 +12,11 @@ use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::BaseModelId;
 use tunesmith_core::sampling::Sampling;
 use tunesmith_core::serving::{SAMPLE_PATH, SampleLine, SampleOrder, TunedWeights};
+use tunesmith_core::weights::CheckpointPlace;
 use tunesmith_core::weights::{MANIFEST_NAME, Manifest, ManifestFile};
 use tunesmith_sampler::{Sampler, SamplerConfig, SamplerError};
 use tunesmith_store::base_models::NewBaseModel;
-use tunesmith_store::objects::{CheckpointPlace, ObjectPrefix};
+use tunesmith_store::objects::ObjectPrefix;
 use tunesmith_store::samplers::Sampler as Row;
 use tunesmith_store::test_db::TestDb;
 use tunesmith_worker::ChildCommand;
@@ -113,7 +114,7 @@ impl World {
     /// Weights in the object store that consist of one file.
     async fn weights(&self, job: &str, file: &str, kind: AdapterType) -> TunedWeights {
         let place = CheckpointPlace { job: job.into(), attempt: 1, step: 2 };
-        let prefix = ObjectPrefix::CheckpointWeights(place);
+        let prefix = ObjectPrefix::CheckpointWeights(place.clone());
         let objects = self.db.store().objects();
         let manifest = Manifest {
             files: vec![ManifestFile::measure(file, b"{}".as_slice()).expect("measure")],
@@ -121,7 +122,7 @@ impl World {
         objects.put_bytes(&prefix.file(file), "{}".into()).await.expect("put");
         let manifest = serde_json::to_vec(&manifest).expect("json");
         objects.put_bytes(&prefix.file(MANIFEST_NAME), manifest.into()).await.expect("put");
-        TunedWeights { job: job.into(), attempt: 1, step: 2, kind }
+        TunedWeights { place: place.into(), kind }
     }
 
     async fn stop(self) {

@@ -54,6 +54,8 @@ impl World {
         NewJob {
             model: "smol".to_owned(),
             base_model_id: self.base_model.clone(),
+            base_model: "smol".to_owned(),
+            start: None,
             training_file: self.training_file.id.clone(),
             validation_file: None,
             suffix: None,

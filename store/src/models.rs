@@ -1,63 +1,97 @@
-//! Tuned models, and checkpoints by their model names.
+//! Tuned models: those that jobs made, checkpoints by their model names, and imported adapters.
 
-use crate::objects::{CheckpointPlace, ObjectPrefix};
-use crate::{Store, StoreError, database, rows};
+use crate::objects::ObjectPrefix;
+use crate::tenants::Caller;
+use crate::{Store, StoreError, database, rows, tenants};
 use sqlx::postgres::PgRow;
-use sqlx::{FromRow, Row as _};
+use sqlx::types::Json;
+use sqlx::{FromRow, PgConnection, Row as _};
 use time::OffsetDateTime;
-use tunesmith_core::hyperparameters::ResolvedHyperparameters;
-use tunesmith_core::ids::{BaseModelId, JobId, OrganizationId, ProjectId};
+use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::ids::{
+    BaseModelId, ImportedAdapterId, OrganizationId, ProjectId, tuned_model_name,
+};
+use tunesmith_core::weights::{CheckpointPlace, WeightsPlace};
 
-/// What a job made: its final model, or the one of a checkpoint.
+/// A job's final model, the one of a checkpoint, or an imported adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Model {
     /// `ft:…`.
     pub name: String,
     /// The owner.
     pub organization_id: OrganizationId,
-    /// The job that made it.
-    pub job_id: JobId,
     /// Where its weights lie.
-    pub place: CheckpointPlace,
+    pub place: WeightsPlace,
     /// The model that was tuned.
     pub base_model_id: BaseModelId,
-    /// That model's name.
-    pub base_model: String,
-    /// How; its `adapter` says what the weights are.
-    pub hyperparameters: ResolvedHyperparameters,
+    /// What the weights are.
+    pub adapter: AdapterConfig,
     /// When it was made.
     pub created_at: OffsetDateTime,
+}
+
+/// An adapter that was made elsewhere and lies in the object store already.
+#[derive(Debug, Clone)]
+pub struct NewImportedAdapter {
+    /// Names its objects.
+    pub id: ImportedAdapterId,
+    /// What it goes on.
+    pub base_model_id: BaseModelId,
+    /// The base model's name in the adapter's.
+    pub base_model: String,
+    /// The client's part of the name.
+    pub suffix: Option<String>,
+    /// Its shape.
+    pub adapter: AdapterConfig,
 }
 
 impl Model {
     /// The objects that people download.
     #[must_use]
     pub fn weights(&self) -> ObjectPrefix {
-        ObjectPrefix::CheckpointWeights(self.place.clone())
+        self.place.clone().into()
     }
 }
 
 impl FromRow<'_, PgRow> for Model {
     fn from_row(row: &PgRow) -> sqlx::Result<Self> {
+        let imported: Option<ImportedAdapterId> = rows::optional_text(row, "imported_id")?;
         Ok(Self {
             name: row.try_get("name")?,
             organization_id: rows::text(row, "organization_id")?,
-            job_id: rows::text(row, "job_id")?,
-            place: place(row)?,
+            place: match imported {
+                Some(id) => WeightsPlace::Imported(id),
+                None => checkpoint_place(row)?.into(),
+            },
             base_model_id: rows::text(row, "base_model_id")?,
-            base_model: row.try_get("model")?,
-            hyperparameters: rows::json(row, "resolved")?,
+            adapter: rows::json(row, "adapter")?,
             created_at: row.try_get("created_at")?,
         })
     }
 }
 
-fn place(row: &PgRow) -> sqlx::Result<CheckpointPlace> {
+fn checkpoint_place(row: &PgRow) -> sqlx::Result<CheckpointPlace> {
     Ok(CheckpointPlace {
         job: rows::text(row, "job_id")?,
         attempt: rows::attempt(row, "attempt")?,
         step: rows::count(row, "step")?,
     })
+}
+
+/// The columns of a [`Model`] beside its organisation, of imported adapters and of `$made`, which is
+/// joined with its job: a query to select from.
+macro_rules! models_and_imports {
+    ($($made:literal)+) => {
+        concat!(
+            "(SELECT name, project_id, NULL AS job_id, NULL AS attempt, NULL AS step,
+                 id AS imported_id, base_model_id, adapter, created_at FROM imported_adapters",
+            $(" UNION ALL
+             SELECT made.name, jobs.project_id, made.job_id, made.attempt, made.step, NULL,
+                 jobs.base_model_id, jobs.resolved -> 'adapter', made.created_at
+             FROM ", $made, " AS made JOIN jobs ON jobs.id = made.job_id",)+
+            ") AS found JOIN projects ON projects.id = found.project_id"
+        )
+    };
 }
 
 impl Store {
@@ -66,13 +100,11 @@ impl Store {
     /// # Errors
     /// Those of the database.
     pub async fn list_models(&self, project: &ProjectId) -> Result<Vec<Model>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT models.name, projects.organization_id, models.job_id, models.attempt,
-                 models.step, jobs.base_model_id, jobs.model, jobs.resolved, models.created_at
-             FROM models JOIN jobs ON jobs.id = models.job_id
-                 JOIN projects ON projects.id = models.project_id
-             WHERE models.project_id = $1 ORDER BY models.created_at, models.name",
-        )
+        Ok(sqlx::query_as(concat!(
+            "SELECT found.*, projects.organization_id FROM ",
+            models_and_imports!("models"),
+            " WHERE found.project_id = $1 ORDER BY found.created_at, found.name"
+        ))
         .bind(project.as_str())
         .fetch_all(&self.pool)
         .await?)
@@ -83,23 +115,17 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], also for any other model of another project.
     pub async fn model(&self, project: &ProjectId, name: &str) -> Result<Model, StoreError> {
-        sqlx::query_as(
-            "SELECT found.name, projects.organization_id, found.job_id, found.attempt,
-                 found.step, jobs.base_model_id, jobs.model, jobs.resolved, found.created_at
-             FROM (
-                 SELECT name, job_id, attempt, step, created_at FROM models
-                 UNION ALL
-                 SELECT name, job_id, attempt, step, created_at FROM checkpoints
-                 WHERE deleted_at IS NULL
-             ) AS found
-             JOIN jobs ON jobs.id = found.job_id
-             JOIN projects ON projects.id = jobs.project_id
-             WHERE found.name = $1
-               AND (jobs.project_id = $2
+        sqlx::query_as(concat!(
+            "SELECT found.*, projects.organization_id FROM ",
+            models_and_imports!(
+                "models" "(SELECT * FROM checkpoints WHERE deleted_at IS NULL)"
+            ),
+            " WHERE found.name = $1
+               AND (found.project_id = $2
                     OR EXISTS (SELECT 1 FROM checkpoint_permissions AS permission
                                WHERE permission.model_name = found.name
-                                 AND permission.project_id = $2))",
-        )
+                                 AND permission.project_id = $2))"
+        ))
         .bind(name)
         .bind(project.as_str())
         .fetch_optional(&self.pool)
@@ -107,9 +133,37 @@ impl Store {
         .ok_or_else(|| StoreError::not_found("model", name))
     }
 
-    /// Deletes a tuned model, with the checkpoint that has the same weights, or one checkpoint.
+    /// Registers an adapter, whose objects are there, as a tuned model of the caller's project.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn import_adapter(
+        &self,
+        caller: &Caller,
+        new: &NewImportedAdapter,
+    ) -> Result<Model, StoreError> {
+        let organization = tenants::organization_name(&self.pool, caller).await?;
+        let suffix = new.suffix.as_deref();
+        let name = tuned_model_name(&new.base_model, &organization, suffix, &mut rand::rng());
+        sqlx::query(
+            "INSERT INTO imported_adapters (id, name, project_id, base_model_id, adapter)
+             VALUES ($1, $2, $3, $4, $5)",
+        )
+        .bind(new.id.as_str())
+        .bind(&name)
+        .bind(caller.project_id.as_str())
+        .bind(new.base_model_id.as_str())
+        .bind(Json(&new.adapter))
+        .execute(&self.pool)
+        .await?;
+        self.model(&caller.project_id, &name).await
+    }
+
+    /// Deletes a tuned model, with the checkpoint that has the same weights, one checkpoint, or an
+    /// imported adapter.
     /// Weights that something else still needs stay: a checkpoint's that a model has too, that
-    /// its job may resume from, or that may turn out as the job's best.
+    /// its job may resume from, or that may turn out as the job's best, and any that an unfinished
+    /// job starts from.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
@@ -123,52 +177,100 @@ impl Store {
                  UPDATE checkpoints SET deleted_at = now() FROM model
                  WHERE checkpoints.job_id = model.job_id AND checkpoints.step = model.step
                    AND checkpoints.attempt = model.attempt AND checkpoints.deleted_at IS NULL
-             ) SELECT job_id, attempt, step, false AS needed FROM model",
+             ) SELECT job_id, attempt, step FROM model",
         )
         .bind(name)
         .bind(project.as_str())
         .fetch_optional(&mut *transaction)
         .await?;
-        let gone = match model {
-            Some(model) => model,
-            // The job's row is locked so that it cannot succeed with these weights meanwhile.
-            None => sqlx::query(
-                "WITH job AS (
-                     SELECT jobs.id, finished_at, resume_attempt, resume_step,
-                         resolved -> 'load_best_model_at_end' = 'true' AS may_be_best
-                     FROM jobs JOIN checkpoints ON checkpoints.job_id = jobs.id
-                     WHERE checkpoints.name = $1 AND jobs.project_id = $2 FOR UPDATE OF jobs
-                 ), gone AS (
-                     UPDATE checkpoints SET deleted_at = now() FROM job
-                     WHERE name = $1 AND job_id = job.id AND deleted_at IS NULL
-                     RETURNING job_id, attempt, step
-                 ) SELECT gone.job_id, gone.attempt, gone.step,
-                     (job.finished_at IS NULL AND (job.may_be_best
-                         OR job.resume_attempt = gone.attempt
-                         AND job.resume_step = gone.step)) IS TRUE
-                     OR EXISTS (SELECT 1 FROM models WHERE models.job_id = gone.job_id
-                         AND models.attempt = gone.attempt AND models.step = gone.step)
-                     AS needed
-                 FROM gone, job",
+        let imported: Option<String> = match &model {
+            Some(_) => None,
+            None => sqlx::query_scalar(
+                "DELETE FROM imported_adapters WHERE name = $1 AND project_id = $2 RETURNING id",
             )
             .bind(name)
             .bind(project.as_str())
             .fetch_optional(&mut *transaction)
-            .await?
-            .ok_or_else(|| StoreError::not_found("model", name))?,
+            .await?,
         };
+        let (place, needed) = match (model, imported) {
+            (Some(model), _) => (checkpoint_place(&model)?.into(), false),
+            (None, Some(id)) => (WeightsPlace::Imported(id.into()), false),
+            (None, None) => {
+                let gone = delete_checkpoint(&mut transaction, project, name).await?;
+                (checkpoint_place(&gone)?.into(), gone.try_get("needed")?)
+            }
+        };
+        let starts_a_job = starts_a_job(&mut transaction, &place).await?;
         transaction.commit().await?;
-        if gone.try_get("needed")? {
+        if needed || starts_a_job {
             return Ok(());
         }
         // The name is gone, which is what counts for the client: objects that stay are only litter.
-        if let Err(error) =
-            self.objects.delete_prefix(&ObjectPrefix::CheckpointWeights(place(&gone)?)).await
-        {
+        if let Err(error) = self.objects.delete_prefix(&place.into()).await {
             tracing::warn!(%error, model = name, "weights of a deleted model stay in the object store");
         }
         Ok(())
     }
+}
+
+/// Deletes the checkpoint `name`: its place, and whether something else needs its weights.
+async fn delete_checkpoint(
+    connection: &mut PgConnection,
+    project: &ProjectId,
+    name: &str,
+) -> Result<PgRow, StoreError> {
+    // The job's row is locked so that it cannot succeed with these weights meanwhile.
+    sqlx::query(
+        "WITH job AS (
+             SELECT jobs.id, finished_at, resume_attempt, resume_step,
+                 resolved -> 'load_best_model_at_end' = 'true' AS may_be_best
+             FROM jobs JOIN checkpoints ON checkpoints.job_id = jobs.id
+             WHERE checkpoints.name = $1 AND jobs.project_id = $2 FOR UPDATE OF jobs
+         ), gone AS (
+             UPDATE checkpoints SET deleted_at = now() FROM job
+             WHERE name = $1 AND job_id = job.id AND deleted_at IS NULL
+             RETURNING job_id, attempt, step
+         ) SELECT gone.job_id, gone.attempt, gone.step,
+             (job.finished_at IS NULL AND (job.may_be_best
+                 OR job.resume_attempt = gone.attempt
+                 AND job.resume_step = gone.step)) IS TRUE
+             OR EXISTS (SELECT 1 FROM models WHERE models.job_id = gone.job_id
+                 AND models.attempt = gone.attempt AND models.step = gone.step)
+             AS needed
+         FROM gone, job",
+    )
+    .bind(name)
+    .bind(project.as_str())
+    .fetch_optional(connection)
+    .await?
+    .ok_or_else(|| StoreError::not_found("model", name))
+}
+
+/// Whether a job that has not ended begins with these weights.
+async fn starts_a_job(
+    connection: &mut PgConnection,
+    place: &WeightsPlace,
+) -> Result<bool, StoreError> {
+    let query = "SELECT EXISTS (SELECT 1 FROM jobs WHERE start = $1 AND finished_at IS NULL)";
+    Ok(sqlx::query_scalar(query).bind(Json(place)).fetch_one(connection).await?)
+}
+
+/// Keeps the tuned model or checkpoint `name` from being deleted until the transaction ends.
+///
+/// # Errors
+/// [`StoreError::NotFound`] if it is gone.
+pub(crate) async fn hold(connection: &mut PgConnection, name: &str) -> Result<(), StoreError> {
+    for query in [
+        "SELECT 1 FROM models WHERE name = $1 FOR SHARE",
+        "SELECT 1 FROM imported_adapters WHERE name = $1 FOR SHARE",
+        "SELECT 1 FROM checkpoints WHERE name = $1 AND deleted_at IS NULL FOR SHARE",
+    ] {
+        if sqlx::query(query).bind(name).fetch_optional(&mut *connection).await?.is_some() {
+            return Ok(());
+        }
+    }
+    Err(StoreError::not_found("model", name))
 }
 
 #[cfg(test)]

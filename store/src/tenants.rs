@@ -6,6 +6,7 @@ pub use admin::{AdminKey, Administrator, ApiKey, NewAdminKey, Project};
 
 use crate::{Store, StoreError, rows};
 use sha2::{Digest as _, Sha256};
+use sqlx::PgExecutor;
 use tunesmith_core::ids::{ApiKeyId, OrganizationId, ProjectId, generate_api_key};
 
 /// The organisation that every installation begins with.
@@ -113,6 +114,17 @@ fn hash(secret: &str) -> Vec<u8> {
 fn redacted(prefix: &str, secret: &str) -> String {
     let tail = secret.len().saturating_sub(4);
     format!("{prefix}...{}", secret.get(tail..).unwrap_or_default())
+}
+
+/// The name of the caller's organisation, which is a part of its models' names.
+pub(crate) async fn organization_name(
+    executor: impl PgExecutor<'_>,
+    caller: &Caller,
+) -> sqlx::Result<String> {
+    sqlx::query_scalar("SELECT name FROM organizations WHERE id = $1")
+        .bind(caller.organization_id.as_str())
+        .fetch_one(executor)
+        .await
 }
 
 #[cfg(test)]

@@ -6,9 +6,10 @@ use crate::transfer::upload_dir;
 use futures::future::BoxFuture;
 use std::collections::VecDeque;
 use tunesmith_core::protocol::{CheckpointWritten, STATE_DIR, WEIGHTS_DIR};
+use tunesmith_core::weights::CheckpointPlace;
 use tunesmith_store::Store;
 use tunesmith_store::lease::{Lease, NewCheckpoint, SupersededCheckpoint};
-use tunesmith_store::objects::{CheckpointPlace, ObjectPrefix};
+use tunesmith_store::objects::ObjectPrefix;
 
 /// Checkpoints that may wait on the local disk. When more are written, the trainer's messages are
 /// left in the pipe until there is room, and it comes to wait as well: a slow object store slows

@@ -6,14 +6,16 @@ use crate::transfer::{TransferError, download_dir, read_manifest};
 use std::path::{Path, PathBuf};
 use tunesmith_core::dataset::is_text_name;
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType};
 use tunesmith_core::ids::FileId;
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::protocol::{STATE_DIR, TrainRequest, WEIGHTS_DIR};
+use tunesmith_core::weights::CheckpointPlace;
 use tunesmith_store::jobs::Job;
-use tunesmith_store::objects::{CheckpointPlace, ObjectKey, ObjectPrefix, Objects};
+use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
 
-/// Puts base model, files and the checkpoint to go on from into place; `dir` is the job's own.
+/// Puts base model, files and the weights to begin with or to go on from into place; `dir` is the job's own.
 pub(crate) async fn prepare(
     context: &Context,
     job: &Job,
@@ -24,7 +26,12 @@ pub(crate) async fn prepare(
         return Err(SessionError::Attempt("the job was queued before its validation".to_owned()));
     };
     let model = retry("base_model", || context.store.base_model_by_id(&job.base_model_id)).await?;
-    let base_model_dir = context.cache.directory(objects, &model).await?;
+    let start = fetch_start(objects, job, &hyperparameters.adapter, dir).await?;
+    let (base_model_dir, start_from) = match start {
+        Start::Model(dir) => (dir, None),
+        Start::Adapter(adapter) => (context.cache.directory(objects, &model).await?, Some(adapter)),
+        Start::BaseModel => (context.cache.directory(objects, &model).await?, None),
+    };
     let store = &context.store;
     let training_file = fetch_file(store, &job.training_file, "training_file", dir).await?;
     let validation_file = match &job.validation_file {
@@ -37,14 +44,60 @@ pub(crate) async fn prepare(
     };
     Ok(TrainRequest {
         job_id: job.id.clone(),
-        spec: TrainSpec { model: model.name.clone(), seed: job.seed, hyperparameters },
+        spec: TrainSpec {
+            model: model.name.clone(),
+            start_from: job.start.as_ref().map(|_| job.model.clone()),
+            seed: job.seed,
+            hyperparameters,
+        },
         base_model_dir,
+        start_from,
         training_file,
         validation_file,
         resume_from,
         output_dir: new_dir(dir.join("output")).await?,
         device: context.config.device.clone(),
     })
+}
+
+/// What a run begins with.
+enum Start {
+    /// The base model.
+    BaseModel,
+    /// The base model with the adapter in this directory.
+    Adapter(PathBuf),
+    /// The model in this directory, which was tuned in full.
+    Model(PathBuf),
+}
+
+/// The weights that the job begins with, where they are not the base model's.
+async fn fetch_start(
+    objects: &Objects,
+    job: &Job,
+    adapter: &AdapterConfig,
+    dir: &Path,
+) -> Result<Start, SessionError> {
+    let Some(place) = &job.start else { return Ok(Start::BaseModel) };
+    // A checkpoint holds the adapter as it is by now.
+    if adapter.kind == AdapterType::Lora && job.resume.is_some() {
+        return Ok(Start::BaseModel);
+    }
+    let start = new_dir(dir.join("start")).await?;
+    match fetch_all(objects, &place.clone().into(), &start).await {
+        Ok(()) if adapter.kind == AdapterType::Lora => Ok(Start::Adapter(start)),
+        Ok(()) => Ok(Start::Model(start)),
+        Err(TransferError::Store(StoreError::NotFound { .. })) => Err(SessionError::Job(
+            ApiError::new(
+                ErrorCode::ModelNotFound,
+                format!(
+                    "The weights of {} are gone. Start a new job from another model.",
+                    job.model
+                ),
+            )
+            .with_param("model"),
+        )),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The content of a file of the job's; `param` names it in the request.
@@ -85,10 +138,19 @@ async fn fetch_checkpoint(
     ];
     for (name, prefix) in halves {
         let half = new_dir(checkpoint.join(name)).await?;
-        let manifest = read_manifest(objects, &prefix).await?;
-        download_dir(objects, &prefix, &manifest, &half).await?;
+        fetch_all(objects, &prefix, &half).await?;
     }
     Ok(checkpoint)
+}
+
+/// The files of a set of objects that has a manifest.
+async fn fetch_all(
+    objects: &Objects,
+    prefix: &ObjectPrefix,
+    dir: &Path,
+) -> Result<(), TransferError> {
+    let manifest = read_manifest(objects, prefix).await?;
+    download_dir(objects, prefix, &manifest, dir).await
 }
 
 async fn new_dir(path: PathBuf) -> Result<PathBuf, TransferError> {

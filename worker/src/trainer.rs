@@ -70,7 +70,9 @@ mod tests {
         );
         TrainRequest {
             job_id: "ftjob-1".into(),
+            start_from: None,
             spec: tunesmith_core::job::TrainSpec {
+                start_from: None,
                 model: "tiny".to_owned(),
                 seed: 1,
                 hyperparameters,

@@ -141,7 +141,7 @@ async fn file_names(dir: &Path) -> Result<Vec<String>, TransferError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tunesmith_store::objects::CheckpointPlace;
+    use tunesmith_core::weights::CheckpointPlace;
 
     fn prefix() -> ObjectPrefix {
         ObjectPrefix::CheckpointWeights(CheckpointPlace {

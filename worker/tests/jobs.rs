@@ -8,9 +8,10 @@ use std::time::Duration;
 use support::{World, eventually, is_alive};
 use tunesmith_core::errors::ErrorCode;
 use tunesmith_core::state::JobStatus;
+use tunesmith_core::weights::CheckpointPlace;
 use tunesmith_store::events::EventType;
 use tunesmith_store::jobs::Job;
-use tunesmith_store::objects::{CheckpointPlace, ObjectKey, ObjectPrefix};
+use tunesmith_store::objects::{ObjectKey, ObjectPrefix};
 
 /// The step at which the job's last attempt began.
 fn resumed_from(job: &Job) -> u64 {
@@ -98,6 +99,33 @@ async fn a_job_that_nothing_disturbs_leaves_everything_in_its_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_from_a_tuned_model_gets_its_adapter_and_fails_by_name_once_that_is_gone() {
+    let world = World::new().await;
+    let script = json!({"total_steps": 2, "checkpoint_steps": 2});
+    let worker = world.start(world.config(&script));
+    let tuned = world.ended(&world.queued_job().await).await.model_name;
+    worker.drain().await;
+    let model = world.store.model(&world.project, &tuned).await.expect("model");
+
+    // Killed after step 3, the second attempt goes on from the first one's checkpoint alone.
+    let script = json!({
+        "total_steps": 4, "checkpoint_steps": 2, "die_after_steps": 3, "die_only_when_fresh": true,
+        "starts_from_weights": true,
+    });
+    let worker = world.start(world.config(&script));
+    let job = world.ended(&world.queued_job_from(&model).await).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 2), "{:?}", job.error);
+    assert_eq!((&job.model, job.start.as_ref()), (&tuned, Some(&model.place)));
+
+    world.store.objects().delete_prefix(&model.weights()).await.expect("delete");
+    let job = world.ended(&world.queued_job_from(&model).await).await;
+    let error = job.error.expect("an error");
+    assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ModelNotFound, Some("model")));
+    assert!(error.message.contains(&tuned), "{}", error.message);
+    worker.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_stops_early_ends_well_with_the_checkpoint_that_it_names() {
     let world = World::new().await;
     let id = world.queued_job().await;
@@ -115,7 +143,8 @@ async fn a_run_that_stops_early_ends_well_with_the_checkpoint_that_it_names() {
     assert_eq!(job.run.expect("it ran").total_steps, 6, "the total is what was done");
     world.assert_each_step_once(&id, 6).await;
     let model = world.store.model(&world.project, &job.model_name).await.expect("model");
-    assert_eq!(model.place, CheckpointPlace { job: id.clone(), attempt: 1, step: 4 });
+    let place = CheckpointPlace { job: id.clone(), attempt: 1, step: 4 };
+    assert_eq!(model.place, place.into());
     let weights = world.store.objects().list(&model.weights()).await.expect("list");
     assert_eq!(weights.len(), 3, "{weights:?}");
     let messages = world.messages(&id).await;
@@ -327,7 +356,8 @@ async fn a_worker_whose_lease_was_taken_over_kills_its_trainer_and_writes_nothin
     for step in [6, 8] {
         let name = format!("{}:ckpt-step-{step}", job.model_name);
         let model = world.store.model(&world.project, &name).await.expect("checkpoint");
-        assert_eq!(model.place.attempt, 2, "step {step}");
+        let place = CheckpointPlace { job: id.clone(), attempt: 2, step };
+        assert_eq!(model.place, place.into());
     }
 
     // Nor is the first any worse for it.

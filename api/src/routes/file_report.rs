@@ -30,7 +30,7 @@ pub(crate) async fn report(
         return Err(invalid_value("id", given, &rule).into());
     }
     let model = match query.text("model") {
-        Some(name) => Some(base_model(&state, name).await?),
+        Some(name) => Some(base_model(&state, name).await?.id),
         None => state.store.default_base_model().await?,
     };
     let mut shown = json!({"object": "file.report", "file_id": file.id});

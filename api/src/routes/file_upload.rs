@@ -21,7 +21,7 @@ const UNNAMED: &str = "upload";
 pub(crate) const MAX_FILENAME: usize = 255;
 /// The largest field beside the file.
 const MAX_FIELD_BYTES: usize = 64 << 10;
-const MAX_FIELDS: usize = 64;
+pub(super) const MAX_FIELDS: usize = 64;
 /// OpenAI's limits: an hour to thirty days.
 pub(crate) const EXPIRES_AFTER_SECONDS: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 /// A refused upload is read on to this many bytes past the cap: a client that is still sending
@@ -166,7 +166,7 @@ pub(crate) fn purpose(word: &str) -> Result<Purpose, ApiError> {
     )
 }
 
-async fn text_of(mut part: Field, name: &str) -> Result<String, Failure> {
+pub(super) async fn text_of(mut part: Field, name: &str) -> Result<String, Failure> {
     let bytes = match part.bytes(MAX_FIELD_BYTES).await {
         Ok(bytes) => bytes.map_err(broken_body)?,
         Err(_) => {

@@ -9,11 +9,13 @@ use crate::server::AppState;
 use crate::warnings;
 use actix_web::{HttpRequest, HttpResponse, web};
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::ids::{BaseModelId, FileId};
+use tunesmith_core::ids::FileId;
 use tunesmith_store::StoreError;
+use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::events::{Level, NewEvent};
 use tunesmith_store::files::Purpose;
 use tunesmith_store::jobs::{Idempotency, NewJob};
+use tunesmith_store::models::Model;
 use tunesmith_store::tenants::Caller;
 
 /// The standard header of a client that names its own request.
@@ -30,9 +32,12 @@ pub(crate) async fn create(
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
-    let asked = JobRequest::parse(&body.fields)?;
+    let mut asked = JobRequest::parse(&body.fields)?;
     let idempotency = idempotency(&request, body.sha256)?;
-    let base_model_id = base_model(&state, &asked.model).await?;
+    let start = Start::named(&state, &caller, &asked.model).await?;
+    if let Some(tuned) = &start.tuned {
+        asked.start_from(&tuned.adapter)?;
+    }
     let training_file = job_file(&state, &caller, "training_file", &asked.training_file).await?;
     let validation_file = match &asked.validation_file {
         Some(id) => Some(job_file(&state, &caller, "validation_file", id).await?),
@@ -40,8 +45,14 @@ pub(crate) async fn create(
     };
     let warnings = asked.warnings();
     let new = NewJob {
+        base_model: match &start.tuned {
+            Some(_) => start.base.name,
+            // An alias too.
+            None => asked.model.clone(),
+        },
         model: asked.model,
-        base_model_id,
+        base_model_id: start.base.id,
+        start: start.tuned.map(|tuned| tuned.place),
         training_file,
         validation_file,
         suffix: asked.suffix,
@@ -90,9 +101,45 @@ pub(crate) fn idempotency(
     Ok(Idempotency { key, is_retry, request_sha256 })
 }
 
-pub(super) async fn base_model(state: &AppState, name: &str) -> Result<BaseModelId, Failure> {
+/// What a job starts from.
+pub(super) struct Start {
+    /// The base model.
+    pub(super) base: BaseModel,
+    /// The tuned model or the checkpoint that the request names, if it names one.
+    pub(super) tuned: Option<Model>,
+}
+
+impl Start {
+    /// The base model, the tuned model or the checkpoint that the caller calls `name`.
+    ///
+    /// # Errors
+    /// `model_not_found`, also for a tuned model of another project.
+    pub(super) async fn named(
+        state: &AppState,
+        caller: &Caller,
+        name: &str,
+    ) -> Result<Self, Failure> {
+        let unknown = match base_model(state, name).await {
+            Ok(base) => return Ok(Self { base, tuned: None }),
+            Err(failure) if failure.code() == ErrorCode::ModelNotFound => failure,
+            Err(failure) => return Err(failure),
+        };
+        match state.store.model(&caller.project_id, name).await {
+            Ok(tuned) => {
+                let base = state.store.base_model_by_id(&tuned.base_model_id).await?;
+                Ok(Self { base, tuned: Some(tuned) })
+            }
+            Err(StoreError::NotFound { .. }) => Err(unknown),
+            Err(other) => Err(other.into()),
+        }
+    }
+}
+
+/// # Errors
+/// `model_not_found` with the names there are.
+pub(super) async fn base_model(state: &AppState, name: &str) -> Result<BaseModel, Failure> {
     match state.store.base_model(state.base_model_name(name)).await {
-        Ok(model) => return Ok(model.id),
+        Ok(model) => return Ok(model),
         Err(StoreError::NotFound { .. }) => {}
         Err(other) => return Err(other.into()),
     }
@@ -101,7 +148,7 @@ pub(super) async fn base_model(state: &AppState, name: &str) -> Result<BaseModel
     let there_are = if names.is_empty() {
         "No base model is there yet; import one with `tunesmith models import`.".to_owned()
     } else {
-        format!("Available models: {}.", names.join(", "))
+        format!("Available models: {}, and the tuned models of your project.", names.join(", "))
     };
     Err(ApiError::new(
         ErrorCode::ModelNotFound,

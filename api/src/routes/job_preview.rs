@@ -9,7 +9,7 @@ use crate::estimate::{self, Estimates};
 use crate::failure::Failure;
 use crate::file_reports::{Unread, read_file};
 use crate::job_request::JobRequest;
-use crate::routes::job_create::{base_model, job_file};
+use crate::routes::job_create::{Start, job_file};
 use crate::server::AppState;
 use crate::warnings;
 use actix_web::{HttpResponse, web};
@@ -88,7 +88,7 @@ pub(crate) async fn preview(
     };
     // What is left after its mistakes are taken out; without that there is no more to say.
     if let Ok(asked) = JobRequest::parse(&fields) {
-        preview.look(&state, &caller, &asked).await?;
+        preview.look(&state, &caller, asked).await?;
     }
     preview.would_run = preview.refusals.is_empty();
     let mut reply = HttpResponse::Ok();
@@ -144,18 +144,24 @@ impl Preview {
         &mut self,
         state: &AppState,
         caller: &Caller,
-        asked: &JobRequest,
+        mut asked: JobRequest,
     ) -> Result<(), Failure> {
-        self.warnings = asked.warnings();
         self.model = Some(asked.model.clone()).filter(|name| name != NOT_GIVEN);
         self.method = Some(asked.method.as_str());
-        let base = match base_model(state, &asked.model).await {
-            Ok(id) => Some(state.store.base_model_by_id(&id).await?),
+        let base = match Start::named(state, caller, &asked.model).await {
+            Ok(Start { base, tuned }) => {
+                if let Some(tuned) = tuned {
+                    let started = asked.start_from(&tuned.adapter);
+                    started.unwrap_or_else(|error| self.refuse(error));
+                }
+                Some(base)
+            }
             Err(failure) => {
                 self.refuse(failure.client_error()?);
                 None
             }
         };
+        self.warnings = asked.warnings();
         let files = [
             ("training_file", Some(&asked.training_file)),
             ("validation_file", asked.validation_file.as_ref()),

@@ -1,5 +1,6 @@
 //! The paths of the API. One file a group of routes; its tests lie beside it.
 
+mod adapter_import;
 mod batches;
 mod checkpoint_permissions;
 mod completions;
@@ -94,7 +95,11 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .configure(completions::configure)
         .configure(organization::configure)
         .configure(webhook_endpoints::configure)
-        .service(path("/v1/models").get(models::list).wrap(Compress::default()))
+        .service(
+            path("/v1/models")
+                .route(web::get().to(models::list).wrap(Compress::default()))
+                .post(adapter_import::create),
+        )
         // A base model's name may hold slashes, and so may the names made of it.
         .service(path("/v1/models/{name:.+}/weights").get(weights::download))
         .service(path("/v1/models/{name:.+}").get(models::retrieve).delete(models::delete))

@@ -36,7 +36,7 @@ pub(crate) async fn download(
         found => found?,
     };
     let mut warning = Vec::new();
-    let entries = match (model.hyperparameters.adapter.kind, format) {
+    let entries = match (model.adapter.kind, format) {
         (_, GGUF) => gguf::entries(&state.store, &model, storage).await?,
         (AdapterType::Lora, MERGED) => merged::entries(&state.store, &model).await?,
         (AdapterType::Lora, _) => stored::entries(&state.store, &model).await?,

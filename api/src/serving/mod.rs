@@ -92,12 +92,7 @@ impl Serving {
                     StoreError::NotFound { .. } => Failure::from(no_such_model(name)),
                     other => other.into(),
                 })?;
-                let tuned = TunedWeights {
-                    job: model.place.job,
-                    attempt: model.place.attempt,
-                    step: model.place.step,
-                    kind: model.hyperparameters.adapter.kind,
-                };
+                let tuned = TunedWeights { place: model.place, kind: model.adapter.kind };
                 (self.store.base_model_by_id(&model.base_model_id).await?, Some(tuned))
             }
             Err(error) => return Err(error.into()),

@@ -10,11 +10,12 @@ use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, Precision};
 use tunesmith_core::ids::{JobId, WorkerId};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::protocol::Started;
+use tunesmith_core::weights::CheckpointPlace;
 use tunesmith_core::weights::{MANIFEST_NAME, Manifest, PeftConfig};
 use tunesmith_store::base_models::NewBaseModel;
 use tunesmith_store::jobs::Job;
 use tunesmith_store::lease::{ClaimedJob, Completed, NewCheckpoint};
-use tunesmith_store::objects::{CheckpointPlace, ObjectKey, ObjectPrefix};
+use tunesmith_store::objects::{ObjectKey, ObjectPrefix};
 use tunesmith_store::validation::Validated;
 
 /// The base model's name.
@@ -68,7 +69,8 @@ fn step_metrics(step: u64) -> StepMetrics {
     }
 }
 
-fn safetensors(tensors: &[(&str, &[usize], &[f32])]) -> Vec<u8> {
+/// A file of these tensors: name, shape and numbers of each.
+pub(crate) fn safetensors(tensors: &[(&str, &[usize], &[f32])]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors
         .iter()
         .map(|(_, _, numbers)| numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
@@ -242,7 +244,24 @@ impl TestApi {
     }
 }
 
-fn lora_name(matrix: &str) -> String {
+/// PEFT's name of a matrix, `A` or `B`, of the adapter.
+pub(crate) fn lora_name(matrix: &str) -> String {
     let module = ADAPTED.strip_suffix(".weight").unwrap_or(ADAPTED);
     format!("base_model.model.{module}.lora_{matrix}.weight")
+}
+
+/// PEFT's configuration of an adapter of rank 1 on the query projection, with `changes`.
+pub(crate) fn peft_config(changes: Value) -> String {
+    let mut config = json!({
+        "peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"],
+        "base_model_name_or_path": "/somewhere/else", "task_type": "CAUSAL_LM",
+    });
+    let fields = config.as_object_mut().expect("object");
+    fields.extend(changes.as_object().expect("object").clone());
+    config.to_string()
+}
+
+/// Its file of tensors.
+pub(crate) fn adapter_weights() -> Vec<u8> {
+    safetensors(&[(&lora_name("A"), &[1, 3], &LORA_A), (&lora_name("B"), &[2, 1], &LORA_B)])
 }

@@ -5,7 +5,10 @@ mod fake_sampler;
 mod fixtures;
 
 pub(crate) use fake_sampler::{FakeSampler, announce as announce_sampler, words_of};
-pub(crate) use fixtures::{ADAPTED, BASE, LORA_A, LORA_B, WEIGHT, chat_rows, tokenizer};
+pub(crate) use fixtures::{
+    ADAPTED, BASE, LORA_A, LORA_B, WEIGHT, adapter_weights, chat_rows, lora_name, peft_config,
+    safetensors, tokenizer,
+};
 
 use crate::server::{ApiConfig, ApiServer};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, multipart};
@@ -135,7 +138,11 @@ impl Client {
 
     /// Posts a form to `/v1/files`.
     pub(crate) async fn post_form(&self, form: multipart::Form) -> Reply {
-        Reply::of(self.request(Method::POST, "/v1/files").multipart(form)).await
+        self.post_form_to("/v1/files", form).await
+    }
+
+    pub(crate) async fn post_form_to(&self, path: &str, form: multipart::Form) -> Reply {
+        Reply::of(self.request(Method::POST, path).multipart(form)).await
     }
 
     /// Uploads content to train on; gives the file's id.

@@ -13,6 +13,7 @@ mod optimization;
 mod precision;
 mod reader;
 mod schema;
+mod start;
 #[cfg(test)]
 mod tests;
 

@@ -74,7 +74,7 @@ impl Reader<'_> {
         }
     }
 
-    fn invalid(&self, name: &str, value: &Value, rule: impl fmt::Display) -> ApiError {
+    pub(super) fn invalid(&self, name: &str, value: &Value, rule: impl fmt::Display) -> ApiError {
         ApiError::new(
             ErrorCode::InvalidValue,
             format!("Invalid value for '{name}': {value}. It must be {rule}."),

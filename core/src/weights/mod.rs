@@ -4,6 +4,7 @@ mod lora_tensors;
 mod manifest;
 mod merge;
 mod peft;
+mod place;
 
 pub use lora_tensors::{
     LoraMatrix, LoraPair, base_tensor_name, lora_tensor_name, pair_lora_tensors,
@@ -12,3 +13,4 @@ pub use lora_tensors::{
 pub use manifest::{MANIFEST_NAME, Manifest, ManifestFile};
 pub use merge::{FloatType, LoraFactors, MergeError, merge_lora, merge_lora_rows};
 pub use peft::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig, PeftError};
+pub use place::{CheckpointPlace, WeightsPlace};

@@ -60,6 +60,32 @@ pub enum PeftError {
         /// Its name.
         tensor: String,
     },
+    /// A weight without tensors whose module is a target, or one with tensors whose module is not.
+    #[error(
+        "{ADAPTER_CONFIG_NAME} says that {weight} {is} adapted, but the adapter has {has} tensors for \
+         it"
+    )]
+    Modules {
+        /// The weight.
+        weight: String,
+        /// What the configuration says.
+        is: &'static str,
+        /// What is there.
+        has: &'static str,
+    },
+    /// Layers that are adapted, but not the last ones.
+    #[error(
+        "{ADAPTER_CONFIG_NAME} has layers_to_transform = {first} to {last}, but only all layers or \
+         the last ones of the model's {layers} are supported"
+    )]
+    Layers {
+        /// The first layer that is adapted.
+        first: usize,
+        /// The last one.
+        last: usize,
+        /// The layers of the model.
+        layers: usize,
+    },
     /// A without B, B without A, or a DoRA module without one of its three tensors.
     #[error("the adapter has {present} but not {missing}, which belongs to it")]
     Half {
@@ -216,6 +242,44 @@ impl PeftConfig {
         modules
     }
 
+    /// Checks that the weights with tensors are those that the configuration names, in a base model
+    /// of these weights.
+    ///
+    /// # Errors
+    /// [`PeftError::Layers`], or [`PeftError::Modules`] naming the first weight that differs.
+    pub fn check_modules<'a>(
+        &self,
+        weights: impl IntoIterator<Item = &'a str>,
+        is_adapted: impl Fn(&str) -> bool,
+    ) -> Result<(), PeftError> {
+        let mut projections: Vec<(usize, Range<usize>, &str)> = weights
+            .into_iter()
+            .filter_map(|name| {
+                let (layer, module) = layer_and_module(name)?;
+                Some((layer, target_modules_of(module), name))
+            })
+            .filter(|(_, modules, _)| !modules.is_empty())
+            .collect();
+        projections.sort_unstable_by_key(|&(layer, _, name)| (layer, name));
+        let layers = projections.last().map_or(0, |(layer, _, _)| layer + 1);
+        let adapted = self.layers.clone().unwrap_or(0..layers);
+        if adapted.end != layers {
+            let last = adapted.end.saturating_sub(1);
+            return Err(PeftError::Layers { first: adapted.start, last, layers });
+        }
+        let is_target = |module: usize| {
+            self.adapter.target_modules.iter().any(|target| target == TARGET_MODULES[module])
+        };
+        for (layer, mut modules, name) in projections {
+            let named = adapted.contains(&layer) && modules.any(is_target);
+            if named != is_adapted(name) {
+                let (is, has) = if named { ("is", "no") } else { ("is not", "LoRA") };
+                return Err(PeftError::Modules { weight: name.to_owned(), is, has });
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the text of `adapter_config.json`.
     ///
     /// # Errors
@@ -249,6 +313,18 @@ impl PeftConfig {
         }
         if let Some(bias) = read.rest.get("bias").filter(|bias| *bias != "none") {
             return Err(PeftError::Unsupported { field: "bias", value: bias.to_string() });
+        }
+        // Words for initialisations that leave the base model as it is. With others, PiSSA among
+        // them, the adapter goes on what is left of the weights, unless PEFT has converted it, and
+        // then it says `true`.
+        let start = read.rest.get("init_lora_weights").filter(|value| value.is_string());
+        if let Some(value) = start
+            .filter(|value| !["gaussian", "eva", "orthogonal"].iter().any(|word| **value == *word))
+        {
+            return Err(PeftError::Unsupported {
+                field: "init_lora_weights",
+                value: value.to_string(),
+            });
         }
         let layers = read.layers_to_transform.map_or(Ok(None), Layers::range)?;
         let mut fused_projections = false;
@@ -292,6 +368,13 @@ impl PeftConfig {
     }
 }
 
+/// The decoder layer and the module that a weight belongs to, where it belongs to one.
+fn layer_and_module(weight: &str) -> Option<(usize, &str)> {
+    let (layer, path) = weight.strip_prefix("model.layers.")?.split_once('.')?;
+    let module = path.strip_suffix(".weight")?.rsplit('.').next()?;
+    Some((layer.parse().ok()?, module))
+}
+
 /// PEFT annotates `lora_alpha` as an integer; a fraction is written as the number it is.
 fn whole_if_possible(alpha: f64) -> Value {
     if alpha.fract() == 0.0 && alpha.abs() < 1e15 {
@@ -314,6 +397,7 @@ fn says_nothing(value: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::projection_tensor_name;
 
     fn config() -> PeftConfig {
         PeftConfig {
@@ -382,6 +466,30 @@ mod tests {
     }
 
     #[test]
+    fn the_weights_that_have_tensors_are_those_that_the_config_names() {
+        let weight = projection_tensor_name;
+        let all: Vec<String> = (0..3)
+            .flat_map(|layer| ["q_proj", "k_proj", "v_proj"].map(|m| weight(layer, m)))
+            .collect();
+        let check = |layers: Option<Range<usize>>, adapted: &[(usize, &str)]| {
+            let adapted: Vec<String> = adapted.iter().map(|&(layer, m)| weight(layer, m)).collect();
+            let config = PeftConfig { layers, ..config() };
+            let is_adapted = |name: &str| adapted.iter().any(|adapted| adapted == name);
+            config.check_modules(all.iter().map(String::as_str), is_adapted)
+        };
+        let last = [(2, "q_proj"), (2, "v_proj")];
+        let every: Vec<_> =
+            (0..3).flat_map(|layer| [(layer, "q_proj"), (layer, "v_proj")]).collect();
+        check(None, &every).expect("all layers");
+        check(Some(2..3), &last).expect("the last layer");
+        assert!(matches!(check(Some(0..2), &every), Err(PeftError::Layers { last: 1, .. })));
+        let missing = check(None, &last).expect_err("layers 0 and 1 have none").to_string();
+        assert!(missing.contains("model.layers.0.self_attn.q_proj.weight is adapted"), "{missing}");
+        let more = check(Some(2..3), &[last[0], last[1], (2, "k_proj")]).expect_err("k_proj");
+        assert!(more.to_string().contains("k_proj.weight is not adapted"), "{more}");
+    }
+
+    #[test]
     fn a_dora_config_comes_back_as_it_was_written() {
         let adapter = AdapterConfig { use_dora: true, ..config().adapter };
         let dora = PeftConfig { adapter, ..config() };
@@ -406,6 +514,7 @@ mod tests {
             ("rank_pattern", serde_json::json!({"q_proj": 4})),
             ("layers_to_transform", serde_json::json!([1, 3])),
             ("modules_to_save", serde_json::json!(["lm_head"])),
+            ("init_lora_weights", serde_json::json!("pissa_niter_4")),
             ("target_modules", serde_json::json!(".*_proj")),
             ("target_modules", serde_json::json!(["c_attn"])),
         ] {

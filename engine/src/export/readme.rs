@@ -20,6 +20,9 @@ pub(super) fn readme(facts: &JobFacts<'_>) -> String {
     };
     row("job", job);
     row("base model", &spec.model);
+    if let Some(start) = &spec.start_from {
+        row("started from", start);
+    }
     row("step", &format_args!("{step} of {total_steps}"));
     row("trained tokens", trained_tokens);
     match adapter.kind {

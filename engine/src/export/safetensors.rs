@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::Path;
 
+use ::safetensors::SafeTensors;
 use ::safetensors::tensor::Metadata;
-use ::safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
+use tunesmith_core::weights::FloatType;
 
 use crate::error::EngineError;
 use crate::parameter::NamedTensor;
@@ -87,7 +88,8 @@ pub(crate) fn write(path: &Path, tensors: Vec<NamedTensor>) -> Result<(), Engine
     write_streamed(path, &shapes, |_| Ok(values.next().unwrap_or_default()))
 }
 
-/// Reads a whole file of f32 tensors, in the order in which they lie in the file.
+/// Reads a whole file of tensors of floats, in the order in which they lie in the file. What is
+/// narrower than f32, as an adapter that was made elsewhere may be, is widened.
 pub(crate) fn read(path: &Path) -> Result<Vec<NamedTensor>, EngineError> {
     let bytes = std::fs::read(path).map_err(EngineError::io(path))?;
     let broken =
@@ -95,11 +97,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<NamedTensor>, EngineError> {
     let file = SafeTensors::deserialize(&bytes).map_err(|e| broken(e.to_string()))?;
     let mut tensors: Vec<(usize, NamedTensor)> = Vec::with_capacity(file.len());
     for (name, view) in file.tensors() {
-        if view.dtype() != Dtype::F32 {
-            return Err(broken(format!("tensor {name} is {:?} and not F32", view.dtype())));
-        }
-        // pod_collect copies, since the bytes need not be aligned.
-        let data = bytemuck::pod_collect_to_vec(view.data());
+        let float = FloatType::parse(&view.dtype().to_string())
+            .ok_or_else(|| broken(format!("tensor {name} is {:?} and no float", view.dtype())))?;
+        let data = float.decode(view.data());
         let position = view.data().as_ptr().addr();
         tensors.push((position, NamedTensor { name, shape: view.shape().to_vec(), data }));
     }

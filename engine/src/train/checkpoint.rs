@@ -209,6 +209,14 @@ pub(super) fn adapter_to_go_on(
     }
 }
 
+/// Puts the adapter that the run begins with, if it is not a new one, in the place of `model`'s.
+pub(super) fn begin(request: &TrainRequest, model: &mut TrainableModel) -> Result<(), EngineError> {
+    match &request.start_from {
+        Some(dir) => load_weights(&dir.join(ADAPTER_WEIGHTS_NAME), model),
+        None => Ok(()),
+    }
+}
+
 /// Brings `model` to where the checkpoint in `dir` was written. For full fine-tuning, whose
 /// checkpoints are whole models, `model` must have been loaded from [`model_dir`].
 pub(super) fn resume(

@@ -138,7 +138,10 @@ impl<'a> Run<'a> {
             Some(dir) => {
                 checkpoint::resume(dir, hyperparameters.adapter.kind, &fingerprint, &mut model)?
             }
-            None => Progress::default(),
+            None => {
+                checkpoint::begin(request, &mut model)?;
+                Progress::default()
+            }
         };
         let longest_row =
             pairs.as_ref().map_or(data.longest_row(), Dataset::<TokenizedPair>::longest_row);

@@ -14,5 +14,6 @@ mod preference;
 mod rerun;
 mod resume;
 mod support;
+mod start;
 mod training;
 mod verdicts;

@@ -29,7 +29,7 @@ fn pair_rows(rows: usize) -> String {
 }
 
 /// A request to learn from `rows` pairs.
-fn request(bench: &Bench, name: &str, rows: usize, fields: &Value) -> TrainRequest {
+pub(crate) fn request(bench: &Bench, name: &str, rows: usize, fields: &Value) -> TrainRequest {
     let mut request = bench.request(name, &json!({}));
     fs::write(&request.training_file, pair_rows(rows)).expect("data");
     let fields = fields.as_object().expect("an object");

@@ -190,7 +190,9 @@ impl Bench {
         let facts = DataFacts { examples: self.rows, context_length: CONTEXT };
         TrainRequest {
             job_id: "ftjob-test".into(),
+            start_from: None,
             spec: TrainSpec {
+                start_from: None,
                 model: "tiny".to_owned(),
                 seed: 11,
                 hyperparameters: parsed.resolve(&facts),

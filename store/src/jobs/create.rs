@@ -5,7 +5,7 @@ use crate::events::{self, NewEvent};
 use crate::files::is_there;
 use crate::notify::Channel;
 use crate::tenants::Caller;
-use crate::{Store, StoreError, database};
+use crate::{Store, StoreError, database, models, tenants};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use tunesmith_core::hyperparameters::Method;
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, tuned_model_name};
 use tunesmith_core::state::JobStatus;
+use tunesmith_core::weights::WeightsPlace;
 
 /// How long an idempotency key is remembered.
 const KEY_LIFETIME: &str = "24 hours";
@@ -22,10 +23,14 @@ const RETRY_WINDOW: &str = "1 hour";
 /// A job that passed the checks of the request.
 #[derive(Debug, Clone)]
 pub struct NewJob {
-    /// The base model's name, as the client gave it.
+    /// The name of the model to start from, as the client gave it.
     pub model: String,
     /// The base model.
     pub base_model_id: BaseModelId,
+    /// The base model's name in the tuned model's.
+    pub base_model: String,
+    /// The weights of `model`, where it is a tuned model or a checkpoint.
+    pub start: Option<WeightsPlace>,
     /// What to train on.
     pub training_file: FileId,
     /// What to measure on.
@@ -71,8 +76,8 @@ impl Store {
     /// the same request has made before.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] with the id of a file that is not in the caller's project (any
-    /// more), [`StoreError::IdempotencyConflict`], [`StoreError::TooManyJobs`].
+    /// [`StoreError::NotFound`] with the id of a file that is not in the caller's project, or the
+    /// name of a tuned model that is not there (any more), [`StoreError::IdempotencyConflict`], [`StoreError::TooManyJobs`].
     pub async fn create_job(
         &self,
         caller: &Caller,
@@ -198,18 +203,18 @@ async fn insert(
     idempotency: &Idempotency,
 ) -> Result<JobId, StoreError> {
     require_files(connection, caller, new).await?;
-    let organization: String = sqlx::query_scalar("SELECT name FROM organizations WHERE id = $1")
-        .bind(caller.organization_id.as_str())
-        .fetch_one(&mut *connection)
-        .await?;
+    if new.start.is_some() {
+        models::hold(connection, &new.model).await?;
+    }
+    let organization = tenants::organization_name(&mut *connection, caller).await?;
     let id = JobId::generate(&mut rand::rng());
     let suffix = new.suffix.as_deref();
-    let model_name = tuned_model_name(&new.model, &organization, suffix, &mut rand::rng());
+    let model_name = tuned_model_name(&new.base_model, &organization, suffix, &mut rand::rng());
     sqlx::query(
         "INSERT INTO jobs (id, project_id, api_key_id, request_sha256, model, base_model_id,
              training_file, validation_file, suffix, seed, metadata, hyperparameters, model_name,
-             status, method)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+             status, method, start)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
     )
     .bind(id.as_str())
     .bind(caller.project_id.as_str())
@@ -226,6 +231,7 @@ async fn insert(
     .bind(model_name)
     .bind(JobStatus::ValidatingFiles.as_str())
     .bind(new.method.as_str())
+    .bind(new.start.as_ref().map(Json))
     .execute(&mut *connection)
     .await?;
     if let Some(key) = &idempotency.key {

@@ -6,7 +6,6 @@ mod create;
 pub(crate) use control::{Departure, depart};
 pub use create::{CreatedJob, Idempotency, NewJob};
 
-use crate::objects::CheckpointPlace;
 use crate::page::{Page, PageRequest};
 use crate::{Store, StoreError, rows};
 use serde_json::{Map, Value};
@@ -20,6 +19,7 @@ use tunesmith_core::hyperparameters::{Method, ResolvedHyperparameters};
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, OrganizationId, ProjectId};
 use tunesmith_core::protocol::Started;
 use tunesmith_core::state::JobStatus;
+use tunesmith_core::weights::{CheckpointPlace, WeightsPlace};
 
 /// A fine-tuning job, everything that is known of it.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,10 +32,13 @@ pub struct Job {
     pub organization_id: OrganizationId,
     /// When it was asked for.
     pub created_at: OffsetDateTime,
-    /// The base model's name, as the client gave it.
+    /// The name of the model that it starts from, as the client gave it: a base model's, a tuned
+    /// one's, or a checkpoint's.
     pub model: String,
     /// The base model.
     pub base_model_id: BaseModelId,
+    /// The weights that it begins with, where these are not the base model's alone.
+    pub start: Option<WeightsPlace>,
     /// What it trains on.
     pub training_file: FileId,
     /// What it is measured on, where the client gave a file for that.
@@ -92,7 +95,7 @@ impl Job {
 macro_rules! job_columns {
     () => {
         "jobs.id, jobs.project_id, projects.organization_id, jobs.created_at, jobs.model,
-         jobs.base_model_id, jobs.training_file, jobs.validation_file, jobs.suffix, jobs.seed,
+         jobs.base_model_id, jobs.start, jobs.training_file, jobs.validation_file, jobs.suffix, jobs.seed,
          jobs.metadata, jobs.method, jobs.hyperparameters, jobs.resolved, jobs.model_name, jobs.status,
          jobs.paused, jobs.cancel_requested, jobs.started_at, jobs.finished_at, jobs.error,
          jobs.attempt, jobs.run, jobs.last_step, jobs.resume_attempt, jobs.resume_step,
@@ -119,6 +122,7 @@ impl FromRow<'_, PgRow> for Job {
             created_at: row.try_get("created_at")?,
             model: row.try_get("model")?,
             base_model_id: rows::text(row, "base_model_id")?,
+            start: rows::optional_json(row, "start")?,
             training_file: rows::text(row, "training_file")?,
             validation_file: rows::optional_text(row, "validation_file")?,
             suffix: row.try_get("suffix")?,

@@ -4,7 +4,7 @@ use super::Lease;
 use crate::events::{NewEvent, add_events};
 use crate::files::{FileStatus, Purpose};
 use crate::jobs::words;
-use crate::objects::{CheckpointPlace, Stored};
+use crate::objects::Stored;
 use crate::{Store, StoreError, rows};
 use sqlx::Row as _;
 use sqlx::types::Json;
@@ -12,6 +12,7 @@ use tunesmith_core::ids::{CheckpointId, FileId, checkpoint_model_name};
 use tunesmith_core::metrics::{RowLoss, StepMetrics};
 use tunesmith_core::protocol::Started;
 use tunesmith_core::state::{JobStatus, sources_of};
+use tunesmith_core::weights::CheckpointPlace;
 
 /// A checkpoint whose objects are all stored.
 #[derive(Debug, Clone)]

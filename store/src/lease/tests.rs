@@ -1,13 +1,13 @@
 use super::*;
 use crate::files::Purpose;
 use crate::fixtures::{World, checkpoint, resolved, step, step_event, trainer_failed};
-use crate::objects::CheckpointPlace;
 use crate::page::PageRequest;
 use crate::row_losses::RowOrder;
 use std::collections::BTreeSet;
 use tunesmith_core::hyperparameters::Precision;
 use tunesmith_core::metrics::RowLoss;
 use tunesmith_core::protocol::Started;
+use tunesmith_core::weights::CheckpointPlace;
 
 fn started(initial_valid_loss: Option<f64>) -> Started {
     Started {
@@ -391,7 +391,8 @@ async fn a_job_that_succeeds_has_its_model_its_results_and_its_events_at_once() 
     let file = store.file(project, &completed.result_file).await.expect("result file");
     assert_eq!((file.purpose, &*file.filename), (Purpose::FineTuneResults, "step_metrics.csv"));
     let model = store.model(project, &job.model_name).await.expect("model");
-    assert_eq!(model.place, CheckpointPlace { job: id.clone(), attempt: 1, step: 12 });
+    let place = CheckpointPlace { job: id.clone(), attempt: 1, step: 12 };
+    assert_eq!(model.place, place.into());
     let messages = world.messages(id).await;
     assert_eq!(
         messages[messages.len() - 2..],

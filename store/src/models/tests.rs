@@ -1,8 +1,9 @@
 use super::*;
-use crate::fixtures::{World, checkpoint, resolved, tenant};
+use crate::fixtures::{World, checkpoint, once, resolved, tenant};
+use crate::jobs::{Job, NewJob};
 use crate::page::PageRequest;
 use bytes::Bytes;
-use tunesmith_core::ids::checkpoint_model_name;
+use tunesmith_core::ids::{JobId, checkpoint_model_name};
 
 /// A job that succeeded with checkpoints at steps 6 and 12, each with an object.
 async fn tuned(world: &World) -> String {
@@ -18,6 +19,21 @@ async fn tuned(world: &World) -> String {
     let completed = world.completed().await;
     world.store().complete_job(&claimed.lease, &completed).await.expect("complete");
     claimed.job.model_name
+}
+
+fn checkpoint_of(model: &Model) -> &CheckpointPlace {
+    match &model.place {
+        WeightsPlace::Checkpoint(place) => place,
+        other => panic!("{other:?} is no checkpoint"),
+    }
+}
+
+fn step(model: &Model) -> u64 {
+    checkpoint_of(model).step
+}
+
+fn job_of(model: &Model) -> JobId {
+    checkpoint_of(model).job.clone()
 }
 
 fn weights(job: &JobId, step: u64) -> ObjectPrefix {
@@ -39,11 +55,11 @@ async fn a_model_and_its_checkpoints_are_found_by_name() {
     let (store, project) = (world.store(), &world.caller.project_id);
     let name = tuned(&world).await;
     let model = store.model(project, &name).await.expect("model");
-    assert_eq!((model.place.step, &*model.base_model), (12, "smol"));
-    assert_eq!(model.hyperparameters, resolved());
+    assert_eq!((step(&model), &model.base_model_id), (12, &world.base_model));
+    assert_eq!(model.adapter, resolved().adapter);
     assert_eq!(store.list_models(project).await.expect("list"), std::slice::from_ref(&model));
     let early = store.model(project, &checkpoint_model_name(&name, 6)).await.expect("checkpoint");
-    assert_eq!((early.place.step, early.job_id), (6, model.job_id));
+    assert_eq!((step(&early), job_of(&early)), (6, job_of(&model)));
     let missing = store.model(project, &checkpoint_model_name(&name, 7)).await;
     assert!(matches!(missing, Err(StoreError::NotFound { .. })));
 }
@@ -53,7 +69,7 @@ async fn a_deleted_model_takes_its_weights_along_and_leaves_other_checkpoints() 
     let world = World::new().await;
     let (store, project) = (world.store(), &world.caller.project_id);
     let name = tuned(&world).await;
-    let job = store.model(project, &name).await.expect("model").job_id;
+    let job = job_of(&store.model(project, &name).await.expect("model"));
     store.delete_model(project, &name).await.expect("delete");
     assert!(matches!(store.model(project, &name).await, Err(StoreError::NotFound { .. })));
     assert!(store.model(project, &checkpoint_model_name(&name, 12)).await.is_err());
@@ -69,7 +85,7 @@ async fn a_deleted_checkpoint_leaves_weights_that_the_model_needs() {
     let world = World::new().await;
     let (store, project) = (world.store(), &world.caller.project_id);
     let name = tuned(&world).await;
-    let job = store.model(project, &name).await.expect("model").job_id;
+    let job = job_of(&store.model(project, &name).await.expect("model"));
     store.delete_model(project, &checkpoint_model_name(&name, 6)).await.expect("early");
     store.delete_model(project, &checkpoint_model_name(&name, 12)).await.expect("last");
     assert!(!has_weights(&world, &job, 6).await);
@@ -110,4 +126,83 @@ async fn another_project_sees_and_deletes_nothing() {
         ));
     }
     assert!(store.model(&world.caller.project_id, &name).await.is_ok());
+}
+
+/// A job that begins with the weights of `name`.
+async fn job_from(world: &World, name: &str) -> Result<Job, StoreError> {
+    let (store, caller) = (world.store(), &world.caller);
+    let start = store.model(&caller.project_id, name).await?;
+    let new = NewJob {
+        model: start.name,
+        base_model_id: start.base_model_id,
+        start: Some(start.place),
+        ..world.new_job()
+    };
+    store.create_job(caller, &new, &once(1)).await.map(|created| created.job)
+}
+
+#[tokio::test]
+async fn weights_that_an_unfinished_job_starts_from_outlive_their_model() {
+    let world = World::new().await;
+    let (store, project) = (world.store(), &world.caller.project_id);
+    let name = tuned(&world).await;
+    let start = store.model(project, &name).await.expect("model");
+    let job = job_from(&world, &name).await.expect("job");
+    assert_eq!((&job.start, &job.model), (&Some(start.place.clone()), &name));
+    assert!(job.model_name.starts_with("ft:smol:acme::"), "{}", job.model_name);
+    store.delete_model(project, &name).await.expect("delete");
+    assert!(has_weights(&world, &job_of(&start), 12).await);
+
+    // A checkpoint that only an ended job has started from goes with its weights.
+    let early = checkpoint_model_name(&name, 6);
+    let other = job_from(&world, &early).await.expect("job");
+    store.request_cancel(project, &other.id).await.expect("cancel");
+    store.delete_model(project, &early).await.expect("delete");
+    assert!(!has_weights(&world, &job_of(&start), 6).await);
+}
+
+#[tokio::test]
+async fn a_model_that_is_deleted_meanwhile_starts_no_job() {
+    let world = World::new().await;
+    let (store, caller) = (world.store(), &world.caller);
+    let name = tuned(&world).await;
+    for name in [name.clone(), checkpoint_model_name(&name, 6)] {
+        let model = store.model(&caller.project_id, &name).await.expect("model");
+        store.delete_model(&caller.project_id, &name).await.expect("delete");
+        let new = NewJob { model: name, start: Some(model.place), ..world.new_job() };
+        let made = store.create_job(caller, &new, &once(1)).await;
+        assert!(matches!(made, Err(StoreError::NotFound { kind: "model", .. })), "{made:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_imported_adapter_is_a_model_of_its_project() {
+    let world = World::new().await;
+    let (store, caller) = (world.store(), &world.caller);
+    let new = NewImportedAdapter {
+        id: ImportedAdapterId::generate(&mut rand::rng()),
+        base_model_id: world.base_model.clone(),
+        base_model: "smol".to_owned(),
+        suffix: Some("mine".to_owned()),
+        adapter: AdapterConfig { r: 3, ..AdapterConfig::default() },
+    };
+    let prefix = ObjectPrefix::ImportedAdapter(new.id.clone());
+    let key = prefix.file("adapter_model.safetensors");
+    store.objects().put_bytes(&key, Bytes::from_static(b"w")).await.expect("put");
+    let model = store.import_adapter(caller, &new).await.expect("imported");
+    assert!(model.name.starts_with("ft:smol:acme:mine:"), "{}", model.name);
+    assert_eq!((&model.adapter, model.weights()), (&new.adapter, prefix.clone()));
+    let made = tuned(&world).await;
+    let names: Vec<_> = store.list_models(&caller.project_id).await.expect("list");
+    assert_eq!(names.iter().map(|m| &m.name).collect::<Vec<_>>(), [&model.name, &made]);
+    let other = tenant(store, "other").await.project_id;
+    assert!(store.model(&other, &model.name).await.is_err());
+    assert!(store.delete_model(&other, &model.name).await.is_err());
+
+    let job = job_from(&world, &model.name).await.expect("job");
+    assert_eq!(job.start, Some(WeightsPlace::Imported(new.id)));
+    store.request_cancel(&caller.project_id, &job.id).await.expect("cancel");
+    store.delete_model(&caller.project_id, &model.name).await.expect("delete");
+    assert!(store.model(&caller.project_id, &model.name).await.is_err());
+    assert!(store.objects().list(&prefix).await.expect("list").is_empty());
 }

@@ -2,18 +2,8 @@
 
 use object_store::path::Path;
 use std::fmt;
-use tunesmith_core::ids::{BaseModelId, FileId, JobId, UploadId};
-
-/// A checkpoint's place: which attempt of which job wrote it, after how many steps.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct CheckpointPlace {
-    /// The job.
-    pub job: JobId,
-    /// The attempt that wrote it. No two writers share one, so objects here are written once.
-    pub attempt: u32,
-    /// Optimiser steps done.
-    pub step: u64,
-}
+use tunesmith_core::ids::{BaseModelId, FileId, ImportedAdapterId, UploadId};
+use tunesmith_core::weights::{CheckpointPlace, WeightsPlace};
 
 /// A set of objects.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -22,6 +12,8 @@ pub enum ObjectPrefix {
     BaseModel(BaseModelId),
     /// What people download of a checkpoint: a PEFT adapter or a Hugging Face directory.
     CheckpointWeights(CheckpointPlace),
+    /// An adapter that was made elsewhere.
+    ImportedAdapter(ImportedAdapterId),
     /// Parts of a file that is still coming.
     UploadParts(UploadId),
     /// What a run resumes from: optimiser, schedule and sampler position.
@@ -39,23 +31,32 @@ impl ObjectPrefix {
         match self {
             Self::BaseModel(id) => Path::from_iter(["models", id.as_str()]),
             Self::UploadParts(id) => Path::from_iter(["uploads", id.as_str()]),
-            Self::CheckpointWeights(place) => place.path("weights"),
-            Self::CheckpointState(place) => place.path("state"),
+            Self::ImportedAdapter(id) => Path::from_iter(["adapters", id.as_str()]),
+            Self::CheckpointWeights(place) => checkpoint_path(place, "weights"),
+            Self::CheckpointState(place) => checkpoint_path(place, "state"),
         }
     }
 }
 
-impl CheckpointPlace {
-    fn path(&self, part: &str) -> Path {
-        let Self { job, attempt, step } = self;
-        Path::from_iter([
-            "jobs",
-            job.as_str(),
-            &format!("attempt-{attempt}"),
-            &format!("step-{step}"),
-            part,
-        ])
+/// Where the weights of a tuned model lie.
+impl From<WeightsPlace> for ObjectPrefix {
+    fn from(place: WeightsPlace) -> Self {
+        match place {
+            WeightsPlace::Checkpoint(place) => Self::CheckpointWeights(place),
+            WeightsPlace::Imported(id) => Self::ImportedAdapter(id),
+        }
     }
+}
+
+fn checkpoint_path(place: &CheckpointPlace, part: &str) -> Path {
+    let CheckpointPlace { job, attempt, step } = place;
+    Path::from_iter([
+        "jobs",
+        job.as_str(),
+        &format!("attempt-{attempt}"),
+        &format!("step-{step}"),
+        part,
+    ])
 }
 
 /// One object.

@@ -5,7 +5,7 @@
 
 mod key;
 
-pub use key::{CheckpointPlace, ObjectKey, ObjectPrefix};
+pub use key::{ObjectKey, ObjectPrefix};
 
 use crate::StoreError;
 use bytes::Bytes;

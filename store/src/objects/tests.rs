@@ -1,6 +1,7 @@
 use super::*;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use tunesmith_core::weights::CheckpointPlace;
 
 const MIB: usize = 1 << 20;
 

@@ -11,11 +11,13 @@ use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters, Method};
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, ProjectId};
 use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::state::JobStatus;
+use tunesmith_core::weights::WeightsPlace;
 use tunesmith_store::Store;
 use tunesmith_store::base_models::NewBaseModel;
 use tunesmith_store::events::{Event, EventType};
 use tunesmith_store::files::{FileFacts, Purpose};
 use tunesmith_store::jobs::{Idempotency, Job, NewJob};
+use tunesmith_store::models::Model;
 use tunesmith_store::objects::ObjectKey;
 use tunesmith_store::page::PageRequest;
 use tunesmith_store::tenants::Caller;
@@ -67,9 +69,20 @@ impl World {
 
     /// A job that waits for a worker.
     pub(crate) async fn queued_job(&self) -> JobId {
+        self.queued("tiny", None).await
+    }
+
+    /// One that begins with the weights of `model`.
+    pub(crate) async fn queued_job_from(&self, model: &Model) -> JobId {
+        self.queued(&model.name, Some(model.place.clone())).await
+    }
+
+    async fn queued(&self, model: &str, start: Option<WeightsPlace>) -> JobId {
         let new = NewJob {
-            model: "tiny".to_owned(),
+            model: model.to_owned(),
             base_model_id: self.base_model.clone(),
+            base_model: "tiny".to_owned(),
+            start,
             training_file: self.training_file.clone(),
             validation_file: None,
             suffix: None,

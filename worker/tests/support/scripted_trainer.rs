@@ -48,6 +48,9 @@ struct Script {
     /// After this step, stop early: the model is the checkpoint of the step before the last one.
     #[serde(default)]
     stop_early_at_step: Option<u64>,
+    /// Fail unless the run begins with an adapter that is there, or resumes.
+    #[serde(default)]
+    starts_from_weights: bool,
     /// Do not obey `Stop`.
     #[serde(default)]
     ignore_stop: bool,
@@ -118,7 +121,15 @@ fn train(script: &Script, request: &TrainRequest) -> io::Result<()> {
             fs::metadata(dir.join("weights/adapter_model.safetensors"))?;
             serde_json::from_slice(&fs::read(dir.join("state/trainer.json"))?)?
         }
-        None => State::default(),
+        None => {
+            assert_eq!(request.start_from.is_some(), request.spec.start_from.is_some());
+            if let Some(dir) = &request.start_from {
+                fs::metadata(dir.join("adapter_model.safetensors"))?;
+            } else if script.starts_from_weights {
+                return Err(io::Error::other("nothing to begin with"));
+            }
+            State::default()
+        }
     };
     let fresh = request.resume_from.is_none();
     let first_step = state.step;

@@ -7,6 +7,7 @@ use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::sampling::EndReason;
 use tunesmith_core::serving::SampleLine;
+use tunesmith_core::weights::{CheckpointPlace, WeightsPlace};
 
 const CHAT: &str = "/v1/chat/completions";
 const PLAIN: &str = "/v1/completions";
@@ -267,10 +268,9 @@ async fn tuned_models_and_checkpoints_are_asked_for_by_their_names() {
         let reply = api.post(CHAT, &asked(&json!({"model": model}))).await.ok();
         assert_eq!(reply["model"], model);
         let tuned = sampler.last_order().tuned.expect("tuned weights");
-        assert_eq!(
-            (tuned.job.as_str(), tuned.attempt, tuned.step),
-            (job["id"].as_str().expect("id"), 1, 10)
-        );
+        let id = job["id"].as_str().expect("id").into();
+        let place = CheckpointPlace { job: id, attempt: 1, step: 10 };
+        assert_eq!(tuned.place, WeightsPlace::Checkpoint(place));
         assert_eq!(tuned.kind, AdapterType::Lora);
         let stranger = api.stranger().await.post(CHAT, &asked(&json!({"model": model}))).await;
         assert_eq!(stranger.error(404)["code"], "no_such_model");

@@ -49,7 +49,7 @@ async fn an_unknown_model_is_answered_with_the_models_there_are() {
         api.post(JOBS, &body).await.error(400),
         json!({
             "message": "Model gpt-x is not available for fine-tuning or does not exist. \
-                        Available models: tiny.",
+                        Available models: tiny, and the tuned models of your project.",
             "type": "invalid_request_error",
             "param": "model",
             "code": "model_not_found",

@@ -641,12 +641,20 @@ fn of_webhooks(generator: &mut SchemaGenerator) -> [Operation; 8] {
     ]
 }
 
-fn of_models(generator: &mut SchemaGenerator) -> [Operation; 4] {
+fn of_models(generator: &mut SchemaGenerator) -> [Operation; 5] {
     let at = |operation: Operation| {
         operation
             .at("name", example::TUNED, "The model's name, or a checkpoint's.")
             .errors([ErrorCode::NoSuchModel])
     };
+        Operation::post("/v1/models", (MODELS, "importAdapter"), "Import a LoRA adapter")
+            .text(
+                "An adapter that PEFT or another program has saved becomes a tuned model: it answers, \
+                 it can be downloaded, and jobs can start from it.",
+            )
+            .form(requests::adapter())
+            .errors([ErrorCode::ModelNotFound, ErrorCode::InsufficientQuota])
+            .reply(of::<ModelObject>(generator)),
     [
         Operation::get("/v1/models", (MODELS, "listModels"), "List base models and tuned ones")
             .reply(of::<Page<ModelObject>>(generator)),

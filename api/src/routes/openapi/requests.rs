@@ -3,6 +3,7 @@
 use super::words;
 use crate::fields::{MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE};
 use crate::job_request::{MAX_SEED, MAX_SUFFIX};
+use crate::routes::adapter_import;
 use crate::routes::batches::{ENDPOINTS, WINDOW};
 use crate::routes::file_upload::{EXPIRES_AFTER_SECONDS, UPLOAD_PURPOSES};
 use crate::routes::organization::MAX_NAME;
@@ -72,7 +73,8 @@ fn create_job() -> Value {
         "type": "object",
         "required": ["model", "training_file"],
         "properties": {
-            "model": { "type": "string", "minLength": 1, "description": "The base model's name." },
+            "model": { "type": "string", "minLength": 1, "description": "The name of the base model, or of the tuned model or checkpoint whose \
+                                weights train further." },
             "training_file": {
                 "type": "string",
                 "minLength": 1,
@@ -83,14 +85,7 @@ fn create_job() -> Value {
                 "minLength": 1,
                 "description": "The id of a file of purpose `fine-tune`, which no step trains on.",
             },
-            "suffix": {
-                "type": ["string", "null"],
-                "minLength": 1,
-                "maxLength": MAX_SUFFIX,
-                "pattern": "^[A-Za-z0-9._-]+$",
-                "description": "A part of the tuned model's name. Letters and digits of other \
-                                scripts are taken too.",
-            },
+            "suffix": suffix(json!(["string", "null"])),
             "seed": {
                 "type": ["integer", "null"],
                 "minimum": 0,
@@ -118,6 +113,17 @@ fn create_job() -> Value {
                                 with a warning.",
             },
         },
+    })
+}
+
+fn suffix(kind: Value) -> Value {
+    json!({
+        "type": kind,
+        "minLength": 1,
+        "maxLength": MAX_SUFFIX,
+        "pattern": "^[A-Za-z0-9._-]+$",
+        "description": "A part of the tuned model's name. Letters and digits of other scripts are \
+                        taken too.",
     })
 }
 
@@ -150,6 +156,23 @@ pub(super) fn file() -> Value {
             "purpose": purpose(),
             "expires_after[anchor]": { "const": "created_at" },
             "expires_after[seconds]": seconds(),
+        },
+    })
+}
+
+/// The form of an adapter.
+pub(super) fn adapter() -> Value {
+    let file = |kind: &str| json!({ "type": "string", "contentMediaType": kind });
+    json!({
+        "type": "object",
+        "required": [adapter_import::MODEL, adapter_import::CONFIG, adapter_import::WEIGHTS],
+        "properties": {
+            adapter_import::MODEL: {
+                "type": "string", "description": "The base model that the adapter goes on.",
+            },
+            adapter_import::SUFFIX: suffix(json!("string")),
+            adapter_import::CONFIG: file("application/json"),
+            adapter_import::WEIGHTS: file("application/octet-stream"),
         },
     })
 }

@@ -1,6 +1,8 @@
 use super::operations::example;
 use super::{DOCUMENT, yaml};
-use crate::testing::{BASE, Client, FakeSampler, Reply, TestApi, chat_rows};
+use crate::testing::{
+    BASE, Client, FakeSampler, Reply, TestApi, adapter_weights, chat_rows, peft_config,
+};
 use reqwest::{Method, multipart};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -245,10 +247,20 @@ impl World {
             let kind = ("content-type", "application/json");
             request.header(kind.0, kind.1).body(self.real(&example))
         } else if content.get("multipart/form-data").is_some() {
-            let bytes = multipart::Part::bytes(b"{}\n".to_vec()).file_name("rows.jsonl");
-            let bytes_again = multipart::Part::bytes(b"{}\n".to_vec());
-            let form = multipart::Form::new().text("purpose", "fine-tune");
-            request.multipart(form.part("file", bytes).part("data", bytes_again))
+            let mut form = multipart::Form::new();
+            let properties = content["multipart/form-data"]["schema"]["properties"].as_object();
+            for name in properties.expect("properties").keys() {
+                let bytes = |bytes: Vec<u8>| multipart::Part::bytes(bytes).file_name("rows.jsonl");
+                form = match name.as_str() {
+                    "purpose" => form.text("purpose", "fine-tune"),
+                    "model" => form.text("model", BASE),
+                    "file" | "data" => form.part(name.clone(), bytes(b"{}\n".to_vec())),
+                    "adapter_config" => form.text("adapter_config", peft_config(json!({}))),
+                    "adapter_model" => form.part("adapter_model", bytes(adapter_weights())),
+                    _ => form,
+                };
+            }
+            request.multipart(form)
         } else {
             request
         };

@@ -1,0 +1,210 @@
+//! `POST /v1/models`: an adapter that was made elsewhere becomes a tuned model. Ours.
+//!
+//! The form's fields come in any order; the weights stream into the object store as they come, and
+//! are checked against the base model's there.
+
+use crate::auth::Authenticated;
+use crate::failure::{Failure, broken_body, invalid_value, missing};
+use crate::job_request::check_suffix;
+use crate::merged::{Adapter, SAFETENSORS, TensorFile, Unusable};
+use crate::routes::file_upload::{MAX_FIELDS, drain, is_form, not_a_form, text_of};
+use crate::routes::job_create::base_model;
+use crate::routes::models::ModelObject;
+use crate::server::AppState;
+use crate::warnings;
+use actix_multipart::{Field, Multipart};
+use actix_web::http::header::CONTENT_LENGTH;
+use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
+use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::ids::ImportedAdapterId;
+use tunesmith_core::weights::{
+    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, MANIFEST_NAME, Manifest, ManifestFile, PeftConfig,
+};
+use tunesmith_store::base_models::BaseModel;
+use tunesmith_store::models::{Model, NewImportedAdapter};
+use tunesmith_store::objects::{ObjectPrefix, Stored};
+use tunesmith_store::tenants::Caller;
+
+pub(super) const MODEL: &str = "model";
+pub(super) const SUFFIX: &str = "suffix";
+pub(super) const CONFIG: &str = "adapter_config";
+pub(super) const WEIGHTS: &str = "adapter_model";
+
+/// Takes the adapter in.
+pub(crate) async fn create(
+    request: HttpRequest,
+    state: web::Data<AppState>,
+    caller: Authenticated,
+    payload: web::Payload,
+) -> Result<HttpResponse, Failure> {
+    if !is_form(&request) {
+        return Err(not_a_form("the fields 'model', 'adapter_config' and 'adapter_model'"));
+    }
+    let announced =
+        request.headers().get(CONTENT_LENGTH).and_then(|it| it.to_str().ok()?.parse().ok());
+    state.require_storage(&caller.project_id, announced.unwrap_or(0)).await?;
+    let id = ImportedAdapterId::generate(&mut rand::rng());
+    let mut import = Import {
+        state: &state,
+        prefix: ObjectPrefix::ImportedAdapter(id.clone()),
+        id,
+        form: Form::default(),
+    };
+    let mut form = Multipart::new(request.headers(), payload.into_inner());
+    let imported = match import.receive(&mut form).await {
+        Ok(()) => import.register(&caller).await,
+        Err(failure) => {
+            drain(&mut form).await;
+            Err(failure)
+        }
+    };
+    match imported {
+        Ok(model) => {
+            let mut reply = HttpResponse::Ok();
+            let unknown = warnings::unknown_fields(&import.form.unknown);
+            warnings::add(&mut reply, unknown.as_slice());
+            Ok(reply.json(ModelObject::from(&model)))
+        }
+        Err(failure) => {
+            // What the client did wrong is its reply; that litter stays is for the log.
+            if let Err(error) = state.store.objects().delete_prefix(&import.prefix).await {
+                tracing::warn!(%error, adapter = %import.id, "a refused adapter could not be removed");
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// What the client has sent.
+#[derive(Default)]
+struct Form {
+    model: Option<String>,
+    suffix: Option<String>,
+    config: Option<Bytes>,
+    weights: Option<Stored>,
+    unknown: Vec<String>,
+}
+
+/// An adapter on its way in.
+struct Import<'a> {
+    state: &'a AppState,
+    id: ImportedAdapterId,
+    prefix: ObjectPrefix,
+    form: Form,
+}
+
+impl Import<'_> {
+    async fn receive(&mut self, form: &mut Multipart) -> Result<(), Failure> {
+        let mut count = 0;
+        while let Some(part) = form.next().await {
+            let part = part.map_err(broken_body)?;
+            count += 1;
+            if count > MAX_FIELDS {
+                return Err(broken_body(format!("more than {MAX_FIELDS} fields")).into());
+            }
+            let name = part.name().unwrap_or_default().to_owned();
+            match name.as_str() {
+                WEIGHTS => self.store_weights(part).await?,
+                CONFIG => self.form.config = Some(text_of(part, CONFIG).await?.into()),
+                MODEL => self.form.model = Some(text_of(part, MODEL).await?),
+                SUFFIX => self.form.suffix = Some(text_of(part, SUFFIX).await?),
+                _ => self.form.unknown.push(name),
+            }
+        }
+        Ok(())
+    }
+
+    async fn store_weights(&mut self, part: Field) -> Result<(), Failure> {
+        if self.form.weights.is_some() {
+            return Err(invalid_value(WEIGHTS, "given twice", "one file").into());
+        }
+        // The form's own error cannot cross threads; its words can.
+        let content = part.map_err(|error| error.to_string());
+        let key = self.prefix.file(ADAPTER_WEIGHTS_NAME);
+        let stored =
+            self.state.store.objects().put_stream(&key, content, self.state.max_file_bytes).await?;
+        self.form.weights = Some(stored);
+        Ok(())
+    }
+
+    /// Checks everything, and makes the model.
+    async fn register(&mut self, caller: &Caller) -> Result<Model, Failure> {
+        let Form { model, suffix, config, weights, .. } = &self.form;
+        let name = model.as_deref().ok_or_else(|| missing(MODEL))?;
+        let config = config.as_ref().ok_or_else(|| missing(CONFIG))?;
+        let weights = weights.as_ref().ok_or_else(|| missing(WEIGHTS))?;
+        let suffix = suffix.as_deref().map(check_suffix).transpose()?;
+        let base = base_model(self.state, name).await?;
+        let config = PeftConfig::parse(config).map_err(|error| refused(CONFIG, error))?;
+        self.check(&base, &config, weights).await.map_err(|unusable| match unusable {
+            Unusable::Broken(reason) => refused(WEIGHTS, reason).into(),
+            Unusable::Unread(failure) => failure,
+        })?;
+        // Its own configuration may name another directory, and hold more than is known here.
+        let config = PeftConfig { base_model: Some(base.name.clone()), ..config };
+        self.store_manifest(&config, weights).await?;
+        let new = NewImportedAdapter {
+            id: self.id.clone(),
+            base_model_id: base.id,
+            base_model: name.to_owned(),
+            suffix,
+            adapter: config.adapter,
+        };
+        Ok(self.state.store.import_adapter(caller, &new).await?)
+    }
+
+    /// Whether the adapter goes on `base`, tensor by tensor.
+    async fn check(
+        &self,
+        base: &BaseModel,
+        config: &PeftConfig,
+        weights: &Stored,
+    ) -> Result<(), Unusable> {
+        let objects = self.state.store.objects();
+        let directory = ObjectPrefix::BaseModel(base.id.clone());
+        let mut files = Vec::new();
+        for file in base.manifest.files.iter().filter(|file| file.name.ends_with(SAFETENSORS)) {
+            files.push(TensorFile::open(objects, directory.file(&*file.name), file.bytes).await?);
+        }
+        let tensors = || files.iter().flat_map(|file| &file.tensors);
+        let file = TensorFile::open(objects, self.prefix.file(ADAPTER_WEIGHTS_NAME), weights.bytes)
+            .await?;
+        let base_has = |name: &str| files.iter().any(|file| file.tensors.contains_key(name));
+        let adapter = Adapter::new(&config.adapter, file, base_has)?;
+        for (name, tensor) in tensors() {
+            if let Some(pair) = adapter.pairs.get(name) {
+                adapter.check_fit(name, tensor, pair)?;
+            }
+        }
+        let names = tensors().map(|(name, _)| name.as_str());
+        Ok(config.check_modules(names, |name| adapter.pairs.contains_key(name))?)
+    }
+
+    async fn store_manifest(&self, config: &PeftConfig, weights: &Stored) -> Result<(), Failure> {
+        let config = config.to_json().map_err(Failure::internal)?;
+        let described = ManifestFile::measure(ADAPTER_CONFIG_NAME, config.as_bytes())
+            .map_err(Failure::internal)?;
+        let weights = ManifestFile {
+            name: ADAPTER_WEIGHTS_NAME.to_owned(),
+            bytes: weights.bytes,
+            sha256: weights.sha256.clone(),
+        };
+        let manifest = Manifest { files: vec![described, weights] };
+        let manifest = serde_json::to_vec_pretty(&manifest).map_err(Failure::internal)?;
+        let objects = self.state.store.objects();
+        objects.put_bytes(&self.prefix.file(ADAPTER_CONFIG_NAME), config.into()).await?;
+        objects.put_bytes(&self.prefix.file(MANIFEST_NAME), manifest.into()).await?;
+        Ok(())
+    }
+}
+
+/// `400 invalid_value`: the adapter cannot be taken, and why.
+fn refused(field: &str, reason: impl std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::InvalidValue, format!("Invalid value for '{field}': {reason}."))
+        .with_param(field)
+}
+
+#[cfg(test)]
+mod tests;

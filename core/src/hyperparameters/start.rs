@@ -1,0 +1,173 @@
+//! The adapter of a job that begins with the weights of a tuned model.
+
+use super::Hyperparameters;
+use super::adapter::{AdapterConfig, AdapterType};
+use super::reader::Reader;
+use crate::errors::ApiError;
+use serde_json::{Map, Value, json};
+
+/// What the request calls the adapter.
+const ADAPTER: &str = "adapter";
+
+impl Hyperparameters {
+    /// Makes `asked`, the hyperparameters of a job as the client gave them and that were read as
+    /// `self`, those of a job that goes on with weights that `start` describes: the same adapter
+    /// trains further, so what gives its shape is taken over, and the way in which the frozen
+    /// weights are kept where the client said nothing of it.
+    ///
+    /// # Errors
+    /// `invalid_value` for a shape that is not that of `start`. `path` is where the hyperparameters
+    /// stand in the request.
+    pub fn start_from(
+        &self,
+        start: &AdapterConfig,
+        asked: &mut Map<String, Value>,
+        path: &str,
+    ) -> Result<(), ApiError> {
+        let start = start.exported();
+        let given = asked.get(ADAPTER).and_then(Value::as_object).cloned().unwrap_or_default();
+        let said = |name: &str| given.get(name).filter(|value| !value.is_null());
+        let path = format!("{path}.{ADAPTER}");
+        let reader = Reader { fields: &given, path: &path, notes: None };
+        let mut adapter = given.clone();
+        for (name, wanted, theirs) in shape(&self.adapter, &start) {
+            match said(name) {
+                Some(value) if wanted != theirs => {
+                    let rule = match (name, start.kind) {
+                        ("type", AdapterType::Lora) => {
+                            "\"lora\" or left out, since the model to start from is an adapter: to \
+                             train every weight, download the model merged, import that as a base \
+                             model, and start from it"
+                                .to_owned()
+                        }
+                        ("type", AdapterType::Full) => {
+                            "\"full\" or left out, since every weight of the model to start from was \
+                             trained: to train an adapter beside them, download the model, import it \
+                             as a base model, and start from it"
+                                .to_owned()
+                        }
+                        _ => format!(
+                            "{theirs} or left out: the adapter of the model to start from trains \
+                             further, and that is its shape"
+                        ),
+                    };
+                    return Err(reader.invalid(name, value, rule));
+                }
+                _ => {
+                    adapter.insert(name.to_owned(), theirs);
+                }
+            }
+        }
+        // Of a model that was trained in full, nothing more is said.
+        if start.kind == AdapterType::Full {
+            adapter.retain(|name, _| name == "type" || given.contains_key(name));
+        } else if said("quantization").is_none() {
+            adapter.insert("quantization".to_owned(), json!(start.quantization));
+        }
+        asked.insert(ADAPTER.to_owned(), Value::Object(adapter));
+        Ok(())
+    }
+}
+
+/// What an adapter's tensors depend on: names and values, as asked for and as they are.
+fn shape(
+    asked: &AdapterConfig,
+    start: &AdapterConfig,
+) -> impl Iterator<Item = (&'static str, Value, Value)> {
+    let (asked, start) = (json!(asked), json!(start));
+    const NAMES: [&str; 8] = [
+        "type",
+        "r",
+        "alpha",
+        "target_modules",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "trainable_layers",
+    ];
+    NAMES.into_iter().map(move |name| (name, asked[name].clone(), start[name].clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hyperparameters::{InitLoraWeights, Quantization};
+
+    fn started(start: &AdapterConfig, asked: &Value) -> Result<AdapterConfig, ApiError> {
+        let mut fields = asked.as_object().expect("object").clone();
+        let (parsed, _) = Hyperparameters::parse(&fields, "hyperparameters")?;
+        parsed.start_from(start, &mut fields, "hyperparameters")?;
+        Ok(Hyperparameters::parse(&fields, "hyperparameters")?.0.adapter)
+    }
+
+    fn tuned() -> AdapterConfig {
+        AdapterConfig {
+            r: 4,
+            alpha: 12.0,
+            dropout: 0.1,
+            target_modules: vec!["q_proj".to_owned()],
+            use_dora: true,
+            trainable_layers: 3,
+            quantization: Quantization::Nf4,
+            ..AdapterConfig::default()
+        }
+    }
+
+    #[test]
+    fn the_shape_is_taken_over_and_the_way_of_learning_is_not() {
+        let adapter = started(&tuned(), &json!({})).expect("valid");
+        assert_eq!(adapter, AdapterConfig { dropout: 0.0, ..tuned() });
+        let asked = json!({"adapter": {"r": 4, "dropout": 0.2, "quantization": "none",
+            "target_modules": null}});
+        let adapter = started(&tuned(), &asked).expect("valid");
+        let expected = AdapterConfig { dropout: 0.2, quantization: Quantization::None, ..tuned() };
+        assert_eq!(adapter, expected);
+    }
+
+    #[test]
+    fn another_shape_is_refused_with_the_one_there_is() {
+        let asked = [
+            json!({"alpha": 12, "r": 8}),
+            json!({"r": 4, "alpha": 13}),
+            json!({"target_modules": "all-linear"}),
+            json!({"use_dora": false}),
+            json!({"use_rslora": true}),
+            json!({"trainable_layers": 0}),
+            json!({"init_lora_weights": "pissa"}),
+        ];
+        let start = AdapterConfig { quantization: Quantization::None, ..tuned() };
+        for adapter in asked {
+            // PiSSA beside DoRA is refused before.
+            let start =
+                AdapterConfig { use_dora: adapter["init_lora_weights"].is_null(), ..start.clone() };
+            let name = adapter.as_object().expect("object").keys().next_back().expect("a name");
+            let error = started(&start, &json!({"adapter": adapter})).expect_err(name);
+            assert_eq!(error.param, Some(format!("hyperparameters.adapter.{name}")));
+            assert!(error.message.contains("or left out"), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn an_adapter_goes_on_as_an_adapter_and_a_full_model_as_a_full_model() {
+        let full = AdapterConfig::full();
+        assert_eq!(started(&full, &json!({})).expect("valid").kind, AdapterType::Full);
+        for (start, other) in [(full, "lora"), (tuned(), "full")] {
+            let error = started(&start, &json!({"adapter": {"type": other}})).expect_err(other);
+            assert_eq!(error.param.as_deref(), Some("hyperparameters.adapter.type"));
+            assert!(error.message.contains("import"), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn an_adapter_that_began_with_pissa_goes_on_as_the_plain_one_that_it_was_given_out_as() {
+        let start = AdapterConfig {
+            use_dora: false,
+            init_lora_weights: InitLoraWeights::Pissa,
+            quantization: Quantization::None,
+            ..tuned()
+        };
+        let adapter = started(&start, &json!({})).expect("valid");
+        assert_eq!((adapter.r, adapter.alpha), (8, 24.0));
+        assert_eq!(adapter.init_lora_weights, InitLoraWeights::Default);
+    }
+}
