@@ -5,18 +5,14 @@ use crate::auth::Authenticated;
 use crate::failure::Failure;
 use crate::page::Page;
 use crate::query::Query;
-use crate::range::{self, Wanted};
+use crate::range;
 use crate::server::AppState;
 use crate::streaming;
-use actix_web::http::StatusCode;
-use actix_web::http::header::{
-    ACCEPT_RANGES, CONTENT_RANGE, ContentDisposition, ContentType, ETAG, RANGE,
-};
+use actix_web::http::header::{ContentDisposition, ContentType};
 use actix_web::{HttpRequest, HttpResponse, web};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
-use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::FileId;
 use tunesmith_store::files::{File, FileStatus, Purpose};
 use tunesmith_store::page::{Order, PageRequest};
@@ -111,34 +107,19 @@ pub(crate) async fn content(
     id: web::Path<String>,
 ) -> Result<HttpResponse, Failure> {
     let file = state.store.file(&caller.project_id, &FileId::from(id.into_inner())).await?;
-    let header = request.headers().get(RANGE).and_then(|value| value.to_str().ok());
+    let (mut reply, range) = range::reply(request.headers(), &file.sha256, file.bytes, "the file")?;
     let objects = state.store.objects();
-    let mut reply = HttpResponse::Ok();
-    reply
+    let (bytes, content) = match range {
+        None => (file.bytes, objects.get(&file.object()).await?.stream),
+        Some(range) => {
+            let bytes = range.end - range.start;
+            (bytes, objects.get_range(&file.object(), range).await?.stream)
+        }
+    };
+    Ok(reply
         .insert_header(ContentType::octet_stream())
         .insert_header(ContentDisposition::attachment(file.filename.as_str()))
-        .insert_header((ACCEPT_RANGES, "bytes"))
-        .insert_header((ETAG, format!("\"{}\"", file.sha256)));
-    match range::wanted(header, file.bytes) {
-        Wanted::Whole => {
-            let content = objects.get(&file.object()).await?.stream;
-            Ok(reply.body(streaming::body(file.id.to_string(), file.bytes, content)))
-        }
-        Wanted::Part(range) => {
-            let bytes = range.end - range.start;
-            reply.status(StatusCode::PARTIAL_CONTENT).insert_header((
-                CONTENT_RANGE,
-                format!("bytes {}-{}/{}", range.start, range.end - 1, file.bytes),
-            ));
-            let content = objects.get_range(&file.object(), range).await?.stream;
-            Ok(reply.body(streaming::body(file.id.to_string(), bytes, content)))
-        }
-        Wanted::Unsatisfiable => Err(ApiError::new(
-            ErrorCode::RangeNotSatisfiable,
-            format!("The range lies outside the file, which has {} bytes.", file.bytes),
-        )
-        .into()),
-    }
+        .body(streaming::body(file.id.to_string(), bytes, content)))
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! `GET /v1/models/{name}/weights?format=adapter|merged|gguf`: a tuned model's or a checkpoint's
-//! weights as a tar archive, written while it is sent.
+//! weights as a tar archive, written while it is sent, whole or one range of it.
 
 use crate::archive::archive;
 use crate::auth::Authenticated;
@@ -7,9 +7,10 @@ use crate::failure::{Failure, invalid_value};
 use crate::query::Query;
 use crate::routes::models::base_model;
 use crate::server::AppState;
-use crate::{gguf, merged, stored, streaming, warnings};
+use crate::{gguf, merged, range, stored, streaming, warnings};
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_TYPE, ContentDisposition};
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, web};
+use sha2::{Digest as _, Sha256};
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::gguf::StorageType;
 use tunesmith_core::hyperparameters::AdapterType;
@@ -21,6 +22,7 @@ pub(super) const GGUF: &str = "gguf";
 
 /// Sends the weights.
 pub(crate) async fn download(
+    request: HttpRequest,
     state: web::Data<AppState>,
     caller: Authenticated,
     name: web::Path<String>,
@@ -53,17 +55,20 @@ pub(crate) async fn download(
     let modified = u64::try_from(model.created_at.unix_timestamp()).unwrap_or(0);
     let archive = archive(entries, modified).map_err(Failure::internal)?;
     let filename = format!("{}.tar", model.name.replace([':', '/'], "-"));
-    let mut reply = HttpResponse::Ok();
+    // The same weights make the same archive, byte by byte.
+    let tag = format!("{} {format} {} {modified}", model.place, storage.name());
+    let tag = hex::encode(Sha256::digest(tag));
+    let (mut reply, range) = range::reply(request.headers(), &tag, archive.bytes, "the archive")?;
     warnings::add(&mut reply, &warning);
+    let (bytes, content) = match range {
+        None => (archive.bytes, archive.content),
+        Some(range) => (range.end - range.start, range::part(archive.content, range)),
+    };
     Ok(reply
         .insert_header((CONTENT_TYPE, "application/x-tar"))
         .insert_header((CONTENT_ENCODING, "identity"))
         .insert_header(ContentDisposition::attachment(filename))
-        .body(streaming::body(
-            format!("the weights of {}", model.name),
-            archive.bytes,
-            archive.content,
-        )))
+        .body(streaming::body(format!("the weights of {}", model.name), bytes, content)))
 }
 
 /// How the matrices of a GGUF are stored.

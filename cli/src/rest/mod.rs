@@ -1,5 +1,6 @@
 //! The REST client of the commands that talk to a server.
 
+mod download;
 pub(crate) mod wire;
 
 use anyhow::Context as _;

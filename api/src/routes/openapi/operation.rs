@@ -207,6 +207,16 @@ impl Operation {
         self
     }
 
+    /// Content of this kind, whole or one range of it.
+    pub(super) fn parts(self, kind: &str) -> Self {
+        let text = || json!({ "type": "string" });
+        self.header("Range", text(), "One range of bytes, as `bytes=0-99`.")
+            .header("If-Range", text(), "The `ETag` of what there is a part of already.")
+            .content(200, kind, json!({}))
+            .content(206, kind, json!({}))
+            .errors([ErrorCode::RangeNotSatisfiable])
+    }
+
     pub(super) fn errors(mut self, codes: impl IntoIterator<Item = ErrorCode>) -> Self {
         for code in codes {
             if !self.errors.contains(&code) {

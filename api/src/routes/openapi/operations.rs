@@ -167,10 +167,7 @@ fn of_files(generator: &mut SchemaGenerator) -> [Operation; 6] {
             (FILES, "downloadFile"),
             "Download a file's content",
         ))
-        .header("Range", json!({ "type": "string" }), "One range of bytes, as `bytes=0-99`.")
-        .content(200, "application/octet-stream", json!({}))
-        .content(206, "application/octet-stream", json!({}))
-        .errors([ErrorCode::RangeNotSatisfiable]),
+        .parts("application/octet-stream"),
         at(Operation::get(
             "/v1/files/{id}/report",
             (FILES, "reportFile"),
@@ -647,6 +644,9 @@ fn of_models(generator: &mut SchemaGenerator) -> [Operation; 5] {
             .at("name", example::TUNED, "The model's name, or a checkpoint's.")
             .errors([ErrorCode::NoSuchModel])
     };
+    [
+        Operation::get("/v1/models", (MODELS, "listModels"), "List base models and tuned ones")
+            .reply(of::<Page<ModelObject>>(generator)),
         Operation::post("/v1/models", (MODELS, "importAdapter"), "Import a LoRA adapter")
             .text(
                 "An adapter that PEFT or another program has saved becomes a tuned model: it answers, \
@@ -655,9 +655,6 @@ fn of_models(generator: &mut SchemaGenerator) -> [Operation; 5] {
             .form(requests::adapter())
             .errors([ErrorCode::ModelNotFound, ErrorCode::InsufficientQuota])
             .reply(of::<ModelObject>(generator)),
-    [
-        Operation::get("/v1/models", (MODELS, "listModels"), "List base models and tuned ones")
-            .reply(of::<Page<ModelObject>>(generator)),
         at(Operation::get("/v1/models/{name}", (MODELS, "retrieveModel"), "Retrieve a model"))
             .reply(of::<ModelObject>(generator)),
         at(Operation::delete("/v1/models/{name}", (MODELS, "deleteModel"), "Delete a tuned model"))
@@ -684,8 +681,8 @@ fn of_models(generator: &mut SchemaGenerator) -> [Operation; 5] {
             }),
             "How the matrices of a GGUF are stored; only with `format=gguf`.",
         )
-        .errors([ErrorCode::WeightsNotAvailable])
-        .content(200, "application/x-tar", json!({})),
+        .parts("application/x-tar")
+        .errors([ErrorCode::WeightsNotAvailable]),
     ]
 }
 

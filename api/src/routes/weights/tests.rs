@@ -158,3 +158,35 @@ async fn what_has_no_weights_says_so() {
         "Invalid value for 'format': zip. It must be one of adapter, merged, gguf."
     );
 }
+
+#[tokio::test]
+async fn a_download_that_broke_off_goes_on_where_it_was() {
+    let api = TestApi::start().await.with_base_model().await;
+    let path = format!("{}/weights?format=merged", tuned(&api, lora()).await);
+    let whole = api.get(&path).await;
+    let tag = whole.header("etag").expect("a tag").to_owned();
+    assert_eq!(whole.header("accept-ranges"), Some("bytes"));
+    let ask = async |range: &str, tag: &str| {
+        let request = api.request(reqwest::Method::GET, &path);
+        Reply::of(request.header("range", range).header("if-range", tag)).await
+    };
+    let size = whole.body.len();
+    for (range, bytes) in [
+        ("bytes=700-", 700..size),
+        ("bytes=0-0", 0..1),
+        ("bytes=511-1600", 511..1601),
+        ("bytes=-5", size - 5..size),
+    ] {
+        let reply = ask(range, &tag).await;
+        assert_eq!(reply.status, 206);
+        let place = format!("bytes {}-{}/{size}", bytes.start, bytes.end - 1);
+        assert_eq!(reply.header("content-range"), Some(&*place));
+        assert!(reply.body == whole.body[bytes], "{range}");
+    }
+    assert_eq!(ask(&format!("bytes={size}-"), &tag).await.status, 416);
+    // A part of something else is of no use.
+    let other = api.get(&path.replace("merged", "adapter")).await;
+    assert_ne!(other.header("etag"), Some(&*tag));
+    let reply = ask("bytes=700-", other.header("etag").expect("a tag")).await;
+    assert_eq!((reply.status.as_u16(), reply.body.len()), (200, size));
+}

@@ -5,7 +5,7 @@ use crate::rest::ServerArgs;
 use crate::unpack;
 use anyhow::Context as _;
 use clap::ValueEnum;
-use futures::TryStreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::Method;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -69,11 +69,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(storage) = args.storage.and_then(|storage| storage.to_possible_value()) {
         request = request.query(&[("type", storage.get_name())]);
     }
-    let reply = client.send(request).await?;
-    let bar = bars::bytes(reply.content_length());
+    let download = client.download(request).await?;
+    let bar = bars::bytes(download.size());
     let counted = bar.clone();
-    let stream = reply
-        .bytes_stream()
+    let stream = download
+        .into_stream()
+        .boxed()
         .inspect_ok(move |chunk| counted.inc(chunk.len() as u64))
         .map_err(io::Error::other);
     let archive = SyncIoBridge::new(StreamReader::new(stream));
