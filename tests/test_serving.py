@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import json
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from conftest import TINY
 from harness import valid
@@ -49,11 +51,11 @@ def test_a_model_that_was_tuned_whole_answers_too(service, client):
     model = service.finish(job.id).fine_tuned_model
     assert text_of(valid(ask(client, model))).startswith("gamma")
     assert not text_of(ask(client, TINY)).startswith("gamma")
-
-
     # What it has learned is there from the first step of a job that starts from it.
     job = service.create_job(rows, model, n_epochs=1, batch_size=16, learning_rate=1e-9)
     assert text_of(ask(client, service.finish(job.id).fine_tuned_model)).startswith("gamma")
+
+
 def test_a_stream_is_the_whole_answer(client):
     whole = valid(ask(client, TINY, seed=3, temperature=1, n=2, logprobs=True, top_logprobs=2))
     assert whole.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in whole.choices)
@@ -82,9 +84,37 @@ def test_what_cannot_be_answered_is_refused(service, client):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, TINY, max_completion_tokens=4096)
     assert refused.value.code == "context_length_exceeded"
+    unsatisfiable = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "colour"}}}
     with pytest.raises(openai.BadRequestError) as refused:
-        ask(client, TINY, response_format={"type": "json_object"})
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "response_format")
+        ask(client, TINY, response_format=unsatisfiable)
+    assert refused.value.code == "invalid_value" and "JSON schema" in str(refused.value)
+
+
+class Parcel(pydantic.BaseModel):
+    model_config = {"extra": "forbid"}
+    state: Literal["lost", "late"]
+    days: int = pydantic.Field(ge=0, le=30)
+    insured: bool
+
+
+def test_an_answer_is_what_the_sdk_s_schema_says_whatever_the_model_would_say(client):
+    parsed = client.chat.completions.parse(
+        model=TINY, messages=QUESTION, response_format=Parcel, temperature=1, seed=5, n=2, max_completion_tokens=200
+    )
+    for choice in parsed.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Parcel)
+    assert not text_of(ask(client, TINY)).startswith("{")
+
+
+def test_a_forced_call_calls_the_tool_with_arguments_of_its_schema(client):
+    tool = openai.pydantic_function_tool(Parcel, name="track")
+    for tool_choice in ("required", {"type": "function", "function": {"name": "track"}}):
+        answer = valid(ask(client, TINY, tools=[tool], tool_choice=tool_choice, max_completion_tokens=200))
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.name == "track"
+        Parcel.model_validate_json(call.function.arguments)
+        assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("tool_calls", None)
 
 
 def test_without_a_sampler_the_reply_says_how_to_start_one(parts):

@@ -7,6 +7,7 @@
 use crate::errors::ErrorCode;
 use crate::hyperparameters::Precision;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::path::PathBuf;
 
 /// The most alternatives that a token may be shown with.
@@ -34,6 +35,9 @@ pub struct Sampling {
     pub top_logprobs: u8,
     /// Tokens that end an answer. They are not part of it.
     pub stop_ids: Vec<u32>,
+    /// A JSON schema: only tokens are chosen with which the answer becomes JSON that it allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub json_schema: Option<Value>,
 }
 
 impl Sampling {
@@ -50,6 +54,7 @@ impl Sampling {
             logit_bias: Vec::new(),
             top_logprobs: 0,
             stop_ids: Vec::new(),
+            json_schema: None,
         }
     }
 }

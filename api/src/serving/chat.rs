@@ -150,6 +150,7 @@ impl ChatAnswer {
         let asked = &request.asked;
         let mut sampling = asked.sampling(&served, ids.len(), None, "messages", stop_ids)?;
         sampling.top_logprobs = request.top_logprobs.unwrap_or(0);
+        sampling.json_schema = request.json_schema.clone();
         let (n, stops) = (asked.n, asked.stops.clone());
         let prompt = Prompt { ids, n, sampling, stops, goes_on: false, low_priority };
         let names = request.tools.as_ref().map(|_| request.tool_names());

@@ -1,6 +1,7 @@
 //! A request for a chat completion, checked.
 
 use super::chat::ChatAnswer;
+use super::format::{ToolChoice, response_schema};
 use super::reply::AnswerRequest;
 use super::sampling_request::{Asked, FIELDS, TAKEN_WITHOUT_EFFECT, flag};
 use super::{Serving, unsupported};
@@ -30,7 +31,6 @@ const OF_CHAT: [&str; 13] = [
     "functions",
     "function_call",
 ];
-const NOT_CONSTRAINED: &str = "Answers are not constrained here.";
 
 /// A request in order.
 #[derive(Debug, Clone)]
@@ -40,6 +40,8 @@ pub(crate) struct ChatRequest {
     pub(super) messages: Vec<Message>,
     /// As the chat template takes them; none where no call is wanted.
     pub(super) tools: Option<Value>,
+    /// What an answer must be, where it is not free.
+    pub(super) json_schema: Option<Value>,
     /// Whether an answer may call more than one.
     pub(super) parallel_calls: bool,
     /// Alternatives to show with each token; none to show no probabilities.
@@ -56,16 +58,21 @@ impl AnswerRequest for ChatRequest {
         let messages = parse_conversation(messages)?;
         refuse_what_is_not_done(body)?;
         metadata(body)?;
-        let tools = match tool_choice(body)? {
-            true => parse_tools(body)?,
-            false => None,
+        let response = response_schema(body)?;
+        let choice = ToolChoice::parse(body)?;
+        let tools = match choice {
+            ToolChoice::None => None,
+            _ => parse_tools(body)?,
         };
+        let call = choice.schema(tools.as_ref())?;
         let known = [&FIELDS[..], &OF_CHAT[..], &TAKEN_WITHOUT_EFFECT[..]].concat();
         Ok(Self {
             model,
             asked: Asked::parse(body, &["max_completion_tokens", "max_tokens"])?,
             messages,
             tools,
+            // The format is that of an answer in words; one that must be a call is none.
+            json_schema: call.or(response),
             parallel_calls: given(body, "parallel_tool_calls").is_none()
                 || flag(body, "parallel_tool_calls")?,
             top_logprobs: top_logprobs(body)?,
@@ -115,36 +122,7 @@ fn refuse_what_is_not_done(body: &Map<String, Value>) -> Result<(), ApiError> {
     if flag(body, "store")? {
         return Err(unsupported("store", "Answers are not kept here: leave it out."));
     }
-    match given(body, "response_format") {
-        None => Ok(()),
-        Some(Value::Object(format)) => match format.get("type").and_then(Value::as_str) {
-            Some("text") => Ok(()),
-            Some("json_object" | "json_schema") => {
-                let why = format!("{NOT_CONSTRAINED} Ask for JSON in a message and check it.");
-                Err(unsupported("response_format", &why))
-            }
-            _ => {
-                let rule = "one of text, json_object, json_schema";
-                let kind = format.get("type").unwrap_or(&Value::Null);
-                Err(invalid_value("response_format.type", kind, rule))
-            }
-        },
-        Some(other) => Err(invalid_value("response_format", other, "an object with a type")),
-    }
-}
-
-/// Whether the model may call tools.
-fn tool_choice(body: &Map<String, Value>) -> Result<bool, ApiError> {
-    match given(body, "tool_choice") {
-        None => Ok(true),
-        Some(choice) if choice == "auto" => Ok(true),
-        Some(choice) if choice == "none" => Ok(false),
-        Some(choice) if choice == "required" || choice.is_object() => {
-            let why = format!("{NOT_CONSTRAINED} Write \"auto\" or \"none\".");
-            Err(unsupported("tool_choice", &why))
-        }
-        Some(other) => Err(invalid_value("tool_choice", other, "one of auto, none")),
-    }
+    Ok(())
 }
 
 fn top_logprobs(body: &Map<String, Value>) -> Result<Option<u8>, ApiError> {
@@ -177,10 +155,7 @@ mod tests {
             ("function_call", json!("auto")),
             ("modalities", json!(["text", "audio"])),
             ("store", json!(true)),
-            ("response_format", json!({"type": "json_object"})),
-            ("response_format", json!({"type": "json_schema", "json_schema": {}})),
-            ("tool_choice", json!("required")),
-            ("tool_choice", json!({"type": "function", "function": {"name": "f"}})),
+            ("tool_choice", json!({"type": "allowed_tools", "allowed_tools": {}})),
         ] {
             let error = parse(&json!({ field: value })).expect_err(field);
             assert_eq!(error.code.as_str(), "unsupported_parameter", "{value}");
@@ -202,13 +177,41 @@ mod tests {
             (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
             (json!({"tools": [1]}), "tools[0]"),
             (json!({"tool_choice": "any"}), "tool_choice"),
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (json!({"response_format": "json"}), "response_format"),
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}),
+                "response_format.json_schema.schema",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"schema": []}}}),
+                "response_format.json_schema.schema",
+            ),
             (json!({"metadata": {"a": 1}}), "metadata"),
         ] {
             assert_eq!(parse(&change).expect_err(param).param.as_deref(), Some(param));
         }
         let warned = parse(&json!({"top_k": 5})).expect("in order");
         assert_eq!(warned.warnings(), ["Unknown fields were ignored: top_k."]);
+    }
+
+    #[test]
+    fn an_answer_must_be_json_where_that_is_asked_and_a_call_where_one_is_forced() {
+        let schema = |change: Value| parse(&change).expect("in order").json_schema;
+        assert_eq!(schema(json!({"response_format": {"type": "text"}})), None);
+        let object = json!({"type": "object"});
+        let format = json!({"type": "json_object"});
+        assert_eq!(schema(json!({"response_format": format})), Some(object.clone()));
+        let by_schema =
+            json!({"type": "json_schema", "json_schema": {"schema": {"type": "array"}}});
+        assert_eq!(schema(json!({"response_format": by_schema})), Some(json!({"type": "array"})));
+        let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
+        let free = json!({"tools": tools, "response_format": format});
+        assert_eq!(schema(free), Some(object));
+        let forced = json!({"tools": tools, "tool_choice": "required", "response_format": format});
+        let call = schema(forced).expect("a schema");
+        assert_eq!(call["anyOf"][0]["properties"]["name"]["const"], "f");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod chat;
 mod chat_request;
 mod completion;
 mod completion_request;
+mod format;
 mod reply;
 mod sampling_request;
 mod text;

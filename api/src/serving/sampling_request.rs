@@ -136,6 +136,7 @@ impl Asked {
             logit_bias: self.logit_bias.clone(),
             top_logprobs: 0,
             stop_ids,
+            json_schema: None,
         })
     }
 }

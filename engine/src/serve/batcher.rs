@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use tunesmith_core::errors::ErrorCode;
-use tunesmith_core::sampling::{EndReason, FromSampler, SampleRequest};
+use tunesmith_core::sampling::{EndReason, FromSampler, SampleRequest, Sampling};
 
 use super::choice::{Choice, Chooser, NotNumbers};
+use super::constraint::{Constraint, Constraints};
 use super::model::ServedModel;
 use super::prefixes::{Prefixes, same};
 use crate::error::EngineError;
@@ -33,6 +34,7 @@ pub struct Batcher {
     /// Neighbours share an adapter where any two do.
     answers: Vec<Answer>,
     prefixes: Prefixes,
+    constraints: Constraints,
     max_answers: usize,
     /// Tokens whose keys and values fit into memory.
     max_tokens: usize,
@@ -44,6 +46,7 @@ struct Waiting {
     request: SampleRequest,
     /// As it was when the request came.
     adaptation: Option<Arc<Adaptation>>,
+    constraint: Option<Constraint>,
 }
 
 /// A request whose prompt is being computed.
@@ -51,6 +54,7 @@ struct Waiting {
 struct Reading {
     request: SampleRequest,
     adaptation: Option<Arc<Adaptation>>,
+    constraint: Option<Constraint>,
     cache: KeyValueCache,
     cached_tokens: u32,
 }
@@ -67,7 +71,35 @@ struct Answer {
     /// Where the answer ends at the latest, in tokens with the prompt.
     limit: usize,
     chooser: Chooser,
+    constraint: Option<Constraint>,
     cached_tokens: u32,
+}
+
+/// Why an answer cannot go on.
+#[derive(Debug)]
+enum Stuck {
+    /// The logits are not numbers.
+    NotNumbers,
+    /// What it must become cannot be computed any further.
+    Constraint(String),
+}
+
+/// A token, and whether it completes what the answer must become.
+type Chosen = Result<(Choice, bool), Stuck>;
+
+impl Answer {
+    /// Chooses its next token.
+    fn choose(&mut self, logits: Vec<f32>) -> Chosen {
+        let Some(constraint) = &mut self.constraint else {
+            let choice = self.chooser.choose(logits, None).map_err(|NotNumbers| Stuck::NotNumbers);
+            return Ok((choice?, false));
+        };
+        let allowed = constraint.allowed().map_err(Stuck::Constraint)?;
+        let choice = self.chooser.choose(logits, Some(&allowed));
+        let choice = choice.map_err(|NotNumbers| Stuck::NotNumbers)?;
+        let is_complete = constraint.push(choice.token.id).map_err(Stuck::Constraint)?;
+        Ok((choice, is_complete))
+    }
 }
 
 /// What is said to the sampler.
@@ -79,6 +111,7 @@ impl Batcher {
     #[must_use]
     pub fn new(model: ServedModel, max_answers: usize, cache_bytes: usize) -> Self {
         let max_tokens = cache_bytes / model.cache_bytes_per_token().max(1);
+        let constraints = Constraints::new(model.dir().to_owned());
         Self {
             model,
             adapters: HashMap::new(),
@@ -86,6 +119,7 @@ impl Batcher {
             reading: None,
             answers: Vec::new(),
             prefixes: Prefixes::default(),
+            constraints,
             max_answers,
             max_tokens,
         }
@@ -111,10 +145,16 @@ impl Batcher {
 
     /// Takes a request, or says at once why not.
     pub fn submit(&mut self, request: SampleRequest, sink: Sink<'_>) {
-        match self.check(&request) {
-            Ok(adaptation) => {
+        let checked = self.check(&request).and_then(|adaptation| {
+            let Sampling { json_schema, stop_ids, .. } = &request.sampling;
+            let schema = json_schema.as_ref();
+            let constraint = schema.map(|schema| self.constraints.of(schema, stop_ids));
+            Ok((adaptation, constraint.transpose()?))
+        });
+        match checked {
+            Ok((adaptation, constraint)) => {
                 let queue = &mut self.waiting[usize::from(request.low_priority)];
-                queue.push_back(Waiting { request, adaptation });
+                queue.push_back(Waiting { request, adaptation, constraint });
             }
             Err(message) => {
                 sink(FromSampler::Failed {
@@ -225,10 +265,11 @@ impl Batcher {
             return;
         }
         self.prefixes.shrink_to(self.max_tokens - tokens);
-        let Some(Waiting { request, adaptation }) = self.waiting[queue].pop_front() else { return };
+        let Some(waiting) = self.waiting[queue].pop_front() else { return };
+        let Waiting { request, adaptation, constraint } = waiting;
         let cache = self.prefixes.find(&adaptation, &request.prompt);
         let cached_tokens = cache.tokens() as u32;
-        self.reading = Some(Reading { request, adaptation, cache, cached_tokens });
+        self.reading = Some(Reading { request, adaptation, constraint, cache, cached_tokens });
     }
 
     fn read_prompt(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
@@ -246,7 +287,7 @@ impl Batcher {
             self.reading = Some(reading);
             return Ok(());
         }
-        let Reading { request, adaptation, cache, cached_tokens } = reading;
+        let Reading { request, adaptation, constraint, cache, cached_tokens } = reading;
         let limit = self.limit_of(&request);
         // The last one takes the cache over, and with one answer nothing is copied.
         let copies = std::iter::repeat_n((cache, logits), request.n as usize);
@@ -259,10 +300,11 @@ impl Batcher {
                 cache,
                 limit,
                 chooser: Chooser::new(request.sampling.clone(), index),
+                constraint: constraint.clone(),
                 cached_tokens,
             };
-            let choice = answer.chooser.choose(logits);
-            if !self.append(answer, choice, sink) {
+            let chosen = answer.choose(logits);
+            if !self.append(answer, chosen, sink) {
                 break;
             }
         }
@@ -284,18 +326,18 @@ impl Batcher {
             .collect();
         let logits = self.model.extend(&mut sequences)?;
         let answers = std::mem::take(&mut self.answers);
-        let chosen: Vec<(Answer, Result<Choice, NotNumbers>)> = answers
+        let chosen: Vec<(Answer, Chosen)> = answers
             .into_par_iter()
             .zip(logits)
             .map(|(mut answer, logits)| {
-                let choice = answer.chooser.choose(logits);
-                (answer, choice)
+                let chosen = answer.choose(logits);
+                (answer, chosen)
             })
             .collect();
         let mut failed = Vec::new();
-        for (answer, choice) in chosen {
+        for (answer, chosen) in chosen {
             let id = answer.id;
-            if !failed.contains(&id) && !self.append(answer, choice, sink) {
+            if !failed.contains(&id) && !self.append(answer, chosen, sink) {
                 failed.push(id);
             }
         }
@@ -305,19 +347,22 @@ impl Batcher {
 
     /// Says what was chosen, and lets the answer run on or ends it. False where the whole request
     /// came to nothing.
-    fn append(
-        &mut self,
-        mut answer: Answer,
-        choice: Result<Choice, NotNumbers>,
-        sink: Sink<'_>,
-    ) -> bool {
+    fn append(&mut self, mut answer: Answer, chosen: Chosen, sink: Sink<'_>) -> bool {
         let (id, index) = (answer.id, answer.index);
-        let Ok(Choice { token, top }) = choice else {
-            let message = "The model's logits are not numbers: its weights, or those of its \
-                           adapter, are damaged."
-                .to_owned();
-            sink(FromSampler::Failed { id, code: ErrorCode::Internal, message });
-            return false;
+        let (Choice { token, top }, is_complete) = match chosen {
+            Ok(chosen) => chosen,
+            Err(stuck) => {
+                let (code, message) = match stuck {
+                    Stuck::NotNumbers => {
+                        let message = "The model's logits are not numbers: its weights, or those of \
+                                       its adapter, are damaged.";
+                        (ErrorCode::Internal, message.to_owned())
+                    }
+                    Stuck::Constraint(message) => (ErrorCode::InvalidValue, message),
+                };
+                sink(FromSampler::Failed { id, code, message });
+                return false;
+            }
         };
         let cached_tokens = answer.cached_tokens;
         let end = |reason| FromSampler::End { id, index, reason, cached_tokens };
@@ -328,8 +373,12 @@ impl Batcher {
         }
         sink(FromSampler::Token { id, index, token, top });
         answer.ids.push(token.id);
-        if answer.ids.len() >= answer.limit {
-            sink(end(EndReason::Length));
+        let reason = match is_complete {
+            true => Some(EndReason::Stop),
+            false => (answer.ids.len() >= answer.limit).then_some(EndReason::Length),
+        };
+        if let Some(reason) = reason {
+            sink(end(reason));
             self.keep(answer);
             return true;
         }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
+use llguidance::toktrie::SimpleVob;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith_core::sampling::{Sampling, TokenLogprob};
@@ -45,8 +46,12 @@ impl Chooser {
         &self.sampling
     }
 
-    /// Chooses the next token.
-    pub(super) fn choose(&mut self, logits: Vec<f32>) -> Result<Choice, NotNumbers> {
+    /// Chooses the next token; among `allowed`, where only some may come.
+    pub(super) fn choose(
+        &mut self,
+        logits: Vec<f32>,
+        allowed: Option<&SimpleVob>,
+    ) -> Result<Choice, NotNumbers> {
         let mut scratch = vec![0.0; logits.len()];
         let (greatest, total) = exponentials(&logits, 1.0, &mut scratch);
         if !total.is_finite() || !greatest.is_finite() {
@@ -59,7 +64,7 @@ impl Chooser {
         };
         let top = most_likely(&logits, usize::from(self.sampling.top_logprobs));
         let top = top.into_iter().map(with_logprob).collect();
-        let shifted = self.shifted(&logits);
+        let shifted = self.shifted(&logits, allowed);
         let id = match self.sampling.temperature > 0.0 {
             true => self.draw(&shifted, &mut scratch),
             false => most_likely(&shifted, 1)[0],
@@ -68,11 +73,11 @@ impl Chooser {
         Ok(Choice { token: with_logprob(id), top })
     }
 
-    /// The logits with bias and penalties.
-    fn shifted<'a>(&self, logits: &'a [f32]) -> Cow<'a, [f32]> {
+    /// The logits with bias and penalties, and without what may not come.
+    fn shifted<'a>(&self, logits: &'a [f32], allowed: Option<&SimpleVob>) -> Cow<'a, [f32]> {
         let Sampling { frequency_penalty, presence_penalty, logit_bias, .. } = &self.sampling;
         let is_penalised = *frequency_penalty != 0.0 || *presence_penalty != 0.0;
-        if logit_bias.is_empty() && !is_penalised {
+        if logit_bias.is_empty() && !is_penalised && allowed.is_none() {
             return Cow::Borrowed(logits);
         }
         let mut shifted = logits.to_vec();
@@ -84,6 +89,14 @@ impl Chooser {
         for (id, shift) in biases.chain(penalties) {
             if let Some(logit) = shifted.get_mut(id as usize) {
                 *logit += shift;
+            }
+        }
+        if let Some(allowed) = allowed {
+            for (id, logit) in shifted.iter_mut().enumerate() {
+                // The model may have more rows than its tokenizer has tokens.
+                if id >= allowed.len() || !allowed.get(id) {
+                    *logit = f32::NEG_INFINITY;
+                }
             }
         }
         Cow::Owned(shifted)
@@ -180,7 +193,7 @@ mod tests {
     fn frequencies(sampling: Sampling, draws: u32) -> Vec<f64> {
         let mut counts = [0.0; 5];
         for index in 0..draws {
-            let choice = Chooser::new(sampling.clone(), index).choose(logits()).unwrap();
+            let choice = Chooser::new(sampling.clone(), index).choose(logits(), None).unwrap();
             counts[choice.token.id as usize] += 1.0 / f64::from(draws);
         }
         counts.to_vec()
@@ -189,7 +202,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_equals_with_its_log_probability() {
         let sampling = Sampling { top_logprobs: 3, ..greedy() };
-        let choice = Chooser::new(sampling, 0).choose(logits()).unwrap();
+        let choice = Chooser::new(sampling, 0).choose(logits(), None).unwrap();
         let p = shares(&logits(), 1.0, &[0, 1, 2, 3, 4]);
         assert_eq!(choice.token.id, 1);
         assert_eq!(choice.top.iter().map(|token| token.id).collect::<Vec<_>>(), [1, 3, 4]);
@@ -225,7 +238,11 @@ mod tests {
         let sampling = Sampling { temperature: 1.0, top_p: 0.95, ..greedy() };
         let ids: Vec<u32> = (0..2000)
             .map(|index| {
-                Chooser::new(sampling.clone(), index).choose(vec![0.0; 1000]).unwrap().token.id
+                Chooser::new(sampling.clone(), index)
+                    .choose(vec![0.0; 1000], None)
+                    .unwrap()
+                    .token
+                    .id
             })
             .collect();
         assert!(ids.iter().all(|&id| id < 950), "the first 950 hold 0.95");
@@ -242,7 +259,7 @@ mod tests {
         };
         let mut chooser = Chooser::new(sampling, 0);
         let chosen: Vec<TokenLogprob> =
-            (0..4).map(|_| chooser.choose(logits()).unwrap().token).collect();
+            (0..4).map(|_| chooser.choose(logits(), None).unwrap().token).collect();
         // 1 falls from 2 to 0.9, then 4 at 1 wins and falls to −0.1, then 1 falls to 0.3.
         assert_eq!(chosen.iter().map(|token| token.id).collect::<Vec<_>>(), [1, 4, 1, 2]);
         assert_eq!(chosen[0].logprob, chosen[2].logprob);
@@ -253,7 +270,7 @@ mod tests {
         let sampling = Sampling { temperature: 2.0, ..greedy() };
         let draw = |seed, index| -> Vec<u32> {
             let mut chooser = Chooser::new(Sampling { seed, ..sampling.clone() }, index);
-            (0..20).map(|_| chooser.choose(logits()).unwrap().token.id).collect()
+            (0..20).map(|_| chooser.choose(logits(), None).unwrap().token.id).collect()
         };
         assert_eq!(draw(7, 0), draw(7, 0));
         assert_ne!(draw(7, 0), draw(7, 1));
@@ -261,11 +278,36 @@ mod tests {
     }
 
     #[test]
+    fn only_allowed_tokens_are_drawn_in_their_own_proportions() {
+        let mut allowed = SimpleVob::alloc(3);
+        allowed.allow_token(0);
+        allowed.allow_token(2);
+        for temperature in [0.0, 1.0] {
+            for top_p in [0.4, 1.0] {
+                let sampling = Sampling { temperature, top_p, ..greedy() };
+                let mut counts = [0.0; 5];
+                for index in 0..2000 {
+                    let mut chooser = Chooser::new(sampling.clone(), index);
+                    let choice = chooser.choose(logits(), Some(&allowed)).unwrap();
+                    counts[choice.token.id as usize] += 1.0 / 2000.0;
+                    let expected = shares(&logits(), 1.0, &[0, 1, 2, 3, 4]);
+                    let expected = expected[choice.token.id as usize].ln();
+                    assert!((f64::from(choice.token.logprob) - expected).abs() < 1e-6);
+                }
+                let one = temperature == 0.0 || top_p < 0.5;
+                let expected = if one { 1.0 } else { shares(&logits(), 1.0, &[0, 2])[0] };
+                let more: f64 = counts[1] + counts[3] + counts[4];
+                assert!(more == 0.0 && (counts[0] - expected).abs() < 0.05, "{counts:?}");
+            }
+        }
+    }
+
+    #[test]
     fn logits_that_are_no_numbers_are_told() {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut logits = logits();
             logits[2] = bad;
-            assert_eq!(Chooser::new(greedy(), 0).choose(logits), Err(NotNumbers));
+            assert_eq!(Chooser::new(greedy(), 0).choose(logits, None), Err(NotNumbers));
         }
     }
 }

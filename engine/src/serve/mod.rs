@@ -1,12 +1,13 @@
 //! Answering with one base model and many adapters of it.
 //!
 //! [`batcher`] computes the answers of all requests side by side, [`choice`] draws their tokens,
-//! [`prefixes`] keeps the caches of prompts that may come again, and [`child`] is the process that
-//! a sampler talks to.
+//! [`constraint`] says which tokens may be drawn where an answer must be JSON, [`prefixes`] keeps the
+//! caches of prompts that may come again, and [`child`] is the process that a sampler talks to.
 
 mod batcher;
 mod child;
 mod choice;
+mod constraint;
 mod model;
 mod prefixes;
 

@@ -1,7 +1,7 @@
 //! A frozen base model, and the adapters that are used with it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tunesmith_core::hyperparameters::{Precision, target_modules_of};
 use tunesmith_core::weights::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig};
@@ -24,6 +24,7 @@ pub struct ServedModel {
     parameters: Parameters,
     device: Device,
     rotary: RotaryTables,
+    dir: PathBuf,
 }
 
 impl ServedModel {
@@ -35,7 +36,12 @@ impl ServedModel {
     pub fn load(dir: &Path, device: &Device, precision: Precision) -> Result<Self, EngineError> {
         let (decoder, parameters) = load_frozen(dir, device, precision)?;
         let rotary = decoder.rotary_tables(0);
-        Ok(Self { decoder, parameters, device: device.clone(), rotary })
+        Ok(Self { decoder, parameters, device: device.clone(), rotary, dir: dir.to_owned() })
+    }
+
+    /// The directory that it was loaded from.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Tokens of the longest sequence that the model was made for.

@@ -1,6 +1,7 @@
 //! The trainer from its request to its files, on tiny random models.
 
 mod child;
+mod constrained;
 #[path = "../support/device.rs"]
 mod device;
 mod export;
@@ -13,7 +14,7 @@ mod preference;
 #[path = "../support/rerun.rs"]
 mod rerun;
 mod resume;
-mod support;
 mod start;
+mod support;
 mod training;
 mod verdicts;

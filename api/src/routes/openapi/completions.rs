@@ -88,11 +88,37 @@ pub(super) fn chat() -> Value {
             "type": ["integer", "null"], "minimum": 0, "maximum": MAX_TOP_LOGPROBS,
         },
         "tools": { "type": ["array", "null"], "items": tool },
-        "tool_choice": { "enum": ["auto", "none", null] },
+        "tool_choice": {
+            "anyOf": [
+                { "enum": ["auto", "none", "required", null] },
+                {
+                    "type": "object",
+                    "required": ["type", "function"],
+                    "properties": {
+                        "type": { "const": "function" },
+                        "function": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": { "name": { "type": "string" } },
+                        },
+                    },
+                },
+            ],
+        },
         "parallel_tool_calls": { "type": ["boolean", "null"] },
         "response_format": {
             "type": ["object", "null"],
-            "properties": { "type": { "const": "text" } },
+            "properties": {
+                "type": { "enum": ["text", "json_object", "json_schema"] },
+                "json_schema": {
+                    "type": "object",
+                    "required": ["schema"],
+                    "properties": {
+                        "name": { "type": "string" },
+                        "schema": { "type": "object", "description": "What an answer must be." },
+                    },
+                },
+            },
             "required": ["type"],
         },
         "metadata": reference("Metadata"),
