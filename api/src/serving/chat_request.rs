@@ -180,6 +180,11 @@ mod tests {
             (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"response_format": "json"}), "response_format"),
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+            (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": 1}}}),
+                "response_format.json_schema.name",
+            ),
             (
                 json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}),
                 "response_format.json_schema.schema",

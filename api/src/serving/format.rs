@@ -134,8 +134,14 @@ pub(super) fn response_schema(body: &Map<String, Value>) -> Result<Option<Value>
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(json!({ "type": "object" }))),
         Some("json_schema") => {
-            let schema = format.get("json_schema").and_then(|inner| inner.get("schema"));
-            match schema {
+            let inner = match format.get("json_schema") {
+                None | Some(Value::Null) => return Err(missing("response_format.json_schema")),
+                Some(inner) => inner,
+            };
+            if let Some(name) = inner.get("name").filter(|name| !name.is_string()) {
+                return Err(invalid_value("response_format.json_schema.name", name, "text"));
+            }
+            match inner.get("schema") {
                 None | Some(Value::Null) => Err(missing("response_format.json_schema.schema")),
                 Some(Value::Object(schema)) => Ok(Some(Value::Object(schema.clone()))),
                 Some(other) => Err(invalid_value(

@@ -107,19 +107,31 @@ pub(super) fn chat() -> Value {
         },
         "parallel_tool_calls": { "type": ["boolean", "null"] },
         "response_format": {
-            "type": ["object", "null"],
-            "properties": {
-                "type": { "enum": ["text", "json_object", "json_schema"] },
-                "json_schema": {
+            "anyOf": [
+                { "type": "null" },
+                {
                     "type": "object",
-                    "required": ["schema"],
+                    "required": ["type"],
+                    "properties": { "type": { "enum": ["text", "json_object"] } },
+                },
+                {
+                    "type": "object",
+                    "required": ["type", "json_schema"],
                     "properties": {
-                        "name": { "type": "string" },
-                        "schema": { "type": "object", "description": "What an answer must be." },
+                        "type": { "const": "json_schema" },
+                        "json_schema": {
+                            "type": "object",
+                            "required": ["schema"],
+                            "properties": {
+                                "name": { "type": "string" },
+                                "schema": {
+                                    "type": "object", "description": "What an answer must be.",
+                                },
+                            },
+                        },
                     },
                 },
-            },
-            "required": ["type"],
+            ],
         },
         "metadata": reference("Metadata"),
     });
