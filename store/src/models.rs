@@ -145,25 +145,31 @@ impl Store {
         let organization = tenants::organization_name(&self.pool, caller).await?;
         let suffix = new.suffix.as_deref();
         let name = tuned_model_name(&new.base_model, &organization, suffix, &mut rand::rng());
-        sqlx::query(
+        let created_at = sqlx::query_scalar(
             "INSERT INTO imported_adapters (id, name, project_id, base_model_id, adapter)
-             VALUES ($1, $2, $3, $4, $5)",
+             VALUES ($1, $2, $3, $4, $5) RETURNING created_at",
         )
         .bind(new.id.as_str())
         .bind(&name)
         .bind(caller.project_id.as_str())
         .bind(new.base_model_id.as_str())
         .bind(Json(&new.adapter))
-        .execute(&self.pool)
+        .fetch_one(&self.pool)
         .await?;
-        self.model(&caller.project_id, &name).await
+        Ok(Model {
+            name,
+            organization_id: caller.organization_id.clone(),
+            place: WeightsPlace::Imported(new.id.clone()),
+            base_model_id: new.base_model_id.clone(),
+            adapter: new.adapter.clone(),
+            created_at,
+        })
     }
 
     /// Deletes a tuned model, with the checkpoint that has the same weights, one checkpoint, or an
-    /// imported adapter.
-    /// Weights that something else still needs stay: a checkpoint's that a model has too, that
-    /// its job may resume from, or that may turn out as the job's best, and any that an unfinished
-    /// job starts from.
+    /// imported adapter. Weights that something else still needs stay: a checkpoint's that a model has
+    /// too, that its job may resume from, or that may turn out as the job's best, and any that an
+    /// unfinished job starts from.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].

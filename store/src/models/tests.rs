@@ -192,6 +192,7 @@ async fn an_imported_adapter_is_a_model_of_its_project() {
     let model = store.import_adapter(caller, &new).await.expect("imported");
     assert!(model.name.starts_with("ft:smol:acme:mine:"), "{}", model.name);
     assert_eq!((&model.adapter, model.weights()), (&new.adapter, prefix.clone()));
+    assert_eq!(store.model(&caller.project_id, &model.name).await.expect("there"), model);
     let made = tuned(&world).await;
     let names: Vec<_> = store.list_models(&caller.project_id).await.expect("list");
     assert_eq!(names.iter().map(|m| &m.name).collect::<Vec<_>>(), [&model.name, &made]);
