@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test start-python test-rust test-black-box test-sdk check-cuda bench bench-validation lint dashboard fixtures
+.PHONY: demo test start-python test-rust test-black-box test-sdk check-cuda bench bench-api bench-validation lint dashboard fixtures
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -42,6 +42,13 @@ bench:
 	scripts/packages.sh test
 	cargo build --release --workspace --bins --examples
 	python3 bench/run.py $(BENCH_ARGS)
+
+# The front-end beside pgbench, sha256sum, dd and a bare stream, as ratios. BENCH_ONLY=get runs a part.
+bench-api:
+	scripts/packages.sh demo
+	scripts/test-model.sh SmolLM2-135M-Instruct scripts/fetch-smollm2.sh
+	cargo build --release -p tunesmith-api -p tunesmith-core --examples
+	python3 bench/api.py
 
 # How fast a file of 100,000 rows is checked and its tokens counted, on one core.
 bench-validation:

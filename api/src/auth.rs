@@ -8,7 +8,9 @@ use futures::future::LocalBoxFuture;
 use std::ops::Deref;
 use std::time::Instant;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::ids::ADMIN_KEY_PREFIX;
+use tunesmith_core::ids::{ADMIN_KEY_PREFIX, JobId};
+use tunesmith_store::StoreError;
+use tunesmith_store::jobs::Job;
 use tunesmith_store::permissions::Granter;
 use tunesmith_store::tenants::{Administrator, Caller};
 
@@ -38,12 +40,37 @@ impl FromRequest for Authenticated {
                     count(&state, &request, &caller)?;
                     Ok(Self(caller))
                 }
-                None if administrator(&state, &secret).await?.is_some() => {
-                    Err(admin_key_in_a_project().into())
-                }
-                None => Err(wrong_key(&secret).into()),
+                None => Err(no_project_key(&state, &secret).await),
             }
         })
+    }
+}
+
+/// The job `id` of the caller's project. Nobody else sees it: this stands for [`Authenticated`].
+///
+/// # Errors
+/// Those of [`Authenticated`], or `not_found`.
+pub(crate) async fn authenticated_job(
+    request: &HttpRequest,
+    id: &JobId,
+) -> Result<(web::Data<AppState>, Job), Failure> {
+    let Shown { state, secret } = Shown::of(request)?;
+    match state.store.authenticate_for_job(&secret, id).await? {
+        Some((caller, job)) => {
+            count(&state, request, &caller)?;
+            let missing = || StoreError::NotFound { kind: "job", id: id.to_string() };
+            Ok((state, job.ok_or_else(missing)?))
+        }
+        None => Err(no_project_key(&state, &secret).await),
+    }
+}
+
+/// Why a key that is no project's is refused.
+async fn no_project_key(state: &AppState, secret: &str) -> Failure {
+    match administrator(state, secret).await {
+        Ok(Some(_)) => admin_key_in_a_project().into(),
+        Ok(None) => wrong_key(secret).into(),
+        Err(failure) => failure,
     }
 }
 

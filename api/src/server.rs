@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
@@ -30,6 +31,9 @@ pub const DEFAULT_MAX_FILE_BYTES: u64 = 512 << 20;
 const SHUTDOWN_SECONDS: u64 = 5;
 /// Longer than the pools of HTTP clients keep a connection, so that it is they who close it.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
+
+/// Threads that take requests; the database is busy long before they are.
+const MAX_THREADS: usize = 8;
 
 /// Each keeps a core busy while it reads.
 const MAX_PREVIEWS: usize = 2;
@@ -70,6 +74,7 @@ impl ApiConfig {
 }
 
 /// What every handler sees.
+#[derive(Clone)]
 pub(crate) struct AppState {
     pub(crate) store: Store,
     pub(crate) max_file_bytes: u64,
@@ -78,12 +83,12 @@ pub(crate) struct AppState {
     pub(crate) webhooks: AddressPolicy,
     pub(crate) model_aliases: BTreeMap<String, String>,
     pub(crate) limits: ProjectLimits,
-    pub(crate) rate: Option<RateLimiter>,
+    pub(crate) rate: Option<Arc<RateLimiter>>,
     pub(crate) prices: Prices,
     pub(crate) tokenizers: Arc<Tokenizers>,
     pub(crate) serving: Serving,
     /// Previews that may read files at a time.
-    pub(crate) previews: Semaphore,
+    pub(crate) previews: Arc<Semaphore>,
 }
 
 impl AppState {
@@ -140,7 +145,7 @@ impl ApiServer {
         let serving =
             Serving::new(store.clone(), Arc::clone(&tokenizers), aliases, telemetry.clone())
                 .map_err(io::Error::other)?;
-        let state = web::Data::new(AppState {
+        let state = AppState {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
             live: live.clone(),
@@ -148,20 +153,25 @@ impl ApiServer {
             webhooks: webhooks.clone(),
             model_aliases: config.model_aliases.clone(),
             limits: config.limits,
-            rate: config.limits.requests_per_minute.map(RateLimiter::new),
+            rate: config.limits.requests_per_minute.map(RateLimiter::new).map(Arc::new),
             prices: config.prices.clone(),
             tokenizers: Arc::clone(&tokenizers),
             serving: serving.clone(),
-            previews: Semaphore::new(MAX_PREVIEWS),
-        });
+            previews: Arc::new(Semaphore::new(MAX_PREVIEWS)),
+        };
+        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let threads = threads.min(MAX_THREADS);
         let origins = config.cors_origins.clone();
+        // Called once in each thread.
         let server = HttpServer::new(move || {
+            let store = state.store.of_thread(threads);
             App::new()
-                .app_data(state.clone())
+                .app_data(web::Data::new(AppState { store, ..state.clone() }))
                 .configure(routes::configure)
                 .wrap(Condition::new(!origins.is_empty(), cors(&origins)))
                 .wrap(from_fn(observe))
         })
+        .workers(threads)
         .keep_alive(KEEP_ALIVE)
         // Nobody waits for the answer of a client that has hung up.
         .h1_allow_half_closed(false)
@@ -182,8 +192,9 @@ impl ApiServer {
     /// Serves and validates until `shutdown` is done; then lets what is under way end, for a few
     /// seconds.
     ///
-    /// Requests run on threads of their own, and the connections of `Store`'s pool that they opened
-    /// end with them: whatever else uses the same pool is to be stopped first.
+    /// Requests run on threads of their own, with connections to the database of their own. What
+    /// open streams need is read over those of `Store`, and connections that were opened for them
+    /// end with the threads: whatever else uses the same pool is to be stopped first.
     ///
     /// # Errors
     /// The server broke down.

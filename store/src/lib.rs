@@ -42,6 +42,9 @@ pub use error::StoreError;
 use objects::Objects;
 use sqlx::PgPool;
 
+/// Connections that a thread may have in any case.
+const MIN_SHARE: u32 = 2;
+
 /// What a [`Store`] connects to.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
@@ -67,6 +70,16 @@ impl Store {
         let objects = Objects::open(&config.object_store_url)?;
         let pool = database::connect(&config.database_url).await?;
         Ok(Self { pool, objects })
+    }
+
+    /// The same store for one of `threads` threads that each have a runtime of their own: over
+    /// connections that the thread's runtime opens, and drives without waking another thread. To
+    /// be called in that runtime.
+    #[must_use]
+    pub fn of_thread(&self, threads: usize) -> Self {
+        let share = database::MAX_CONNECTIONS / u32::try_from(threads).unwrap_or(u32::MAX);
+        let pool = database::another(&self.pool, share.max(MIN_SHARE));
+        Self { pool, objects: self.objects.clone() }
     }
 
     /// Brings the schema up to this program's version; safe to run by many at once.

@@ -1,11 +1,11 @@
 //! `/v1/fine_tuning/jobs` once a job is there: retrieve, list, cancel, pause, resume.
 
-use crate::auth::Authenticated;
+use crate::auth::{Authenticated, authenticated_job};
 use crate::failure::{Failure, invalid_value};
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
-use actix_web::web;
+use actix_web::{HttpRequest, web};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -163,11 +163,10 @@ fn metadata_filter(query: &Query) -> Result<MetadataFilter, ApiError> {
 
 /// `GET /v1/fine_tuning/jobs/{id}`
 pub(crate) async fn retrieve(
-    state: web::Data<AppState>,
-    caller: Authenticated,
+    request: HttpRequest,
     id: web::Path<String>,
 ) -> Result<web::Json<JobObject>, Failure> {
-    let job = state.store.job(&caller.project_id, &JobId::from(id.into_inner())).await?;
+    let (state, job) = authenticated_job(&request, &JobId::from(id.into_inner())).await?;
     Ok(web::Json(shown(&state, &job).await?))
 }
 

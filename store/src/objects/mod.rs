@@ -14,11 +14,13 @@ use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::prefix::PrefixStore;
-use object_store::{ObjectStore, ObjectStoreExt as _};
+use object_store::{GetResult, GetResultPayload, ObjectStore, ObjectStoreExt as _};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::io::AsyncWriteExt as _;
 use url::Url;
@@ -27,6 +29,8 @@ use url::Url;
 const PART_BYTES: usize = 8 << 20;
 /// Bytes read from a local file at a time.
 const READ_BYTES: usize = 1 << 20;
+/// Bytes read from a local object at a time: what a client is sent soon.
+const STREAM_BYTES: usize = 256 << 10;
 
 /// The object storage. Cheap to clone.
 #[derive(Clone)]
@@ -55,6 +59,18 @@ pub struct ObjectRead {
     pub bytes: u64,
     /// The content, or the part of it that was asked for, in pieces.
     pub stream: BoxStream<'static, Result<Bytes, StoreError>>,
+}
+
+impl From<GetResult> for ObjectRead {
+    fn from(result: GetResult) -> Self {
+        let bytes = result.meta.size;
+        let stream = match result.payload {
+            // object_store's own stream goes to another thread for every 8 KiB.
+            GetResultPayload::File(file, path) => read_part(file, path, result.range).boxed(),
+            GetResultPayload::Stream(stream) => stream.map_err(StoreError::from).boxed(),
+        };
+        Self { bytes, stream }
+    }
 }
 
 impl Objects {
@@ -160,8 +176,7 @@ impl Objects {
     /// [`StoreError::NotFound`], or what the object store says.
     pub async fn get(&self, key: &ObjectKey) -> Result<ObjectRead, StoreError> {
         let result = self.store.get(&key.path()).await.map_err(missing(key))?;
-        let bytes = result.meta.size;
-        Ok(ObjectRead { bytes, stream: result.into_stream().map_err(StoreError::from).boxed() })
+        Ok(result.into())
     }
 
     /// Reads the bytes of `range`, whose end may not lie past the object's.
@@ -175,8 +190,7 @@ impl Objects {
     ) -> Result<ObjectRead, StoreError> {
         let options = object_store::GetOptions::new().with_range(Some(range));
         let result = self.store.get_opts(&key.path(), options).await.map_err(missing(key))?;
-        let bytes = result.meta.size;
-        Ok(ObjectRead { bytes, stream: result.into_stream().map_err(StoreError::from).boxed() })
+        Ok(result.into())
     }
 
     /// The whole of an object that is known to be small.
@@ -280,6 +294,30 @@ fn read_file(path: &Path) -> impl Stream<Item = Result<Bytes, StoreError>> + '_ 
         let mut piece = bytes::BytesMut::with_capacity(READ_BYTES);
         let read = file.read_buf(&mut piece).await.map_err(StoreError::local_file(path))?;
         Ok((read > 0).then(|| (piece.freeze(), Some(file))))
+    })
+}
+
+/// The bytes of `range` of an open file, in pieces.
+fn read_part(
+    file: File,
+    path: PathBuf,
+    range: Range<u64>,
+) -> impl Stream<Item = Result<Bytes, StoreError>> {
+    futures::stream::try_unfold((file, range.start), move |(file, from)| {
+        let (path, end) = (path.clone(), range.end);
+        async move {
+            if from >= end {
+                return Ok(None);
+            }
+            let bytes = usize::try_from(end - from).unwrap_or(usize::MAX).min(STREAM_BYTES);
+            let reading = tokio::task::spawn_blocking(move || {
+                let mut piece = vec![0; bytes];
+                file.read_exact_at(&mut piece, from).map(|()| (piece, file))
+            });
+            let read = reading.await.map_err(std::io::Error::other).flatten();
+            let (piece, file) = read.map_err(StoreError::local_file(&path))?;
+            Ok(Some((Bytes::from(piece), (file, from + bytes as u64))))
+        }
     })
 }
 

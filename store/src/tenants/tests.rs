@@ -9,8 +9,13 @@ async fn a_key_opens_its_project_and_no_other_text_does() {
     let key = store.create_api_key(&project, "first").await.expect("key");
     let caller = store.authenticate(&key.secret).await.expect("database").expect("known");
     assert_eq!((&caller.project_id, &caller.api_key_id), (&project, &key.id));
+    let job = JobId::from("ftjob-none".to_owned());
+    let found = store.authenticate_for_job(&key.secret, &job).await.expect("database");
+    assert_eq!(found, Some((caller, None)));
     for wrong in ["", "sk-", &key.secret[1..], &format!("{} ", key.secret)] {
         assert_eq!(store.authenticate(wrong).await.expect("database"), None, "{wrong:?}");
+        let found = store.authenticate_for_job(wrong, &job).await.expect("database");
+        assert_eq!(found, None, "{wrong:?}");
     }
 }
 

@@ -108,7 +108,11 @@ async fn a_key_of_one_kind_does_not_do_for_the_other() {
     let api = TestApi::start().await;
     let admin = admin_of(&api, "tunesmith").await;
     assert_eq!(api.get(PROJECTS).await.error(403)["code"], "insufficient_permissions");
-    assert_eq!(admin.get("/v1/files").await.error(403)["code"], "insufficient_permissions");
+    for path in ["/v1/files", "/v1/fine_tuning/jobs/ftjob-none"] {
+        assert_eq!(admin.get(path).await.error(403)["code"], "insufficient_permissions");
+        api.client_with(None).get(path).await.error(401);
+        api.client_with(Some("sk-wrong".to_owned())).get(path).await.error(401);
+    }
     api.client_with(None).get(PROJECTS).await.error(401);
     api.client_with(Some("sk-admin-wrong".to_owned())).get(PROJECTS).await.error(401);
 }

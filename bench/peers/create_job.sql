@@ -1,0 +1,14 @@
+\set n random(1, 1000000000000000)
+BEGIN;
+INSERT INTO jobs (id, project_id, api_key_id, request_sha256, model, base_model_id, training_file,
+    validation_file, suffix, seed, metadata, hyperparameters, model_name, status, method,
+    validate_after)
+VALUES ('ftjob-' || :n::text, :project, :api_key, sha256(:n::text::bytea), 'bench', :base_model, :file,
+    NULL, NULL, :n, jsonb_build_object('number', :n::text), '{"n_epochs": 3, "adapter": {"r": 16}}',
+    'ft-bench-tunesmith-' || :n::text, 'validating_files', 'supervised', 'infinity');
+INSERT INTO job_events (id, job_id, level, type, message)
+VALUES ('ftevent-a' || :n::text, 'ftjob-' || :n::text, 'info', 'message',
+        'Created fine-tuning job: ftjob-' || :n::text),
+    ('ftevent-b' || :n::text, 'ftjob-' || :n::text, 'info', 'message',
+        'Validating training file: ' || :file::text);
+END;
