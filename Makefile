@@ -32,10 +32,11 @@ test-sdk:
 	cargo build --workspace --bins --examples
 	scripts/test-sdk.sh $(PYTEST_ARGS)
 
-# The cuda feature type-checks without a CUDA toolkit (about seven minutes the first time).
+# The features that no test builds type-check, cuda without a CUDA toolkit (about seven minutes the
+# first time).
 check-cuda:
 	scripts/packages.sh test
-	DOCS_RS=1 cargo check -p tunesmith --features cuda
+	DOCS_RS=1 cargo check -p tunesmith --features cuda,otel
 
 # Speed, memory and start-up beside PyTorch, TRL and unsloth, as ratios. BENCH_ONLY=lora runs a part.
 bench:

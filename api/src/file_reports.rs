@@ -13,11 +13,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::io::{StreamReader, SyncIoBridge};
+use tracing::Instrument as _;
 use tunesmith_core::dataset::{
     ChatTokenizer, FileReport, ReadOptions, ReportError, ReportOptions, TokenizeOptions,
     is_text_name,
 };
 use tunesmith_core::ids::FileId;
+use tunesmith_core::spans;
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::file_reports::{REPORT_CLAIM, ReportClaim};
 use tunesmith_store::notify::Channel;
@@ -59,7 +61,9 @@ impl Work for ReportMaker {
 
     async fn next(&self) -> Result<Option<Duration>, StoreError> {
         let Some(claim) = self.store.claim_report().await? else { return Ok(Some(LOOK_EVERY)) };
-        match self.make(&claim).await {
+        let file_id = &claim.file.id;
+        let span = tracing::info_span!(target: spans::TARGET, "report on a file", %file_id);
+        match self.make(&claim).instrument(span).await {
             Ok(None) => {}
             Ok(Some((report, complaint))) => {
                 self.store.finish_report(&claim, &report, complaint.as_deref()).await?;

@@ -31,6 +31,8 @@ mod telemetry;
 #[cfg(test)]
 mod testing;
 mod tokenizers;
+#[cfg(feature = "otel")]
+mod trace_context;
 mod validator;
 mod warnings;
 mod webhooks;

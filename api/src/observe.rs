@@ -1,4 +1,4 @@
-//! Around every request: its id, one log line, and an error body in OpenAI's shape whatever went
+//! Around every request: its id, its span, one log line, and an error body in OpenAI's shape whatever went
 //! wrong, a panic included.
 
 use crate::failure::{self, Failure, invalid_value};
@@ -15,8 +15,11 @@ use actix_web::{Error, HttpMessage as _, HttpResponse, web};
 use futures::FutureExt as _;
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
+use tracing::field::Empty;
+use tracing::{Instrument as _, Span};
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::random_text;
+use tunesmith_core::spans;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -25,11 +28,14 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
     request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
+    let id = format!("req_{}", random_text(&mut rand::rng(), 24));
+    let route = request.match_pattern();
     let line = Line {
-        id: format!("req_{}", random_text(&mut rand::rng(), 24)),
+        span: span(&request, &id, route.as_deref()),
+        id,
         method: request.method().clone(),
         path: request.path().to_owned(),
-        route: request.match_pattern(),
+        route,
         telemetry: request.app_data::<web::Data<AppState>>().map(|state| state.telemetry.clone()),
         started: Instant::now(),
     };
@@ -37,7 +43,8 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
         return Err(line.into_error(refused.into()));
     }
     // A handler owns nothing that outlives it but what the store guards by transactions.
-    match AssertUnwindSafe(next.call(request)).catch_unwind().await {
+    let replied = AssertUnwindSafe(next.call(request)).catch_unwind().instrument(line.span.clone());
+    match replied.await {
         Ok(Ok(response)) => {
             line.log(response.status(), response.response().error());
             Ok(finish(response, &line))
@@ -45,6 +52,27 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
         Ok(Err(error)) => Err(line.into_error(error)),
         Err(panic) => Err(line.into_error(Failure::internal(panic_text(&*panic)).into())),
     }
+}
+
+/// The request's span, with the attributes that OpenTelemetry's conventions name. It ends when the
+/// reply begins.
+fn span(request: &ServiceRequest, id: &str, route: Option<&str>) -> Span {
+    let (method, path) = (request.method(), request.path());
+    let span = tracing::info_span!(
+        target: spans::TARGET,
+        "request",
+        otel.kind = "server",
+        otel.name = %format_args!("{method} {}", route.unwrap_or_default()),
+        otel.status_code = Empty,
+        http.request.method = %method,
+        http.route = route,
+        http.response.status_code = Empty,
+        url.path = path,
+        request_id = id,
+    );
+    #[cfg(feature = "otel")]
+    crate::trace_context::join(&span, request.headers());
+    span
 }
 
 /// Names and cursors of a URL are looked for in the database, which has no text with U+0000.
@@ -59,6 +87,7 @@ fn storable(uri: &Uri) -> Result<(), Failure> {
 
 /// What the log says of one request.
 struct Line {
+    span: Span,
     id: String,
     method: Method,
     path: String,
@@ -70,10 +99,15 @@ struct Line {
 
 impl Line {
     fn log(&self, status: StatusCode, error: Option<&Error>) {
-        let Self { id, method, path, route, telemetry, started } = self;
+        let Self { span, id, method, path, route, telemetry, started } = self;
+        let _inside = span.enter();
         let elapsed = started.elapsed();
         let milliseconds = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let status = status.as_u16();
+        span.record("http.response.status_code", status);
+        if status >= 500 {
+            span.record("otel.status_code", "ERROR");
+        }
         if let Some(telemetry) = telemetry {
             telemetry.count_request(method, route.as_deref(), status, elapsed);
         }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
+use tracing::Instrument as _;
 use tunesmith_core::dataset::{
     ChatTokenizer, ReadOptions, Report, RowReader, Shape, TokenizeOptions, check_training_examples,
     is_text_name, tokenize_pair, tokenize_windows,
@@ -21,6 +22,7 @@ use tunesmith_core::hyperparameters::{
     DataFacts, Hyperparameters, Method, ResolvedHyperparameters,
 };
 use tunesmith_core::ids::FileId;
+use tunesmith_core::spans;
 use tunesmith_store::events::{Level, NewEvent};
 use tunesmith_store::jobs::Job;
 use tunesmith_store::notify::Channel;
@@ -57,7 +59,9 @@ impl Work for Validator {
         let Some(job) = self.store.claim_for_validation().await? else {
             return Ok(Some(LOOK_EVERY));
         };
-        let told = match self.validate(&job).await {
+        let span =
+            tracing::info_span!(target: spans::TARGET, "validate a job's files", job_id = %job.id);
+        let told = match self.validate(&job).instrument(span).await {
             Ok(Ok(validated)) => self.store.accept_files(&job.id, validated).await,
             Ok(Err(error)) => self.store.refuse_files(&job.id, error).await,
             Err(error) => Err(error),

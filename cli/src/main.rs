@@ -9,6 +9,8 @@ mod follow;
 mod hub;
 mod installation;
 mod logging;
+#[cfg(feature = "otel")]
+mod otel;
 mod parts;
 mod preview_table;
 mod rest;
@@ -74,13 +76,24 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logging::init(cli.log_format);
-    match run(cli.command) {
+    match start(cli) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn start(cli: Cli) -> anyhow::Result<ExitCode> {
+    let _logging = logging::init(cli.log_format, cli.command.is_service())?;
+    run(cli.command)
+}
+
+impl Command {
+    /// Whether it runs until it is told to stop, and answers others meanwhile.
+    fn is_service(&self) -> bool {
+        matches!(self, Self::Up(_) | Self::Api(_) | Self::Worker(_) | Self::Sampler(_))
     }
 }
 

@@ -17,5 +17,6 @@ pub mod metrics;
 pub mod protocol;
 pub mod sampling;
 pub mod serving;
+pub mod spans;
 pub mod state;
 pub mod weights;

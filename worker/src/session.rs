@@ -15,8 +15,10 @@ use std::path::Path;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, Span};
 use tunesmith_core::errors::ApiError;
 use tunesmith_core::protocol::{Finished, FromTrainer};
+use tunesmith_core::spans;
 use tunesmith_store::jobs::Job;
 use tunesmith_store::lease::{ClaimedJob, GiveBack, Lease, LeaseState};
 use tunesmith_store::{Store, StoreError};
@@ -163,7 +165,7 @@ impl<'a> Session<'a> {
         let trained = tokio::select! {
             biased;
             () = keeper.cancelled() => Ok(Ending::Cancelled),
-            trained = self.train(keeper, dir) => trained,
+            trained = self.train(keeper, dir).instrument(part("train")) => trained,
         };
         let grace = match &trained {
             Ok(Ending::Finished { .. } | Ending::GiveBack(_) | Ending::Failed(_)) => {
@@ -180,7 +182,7 @@ impl<'a> Session<'a> {
             Err(SessionError::Job(error)) => Ending::Failed(error),
             Err(SessionError::Attempt(reason)) => Ending::Lost(reason),
         };
-        self.claim.let_go(keeper, ending).await
+        self.claim.let_go(keeper, ending).instrument(part("let go")).await
     }
 
     /// From the first download to the trainer's last word.
@@ -190,7 +192,7 @@ impl<'a> Session<'a> {
         let request = tokio::select! {
             biased;
             reason = give_back_wanted(keeper, self.shutdown) => return Ok(Ending::GiveBack(reason)),
-            request = prepare(context, job, dir) => request?,
+            request = prepare(context, job, dir).instrument(part("prepare")) => request?,
         };
         let trainer = self.trainer.insert(Trainer::start(&config.trainer, request).await?);
         let mut initial_valid_loss = job.run.as_ref().and_then(|run| run.initial_valid_loss);
@@ -262,6 +264,11 @@ impl<'a> Session<'a> {
             tracing::warn!(job_id = %self.claim.job.id, %error, "the trainer cannot be waited for");
         }
     }
+}
+
+/// The span of a part of a job.
+fn part(name: &'static str) -> Span {
+    tracing::info_span!(target: spans::TARGET, "part", otel.name = name)
 }
 
 /// Renews the lease from now on. `asked_at` is when its claim was sent.

@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 use tunesmith_core::ids::WorkerId;
+use tunesmith_core::spans;
 use tunesmith_store::Store;
 use tunesmith_store::lease::ClaimedJob;
 use tunesmith_store::notify::{Channel, Listener};
@@ -74,7 +76,16 @@ impl Worker {
         tracing::info!(worker_id = %self.id, device = context.config.device, "the worker is ready");
         let mut queue = Queue { context: &context, id: &self.id, listener: None };
         while let Some((claimed, asked_at)) = queue.next(&shutdown).await {
-            let outcome = Session::new(&context, claimed, &shutdown).run(asked_at).await;
+            let span = tracing::info_span!(
+                target: spans::TARGET,
+                "job",
+                job_id = %claimed.job.id,
+                attempt = claimed.lease.attempt,
+                model = claimed.job.model,
+                worker_id = %self.id,
+            );
+            let session = Session::new(&context, claimed, &shutdown);
+            let outcome = session.run(asked_at).instrument(span).await;
             if outcome == Outcome::Lost {
                 // Whatever took this attempt may take the next one: others get the chance.
                 pause(context.config.poll_interval, &shutdown).await;
