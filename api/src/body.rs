@@ -1,7 +1,9 @@
 //! A request's JSON body, read with a cap and hashed on the way.
 
 use crate::failure::{Failure, broken_body, invalid_value};
+use crate::{fields, warnings};
 use actix_web::web::Payload;
+use actix_web::{HttpResponse, HttpResponseBuilder};
 use bytes::BytesMut;
 use futures::StreamExt as _;
 use serde_json::{Map, Value};
@@ -18,6 +20,16 @@ pub(crate) struct JsonBody {
     pub(crate) fields: Map<String, Value>,
     /// The SHA-256 of the body's bytes: two requests with the same one ask for the same.
     pub(crate) sha256: [u8; 32],
+}
+
+impl JsonBody {
+    /// A reply of success that names the fields which are not among `known`: nothing reads them.
+    pub(crate) fn reply(&self, known: &[&str]) -> HttpResponseBuilder {
+        let mut reply = HttpResponse::Ok();
+        let unknown = warnings::unknown_fields(&fields::unknown(&self.fields, known));
+        warnings::add(&mut reply, unknown.as_slice());
+        reply
+    }
 }
 
 /// The largest body that holds a conversation or a prompt: some millions of tokens.

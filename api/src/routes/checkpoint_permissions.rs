@@ -51,7 +51,7 @@ pub(crate) async fn create(
     sharer: Sharer,
     name: web::Path<String>,
     payload: web::Payload,
-) -> Result<web::Json<Page<PermissionObject>>, Failure> {
+) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     let projects = fields::texts(&body.fields, "project_ids")?;
     let projects = projects.ok_or_else(|| missing("project_ids"))?;
@@ -68,7 +68,8 @@ pub(crate) async fn create(
         made => made?,
     };
     let permissions = made.iter().map(PermissionObject::from).collect();
-    Ok(web::Json(Page::new(permissions, false, |permission| &permission.id)))
+    let page = Page::new(permissions, false, |permission: &PermissionObject| &permission.id);
+    Ok(body.reply(&["project_ids"]).json(page))
 }
 
 /// Who may use the model.

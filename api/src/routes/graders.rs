@@ -17,7 +17,7 @@ pub(crate) async fn validate(
 ) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     grader(&body.fields)?;
-    Ok(HttpResponse::Ok().json(json!({ "grader": body.fields["grader"] })))
+    Ok(body.reply(&["grader"]).json(json!({ "grader": body.fields["grader"] })))
 }
 
 /// `POST /v1/fine_tuning/alpha/graders/run`: what the grader says of `model_sample`.
@@ -39,7 +39,8 @@ pub(crate) async fn run(_: Authenticated, payload: web::Payload) -> Result<HttpR
         (grader, grade)
     });
     let (grader, grade) = graded.await.map_err(Failure::internal)?;
-    Ok(HttpResponse::Ok().json(shown(&grader, &grade, begun.elapsed().as_secs_f64())))
+    let seconds = begun.elapsed().as_secs_f64();
+    Ok(body.reply(&["grader", "model_sample", "item"]).json(shown(&grader, &grade, seconds)))
 }
 
 fn grader(fields: &Map<String, Value>) -> Result<Grader, ApiError> {

@@ -7,7 +7,6 @@ use crate::fields::{self, given, required, text};
 use crate::routes::file_upload::{self, EXPIRES_AFTER_SECONDS, drain, is_form, not_a_form};
 use crate::routes::files::FileObject;
 use crate::server::AppState;
-use crate::warnings;
 use actix_multipart::Multipart;
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -96,10 +95,7 @@ pub(crate) async fn create(
     let new = new_upload(&body.fields)?;
     state.require_storage(&caller.project_id, new.bytes).await?;
     let upload = state.store.create_upload(&caller.project_id, &new).await?;
-    let mut reply = HttpResponse::Ok();
-    let unknown = warnings::unknown_fields(&fields::unknown(&body.fields, &FIELDS));
-    warnings::add(&mut reply, unknown.as_slice());
-    Ok(reply.json(shown(&state, &caller, upload).await?))
+    Ok(body.reply(&FIELDS).json(shown(&state, &caller, upload).await?))
 }
 
 fn new_upload(fields: &Map<String, Value>) -> Result<NewUpload, ApiError> {
@@ -198,7 +194,7 @@ pub(crate) async fn complete(
     caller: Authenticated,
     id: web::Path<String>,
     payload: web::Payload,
-) -> Result<web::Json<UploadObject>, Failure> {
+) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     let parts = fields::texts(&body.fields, "part_ids")?.ok_or_else(|| missing("part_ids"))?;
     let md5 = text(&body.fields, "md5")?;
@@ -208,7 +204,7 @@ pub(crate) async fn complete(
     }
     let id = UploadId::from(id.into_inner());
     let upload = state.store.complete_upload(&caller.project_id, &id, &parts, md5).await?;
-    Ok(web::Json(shown(&state, &caller, upload).await?))
+    Ok(body.reply(&["part_ids", "md5"]).json(shown(&state, &caller, upload).await?))
 }
 
 /// `POST /v1/uploads/{id}/cancel`

@@ -4,7 +4,7 @@ use crate::auth::Authenticated;
 use crate::batches::MAX_INPUT_BYTES;
 use crate::body::read_json;
 use crate::failure::{Failure, invalid_value, no_such_file};
-use crate::fields::{self, metadata, required};
+use crate::fields::{metadata, required};
 use crate::page::Page;
 use crate::query::Query;
 use crate::routes::job_create::idempotency;
@@ -12,7 +12,6 @@ use crate::routes::openapi::words;
 use crate::routes::path;
 use crate::routes::uploads::expires_after;
 use crate::server::AppState;
-use crate::warnings;
 use actix_web::web::{self, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse};
 use schemars::JsonSchema;
@@ -144,10 +143,7 @@ pub(crate) async fn create(
     };
     let idempotency = idempotency(&request, body.sha256)?;
     let batch = state.store.create_batch(&caller, &new, &idempotency).await?;
-    let mut reply = HttpResponse::Ok();
-    let unknown = warnings::unknown_fields(&fields::unknown(fields, &FIELDS));
-    warnings::add(&mut reply, unknown.as_slice());
-    Ok(reply.json(BatchObject::from(batch)))
+    Ok(body.reply(&FIELDS).json(BatchObject::from(batch)))
 }
 
 /// `GET /v1/batches`

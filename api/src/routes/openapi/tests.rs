@@ -96,6 +96,9 @@ fn every_route_is_described_and_nothing_else() {
     assert!(invented.is_empty(), "no route answers: {invented:?}");
 }
 
+/// A field that nothing reads; the reply to it says so.
+const UNREAD: &str = "nobody_reads_this";
+
 /// A server with one of everything, and what stands there for the examples' names.
 struct World {
     api: TestApi,
@@ -243,7 +246,9 @@ impl World {
         let request = client.request(method, &self.real(&path));
         let content = &operation["requestBody"]["content"];
         let request = if let Some(body) = content.get("application/json") {
-            let example = body.get("example").expect("an example").to_string();
+            let mut example = body.get("example").expect("an example").clone();
+            example[UNREAD] = json!(1);
+            let example = example.to_string();
             let kind = ("content-type", "application/json");
             request.header(kind.0, kind.1).body(self.real(&example))
         } else if content.get("multipart/form-data").is_some() {
@@ -288,6 +293,10 @@ async fn every_operation_answers_its_example_as_it_is_described() {
             let body = String::from_utf8_lossy(&reply.body);
             assert!(reply.status.is_success(), "{id}: {} {body}", reply.status);
             assert_described(operation, &reply);
+            if operation["requestBody"]["content"].get("application/json").is_some() {
+                let warning = reply.header("x-tunesmith-warning").unwrap_or_default();
+                assert!(warning.contains(UNREAD), "{id}: {warning}");
+            }
             world.restore(id).await;
         }
     }

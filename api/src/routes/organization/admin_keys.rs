@@ -66,13 +66,14 @@ pub(crate) async fn create(
     state: web::Data<AppState>,
     admin: Admin,
     payload: web::Payload,
-) -> Result<web::Json<KeyObject>, Failure> {
+) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     let lifetime = fields::integer(&body.fields, "expires_in_seconds", 1..=MAX_LIFETIME_SECONDS)?;
     let lifetime = lifetime.map(Duration::from_secs);
     let name = name(&body.fields)?;
     let made = state.store.create_admin_key(&admin.organization_id, &name, lifetime).await?;
-    Ok(web::Json(KeyObject { value: Some(made.secret), ..KeyObject::from(&made.key) }))
+    let key = KeyObject { value: Some(made.secret), ..KeyObject::from(&made.key) };
+    Ok(body.reply(&["name", "expires_in_seconds"]).json(key))
 }
 
 /// `GET /v1/organization/admin_api_keys`

@@ -63,12 +63,13 @@ pub(crate) async fn create(
     project: web::Path<String>,
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
-    let name = name(&read_json(payload).await?.fields)?;
+    let body = read_json(payload).await?;
+    let name = name(&body.fields)?;
     let project = ProjectId::from(project.into_inner());
     state.store.project(&admin.organization_id, &project).await?;
     let made = state.store.create_api_key(&project, &name).await?;
     let created_at = state.store.api_key(&project, &made.id).await?.created_at.unix_timestamp();
-    Ok(HttpResponse::Ok().json(json!({
+    Ok(body.reply(&["name"]).json(json!({
         "id": made.id,
         "object": "organization.project.service_account",
         "name": name,

@@ -7,7 +7,7 @@ use crate::failure::Failure;
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
-use actix_web::web;
+use actix_web::{HttpResponse, web};
 use schemars::JsonSchema;
 use serde::Serialize;
 use tunesmith_core::ids::ProjectId;
@@ -56,10 +56,11 @@ pub(crate) async fn create(
     state: web::Data<AppState>,
     admin: Admin,
     payload: web::Payload,
-) -> Result<web::Json<ProjectObject>, Failure> {
-    let name = name(&read_json(payload).await?.fields)?;
+) -> Result<HttpResponse, Failure> {
+    let body = read_json(payload).await?;
+    let name = name(&body.fields)?;
     let project = state.store.create_project_of(&admin.organization_id, &name).await?;
-    Ok(web::Json(ProjectObject::from(&project)))
+    Ok(body.reply(&["name"]).json(ProjectObject::from(&project)))
 }
 
 /// `GET /v1/organization/projects/{id}`
@@ -79,11 +80,12 @@ pub(crate) async fn rename(
     admin: Admin,
     id: web::Path<String>,
     payload: web::Payload,
-) -> Result<web::Json<ProjectObject>, Failure> {
-    let name = name(&read_json(payload).await?.fields)?;
+) -> Result<HttpResponse, Failure> {
+    let body = read_json(payload).await?;
+    let name = name(&body.fields)?;
     let id = ProjectId::from(id.into_inner());
     let project = state.store.rename_project(&admin.organization_id, &id, &name).await?;
-    Ok(web::Json(ProjectObject::from(&project)))
+    Ok(body.reply(&["name"]).json(ProjectObject::from(&project)))
 }
 
 /// `POST /v1/organization/projects/{id}/archive`

@@ -24,6 +24,8 @@ pub(super) const DEFAULT_LIST: u64 = 20;
 pub(super) const MAX_LIST: u64 = 100;
 pub(super) const MAX_NAME: usize = 255;
 
+/// What a client may send to make one, or to change it.
+const FIELDS: [&str; 3] = ["name", "url", "event_types"];
 /// The field of a rotation that lets the old secret sign too, for a day.
 pub(super) const KEEP: &str = "keep_old_secret_active_for_24_hours";
 
@@ -87,8 +89,9 @@ pub(crate) async fn create(
     state: web::Data<AppState>,
     caller: Authenticated,
     payload: web::Payload,
-) -> Result<web::Json<EndpointObject>, Failure> {
-    let change = change(&state, &read_json(payload).await?.fields)?;
+) -> Result<HttpResponse, Failure> {
+    let body = read_json(payload).await?;
+    let change = change(&state, &body.fields)?;
     let new = NewWebhookEndpoint {
         name: change.name.ok_or_else(|| missing("name"))?,
         url: change.url.ok_or_else(|| missing("url"))?,
@@ -96,7 +99,7 @@ pub(crate) async fn create(
         secret: new_secret(),
     };
     let made = state.store.create_webhook_endpoint(&caller.project_id, &new).await?;
-    Ok(web::Json(with_secret(made)))
+    Ok(body.reply(&FIELDS).json(with_secret(made)))
 }
 
 /// `GET /v1/webhook_endpoints`
@@ -128,11 +131,12 @@ pub(crate) async fn update(
     caller: Authenticated,
     id: web::Path<String>,
     payload: web::Payload,
-) -> Result<web::Json<EndpointObject>, Failure> {
-    let change = change(&state, &read_json(payload).await?.fields)?;
+) -> Result<HttpResponse, Failure> {
+    let body = read_json(payload).await?;
+    let change = change(&state, &body.fields)?;
     let id = WebhookEndpointId::from(id.into_inner());
     let changed = state.store.change_webhook_endpoint(&caller.project_id, &id, &change).await?;
-    Ok(web::Json(changed.into()))
+    Ok(body.reply(&FIELDS).json(EndpointObject::from(changed)))
 }
 
 /// `DELETE /v1/webhook_endpoints/{id}`
@@ -154,7 +158,7 @@ pub(crate) async fn rotate_secret(
     caller: Authenticated,
     id: web::Path<String>,
     payload: web::Payload,
-) -> Result<web::Json<EndpointObject>, Failure> {
+) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     let keep = match given(&body.fields, KEEP) {
         None => false,
@@ -164,7 +168,7 @@ pub(crate) async fn rotate_secret(
     let id = WebhookEndpointId::from(id.into_inner());
     let (project, secret) = (&caller.project_id, new_secret());
     let rotated = state.store.rotate_webhook_secret(project, &id, &secret, keep).await?;
-    Ok(web::Json(with_secret(rotated)))
+    Ok(body.reply(&[KEEP]).json(with_secret(rotated)))
 }
 
 /// `POST /v1/webhook_endpoints/{id}/test`: sends a sample now and says what was answered.
@@ -194,7 +198,7 @@ pub(crate) async fn test(
         secrets: std::slice::from_ref(&endpoint.secret),
     };
     match send(&state.webhooks, &message).await {
-        Ok(status) => Ok(HttpResponse::Ok().json(json!({
+        Ok(status) => Ok(body.reply(&["event_type"]).json(json!({
             "object": "webhook_endpoint.test",
             "webhook_endpoint_id": endpoint.id,
             "event_type": event.as_str(),
