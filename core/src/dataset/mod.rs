@@ -12,6 +12,7 @@ mod fault;
 mod file_report;
 mod format;
 mod json_values;
+mod known_rows;
 mod lines;
 mod message;
 mod plain_text;

@@ -3,6 +3,7 @@
 use super::fault::{Fault, ReadFault, quoted, shortened};
 use super::format::{Container, Format, Repair, Report, Shape};
 use super::json_values::{JsonValues, Nesting};
+use super::known_rows::KnownRows;
 use super::lines::{Line, Lines, skip_byte_order_mark};
 use super::plain_text::PlainText;
 use super::preference::{PAIR_KEYS, parse_pair};
@@ -11,14 +12,12 @@ use super::table::{self, Table};
 use crate::errors::{ApiError, ErrorCode};
 use crate::hyperparameters::{MIN_EXAMPLES, Method};
 use serde_json::{Map, Value};
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::io::{BufRead, BufReader, Chain, Cursor, Read};
 
 /// The longest row that is read.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
-/// Copies are told among this many different rows, so that their hashes take no more than 20 MB.
-const MAX_REMEMBERED_ROWS: usize = (1 << 21) / 8 * 7;
 /// The longest first line in which a header is looked for.
 const MAX_HEADER_BYTES: u64 = 64 << 10;
 /// Keys that a report names as ignored.
@@ -126,7 +125,7 @@ pub struct RowReader<R> {
     rows: usize,
     faulty_rows: usize,
     duplicates: usize,
-    seen: HashSet<u64>,
+    seen: KnownRows,
     repairs: BTreeSet<Repair>,
     ignored_keys: BTreeSet<String>,
     done: bool,
@@ -169,7 +168,7 @@ impl<R: BufRead> RowReader<R> {
             rows: 0,
             faulty_rows: 0,
             duplicates: 0,
-            seen: HashSet::new(),
+            seen: KnownRows::default(),
             repairs,
             ignored_keys: BTreeSet::new(),
             done: false,
@@ -186,9 +185,9 @@ impl<R: BufRead> RowReader<R> {
         &self.repairs
     }
 
-    /// Different rows among which copies were told.
+    /// Whether every copy was told.
     pub(super) fn remembers_all(&self) -> bool {
-        self.seen.len() < MAX_REMEMBERED_ROWS
+        self.seen.remembers_all()
     }
 
     /// What is known of the file so far; `None` before its first row.
@@ -250,11 +249,7 @@ impl<R: BufRead> RowReader<R> {
             .at(line));
         }
         self.rows += 1;
-        let is_known = self.seen.contains(&raw.hash);
-        self.duplicates += usize::from(is_known);
-        if !is_known && self.seen.len() < MAX_REMEMBERED_ROWS {
-            self.seen.insert(raw.hash);
-        }
+        self.duplicates += usize::from(self.seen.is_copy(raw.hash));
         self.note_ignored_keys(shape, &raw.fields);
         Ok(Some(Row { line, example }))
     }
