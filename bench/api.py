@@ -175,9 +175,14 @@ def get_part(bench):
     for _ in range(ROUNDS):
         bench.turn("get", "pgbench", lambda: bench.pgbench(script, id=job, project=bench.project))
         bench.turn("get", "api", lambda: bench.load("requests", CLIENTS, SECONDS, "GET", path))
-    ours, theirs = (bench.median("get", side, "per_second") for side in ("api", "pgbench"))
+    note_beside_pgbench(bench, "get", "get-job-vs-pgbench", 0.35)
+
+
+def note_beside_pgbench(bench, part, name, mark):
+    """How many requests a second stand beside how many transactions of pgbench."""
+    ours, theirs = (bench.median(part, side, "per_second") for side in ("api", "pgbench"))
     bench.note(
-        "get-job-vs-pgbench", ours / theirs, ">=", 0.35,
+        name, ours / theirs, ">=", mark,
         requests_per_second=round(ours), pgbench_per_second=round(theirs), clients=CLIENTS,
     )
 
@@ -199,11 +204,7 @@ def create_part(bench):
         bench.turn("create", "api", lambda: bench.load(*arguments))
         # What no validator has come to yet must not be read in the other side's turn.
         bench.sql("UPDATE jobs SET validate_after = 'infinity' WHERE status = 'validating_files'")
-    ours, theirs = (bench.median("create", side, "per_second") for side in ("api", "pgbench"))
-    bench.note(
-        "create-job-vs-pgbench", ours / theirs, ">=", 0.5,
-        requests_per_second=round(ours), pgbench_per_second=round(theirs), clients=CLIENTS,
-    )
+    note_beside_pgbench(bench, "create", "create-job-vs-pgbench", 0.5)
 
 
 def streams_part(bench):
@@ -402,14 +403,7 @@ def summary(bench, facts):
     report = {"machine": facts, "ratios": bench.ratios, "measured": bench.measured}
     (OUT / "api.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{facts['cpu']}, {facts['cores']} cores, {output_of([postgres('postgres'), '-V']).strip()}")
-    if bench.noisy:
-        print(f"{bench.noisy} turns had other programs beside them: the figures are not quiet ones")
-    for entry in bench.ratios:
-        rest = {k: v for k, v in entry.items() if k not in ("name", "value", "mark")}
-        print(f"  {entry['name']}: " + ", ".join(f"{k} {v}" for k, v in rest.items()))
-    print()
-    for entry in bench.ratios:
-        print(f"ratio {entry['name']} {entry['value']:.2f} mark {entry['mark']}")
+    sides.show_ratios(bench)
 
 
 def main():

@@ -303,16 +303,7 @@ def summary(bench, facts):
     (OUT / "latest.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['instruction_sets'])}")
     print(" ".join(f"{name} {version}" for name, version in bench.versions.items()))
-    if bench.noisy:
-        print(f"{bench.noisy} turns had other programs beside them: the figures are not quiet ones")
-    for entry in bench.ratios:
-        facts = {k: v for k, v in entry.items() if k not in ("name", "value", "mark")}
-        print(f"  {entry['name']}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
-    print()
-    for entry in bench.ratios:
-        value = entry["value"]
-        shown = value if isinstance(value, str) else f"{value:.2f}"
-        print(f"ratio {entry['name']} {shown} mark {entry['mark']}")
+    sides.show_ratios(bench)
 
 
 def main():

@@ -236,3 +236,17 @@ def own_seconds():
     """CPU time of this process and of the children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def show_ratios(bench):
+    """Prints what each figure was made of, and then the figures, a line each."""
+    if bench.noisy:
+        print(f"{bench.noisy} turns had other programs beside them: the figures are not quiet ones")
+    for entry in bench.ratios:
+        facts = {k: v for k, v in entry.items() if k not in ("name", "value", "mark")}
+        print(f"  {entry['name']}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+    print()
+    for entry in bench.ratios:
+        value = entry["value"]
+        shown = value if isinstance(value, str) else f"{value:.2f}"
+        print(f"ratio {entry['name']} {shown} mark {entry['mark']}")

@@ -3,7 +3,7 @@
 
 use crate::archive::Entry;
 use crate::failure::Failure;
-use crate::merged::{Adapter, SAFETENSORS, TensorFile};
+use crate::merged::{Adapter, TensorFile, has_tensor};
 use crate::stored::{entry, manifest};
 use crate::streaming::{Content, ContentError};
 use bytes::Bytes;
@@ -39,18 +39,11 @@ pub(crate) async fn entries(
     } else {
         (model.weights(), manifest(objects, &weights).await?)
     };
-    let mut tensors = Vec::new();
-    for file in files.files.iter().filter(|file| file.name.ends_with(SAFETENSORS)) {
-        tensors.push(TensorFile::open(objects, directory.file(&*file.name), file.bytes).await?);
-    }
+    let tensors = TensorFile::all(objects, &directory, &files).await?;
     let adapter = if is_adapter {
-        let base_has = |name: &str| tensors.iter().any(|file| file.tensors.contains_key(name));
+        let base_has = |name: &str| has_tensor(&tensors, name);
         let adapter = Adapter::open(objects, &weights, base_has).await?;
-        for (name, pair) in &adapter.pairs {
-            if let Some(tensor) = tensors.iter().find_map(|file| file.tensors.get(name)) {
-                adapter.check_fit(name, tensor, pair)?;
-            }
-        }
+        adapter.check_fit_of_all(&tensors)?;
         Some(adapter)
     } else {
         None

@@ -1,7 +1,7 @@
 //! The body of `POST /v1/fine_tuning/jobs`, field by field.
 
 use crate::failure::{invalid_value, missing};
-use crate::fields::{count, given, metadata, required, text};
+use crate::fields::{given, integer, metadata, required, text};
 use crate::warnings;
 use rand::RngExt as _;
 use serde_json::{Map, Value};
@@ -142,12 +142,8 @@ pub(crate) fn check_suffix(suffix: &str) -> Result<String, ApiError> {
 }
 
 fn seed(fields: &Map<String, Value>) -> Result<u64, ApiError> {
-    match given(fields, "seed") {
-        None => Ok(rand::rng().random_range(0..=MAX_SEED)),
-        Some(value) => count(value).filter(|&seed| seed <= MAX_SEED).ok_or_else(|| {
-            invalid_value("seed", value, &format!("a whole number between 0 and {MAX_SEED}"))
-        }),
-    }
+    let seed = integer(fields, "seed", 0..=MAX_SEED)?;
+    Ok(seed.unwrap_or_else(|| rand::rng().random_range(0..=MAX_SEED)))
 }
 
 /// The method that the request names; supervised where it names none.

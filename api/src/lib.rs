@@ -12,6 +12,7 @@ mod estimate;
 mod failure;
 mod fields;
 mod file_reports;
+mod form;
 mod gguf;
 mod job_request;
 mod limits;

@@ -17,14 +17,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_core::weights::{
-    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, LoraFactors, LoraPair, PeftConfig,
-    PeftError, merge_lora, pair_lora_tensors,
+    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, LoraFactors, LoraPair, Manifest,
+    PeftConfig, PeftError, merge_lora, pair_lora_tensors,
 };
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
 
-pub(crate) const SAFETENSORS: &str = ".safetensors";
+const SAFETENSORS: &str = ".safetensors";
 const README: &str = "README.md";
 /// Bytes of the header's length, at the start of a safetensors file.
 const LENGTH_BYTES: u64 = 8;
@@ -127,7 +127,25 @@ pub(crate) struct TensorFile {
     pub(crate) tensors: HashMap<String, TensorInfo>,
 }
 
+/// Whether one of `files` has the tensor `name`.
+pub(crate) fn has_tensor(files: &[TensorFile], name: &str) -> bool {
+    files.iter().any(|file| file.tensors.contains_key(name))
+}
+
 impl TensorFile {
+    /// Those of a set of objects.
+    pub(crate) async fn all(
+        objects: &Objects,
+        directory: &ObjectPrefix,
+        manifest: &Manifest,
+    ) -> Result<Vec<Self>, Unusable> {
+        let mut files = Vec::new();
+        for file in manifest.files.iter().filter(|file| file.name.ends_with(SAFETENSORS)) {
+            files.push(Self::open(objects, directory.file(&*file.name), file.bytes).await?);
+        }
+        Ok(files)
+    }
+
     pub(crate) async fn open(
         objects: &Objects,
         key: ObjectKey,
@@ -222,13 +240,18 @@ impl Adapter {
         Ok(Self { file, pairs, rank: config.r, scale: config.scale() as f32 })
     }
 
+    /// Whether the adapter can be merged into the weights in `files`.
+    pub(crate) fn check_fit_of_all(&self, files: &[TensorFile]) -> Result<(), Unusable> {
+        for (name, tensor) in files.iter().flat_map(|file| &file.tensors) {
+            if let Some(pair) = self.pairs.get(name) {
+                self.check_fit(name, tensor, pair)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether `pair` can be merged into `weight`: said before the first byte is sent.
-    pub(crate) fn check_fit(
-        &self,
-        name: &str,
-        weight: &TensorInfo,
-        pair: &LoraPair,
-    ) -> Result<(), Unusable> {
+    fn check_fit(&self, name: &str, weight: &TensorInfo, pair: &LoraPair) -> Result<(), Unusable> {
         let (Some(_), &[outputs, inputs]) = (float_type(weight), weight.shape.as_slice()) else {
             return Err(Unusable::Broken(format!(
                 "{name} has the type {:?} and the shape {:?}: no adapter merges into that",

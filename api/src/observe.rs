@@ -1,5 +1,5 @@
-//! Around every request: its id, its span, one log line, and an error body in OpenAI's shape whatever went
-//! wrong, a panic included.
+//! Around every request: its id, its span, one log line, and an error body in OpenAI's shape
+//! whatever went wrong, a panic included.
 
 use crate::failure::{self, Failure, invalid_value};
 use crate::limits::Standing;

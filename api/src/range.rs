@@ -1,17 +1,16 @@
 //! The `Range` header: one range of bytes, as RFC 9110 §14 lays down.
 
 use crate::streaming::Content;
-use actix_web::HttpResponse;
-use actix_web::HttpResponseBuilder;
 use actix_web::http::StatusCode;
 use actix_web::http::header::{ACCEPT_RANGES, CONTENT_RANGE, ETAG, HeaderMap, IF_RANGE, RANGE};
+use actix_web::{HttpResponse, HttpResponseBuilder};
 use futures::{StreamExt as _, TryStreamExt as _, future, stream};
 use std::ops::Range;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 
 /// What a `Range` header asks of content of a known size.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Wanted {
+enum Wanted {
     /// No range, several, or one that is not understood: the whole, as the RFC allows.
     Whole,
     /// These bytes.
@@ -73,7 +72,7 @@ pub(crate) fn part(content: Content, range: Range<u64>) -> Content {
 }
 
 /// Reads the header's value against content of `size` bytes.
-pub(crate) fn wanted(header: Option<&str>, size: u64) -> Wanted {
+fn wanted(header: Option<&str>, size: u64) -> Wanted {
     let Some((first, last)) = header
         .and_then(|text| text.trim().strip_prefix("bytes="))
         .and_then(|range| range.trim().split_once('-'))

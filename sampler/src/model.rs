@@ -14,7 +14,7 @@ use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::sampling::{FromSampler, SampleRequest, ToSampler};
 use tunesmith_core::serving::{SampleLine, SampleOrder, TunedWeights};
 use tunesmith_store::objects::ObjectPrefix;
-use tunesmith_worker::{FramedChild, download_dir, read_manifest};
+use tunesmith_worker::{FramedChild, fetch_dir};
 
 /// How long a child that was told to exit may take.
 const EXIT_GRACE: Duration = Duration::from_secs(5);
@@ -155,14 +155,9 @@ async fn fetch_model(
 /// The files of a tuned model in a directory of their own.
 async fn fetch_weights(context: &Context, tuned: &TunedWeights) -> Result<TempDir, String> {
     let prefix = ObjectPrefix::from(tuned.place.clone());
-    let objects = context.store.objects();
-    let dir =
-        context.work_dir.job_dir(&tuned.place.to_string()).map_err(|error| error.to_string())?;
-    let fetched = async {
-        let manifest = read_manifest(objects, &prefix).await?;
-        download_dir(objects, &prefix, &manifest, dir.path()).await
-    };
-    fetched.await.map_err(|error| error.to_string())?;
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let dir = context.work_dir.job_dir(&tuned.place.to_string()).map_err(|error| text(&error))?;
+    fetch_dir(context.store.objects(), &prefix, dir.path()).await.map_err(|error| text(&error))?;
     Ok(dir)
 }
 

@@ -1,5 +1,6 @@
 //! Tuned models: those that jobs made, checkpoints by their model names, and imported adapters.
 
+use crate::base_models::BaseModel;
 use crate::objects::ObjectPrefix;
 use crate::tenants::Caller;
 use crate::{Store, StoreError, database, rows, tenants};
@@ -131,6 +132,27 @@ impl Store {
         .fetch_optional(&self.pool)
         .await?
         .ok_or_else(|| StoreError::not_found("model", name))
+    }
+
+    /// The base model `base_name`, or else what `project` calls `name`, as [`Store::model`] finds it,
+    /// beside its base model.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] for a name that is neither.
+    pub async fn base_or_tuned_model(
+        &self,
+        project: &ProjectId,
+        base_name: &str,
+        name: &str,
+    ) -> Result<(BaseModel, Option<Model>), StoreError> {
+        match self.base_model(base_name).await {
+            Ok(base) => Ok((base, None)),
+            Err(StoreError::NotFound { .. }) => {
+                let tuned = self.model(project, name).await?;
+                Ok((self.base_model_by_id(&tuned.base_model_id).await?, Some(tuned)))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Registers an adapter, whose objects are there, as a tuned model of the caller's project.

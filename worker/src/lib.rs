@@ -25,6 +25,6 @@ mod worker;
 pub use child::{ChildCommand, ChildError, Exit, FramedChild};
 pub use config::WorkerConfig;
 pub use model_cache::ModelCache;
-pub use transfer::{TransferError, download_dir, read_manifest};
+pub use transfer::{TransferError, fetch_dir};
 pub use work_dir::WorkDir;
 pub use worker::{Worker, WorkerError};

@@ -2,11 +2,11 @@
 
 use crate::retry::retry;
 use crate::session::{Context, SessionError};
-use crate::transfer::{TransferError, download_dir, read_manifest};
+use crate::transfer::{TransferError, fetch_dir};
 use std::path::{Path, PathBuf};
 use tunesmith_core::dataset::is_text_name;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType};
+use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::FileId;
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::protocol::{STATE_DIR, TrainRequest, WEIGHTS_DIR};
@@ -15,7 +15,8 @@ use tunesmith_store::jobs::Job;
 use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
 
-/// Puts base model, files and the weights to begin with or to go on from into place; `dir` is the job's own.
+/// Puts base model, files and the weights to begin with or to go on from into place; `dir` is the
+/// job's own.
 pub(crate) async fn prepare(
     context: &Context,
     job: &Job,
@@ -26,11 +27,12 @@ pub(crate) async fn prepare(
         return Err(SessionError::Attempt("the job was queued before its validation".to_owned()));
     };
     let model = retry("base_model", || context.store.base_model_by_id(&job.base_model_id)).await?;
-    let start = fetch_start(objects, job, &hyperparameters.adapter, dir).await?;
-    let (base_model_dir, start_from) = match start {
-        Start::Model(dir) => (dir, None),
-        Start::Adapter(adapter) => (context.cache.directory(objects, &model).await?, Some(adapter)),
-        Start::BaseModel => (context.cache.directory(objects, &model).await?, None),
+    let kind = hyperparameters.adapter.kind;
+    let start = fetch_start(objects, job, kind, dir).await?;
+    // A model that was tuned in full is its own base; an adapter goes on the base model.
+    let (base_model_dir, start_from) = match (start, kind) {
+        (Some(model), AdapterType::Full) => (model, None),
+        (adapter, _) => (context.cache.directory(objects, &model).await?, adapter),
     };
     let store = &context.store;
     let training_file = fetch_file(store, &job.training_file, "training_file", dir).await?;
@@ -60,32 +62,21 @@ pub(crate) async fn prepare(
     })
 }
 
-/// What a run begins with.
-enum Start {
-    /// The base model.
-    BaseModel,
-    /// The base model with the adapter in this directory.
-    Adapter(PathBuf),
-    /// The model in this directory, which was tuned in full.
-    Model(PathBuf),
-}
-
-/// The weights that the job begins with, where they are not the base model's.
+/// The directory of the weights that the job begins with, where they are not the base model's.
 async fn fetch_start(
     objects: &Objects,
     job: &Job,
-    adapter: &AdapterConfig,
+    kind: AdapterType,
     dir: &Path,
-) -> Result<Start, SessionError> {
-    let Some(place) = &job.start else { return Ok(Start::BaseModel) };
+) -> Result<Option<PathBuf>, SessionError> {
+    let Some(place) = &job.start else { return Ok(None) };
     // A checkpoint holds the adapter as it is by now.
-    if adapter.kind == AdapterType::Lora && job.resume.is_some() {
-        return Ok(Start::BaseModel);
+    if kind == AdapterType::Lora && job.resume.is_some() {
+        return Ok(None);
     }
     let start = new_dir(dir.join("start")).await?;
-    match fetch_all(objects, &place.clone().into(), &start).await {
-        Ok(()) if adapter.kind == AdapterType::Lora => Ok(Start::Adapter(start)),
-        Ok(()) => Ok(Start::Model(start)),
+    match fetch_dir(objects, &place.clone().into(), &start).await {
+        Ok(()) => Ok(Some(start)),
         Err(TransferError::Store(StoreError::NotFound { .. })) => Err(SessionError::Job(
             ApiError::new(
                 ErrorCode::ModelNotFound,
@@ -138,19 +129,9 @@ async fn fetch_checkpoint(
     ];
     for (name, prefix) in halves {
         let half = new_dir(checkpoint.join(name)).await?;
-        fetch_all(objects, &prefix, &half).await?;
+        fetch_dir(objects, &prefix, &half).await?;
     }
     Ok(checkpoint)
-}
-
-/// The files of a set of objects that has a manifest.
-async fn fetch_all(
-    objects: &Objects,
-    prefix: &ObjectPrefix,
-    dir: &Path,
-) -> Result<(), TransferError> {
-    let manifest = read_manifest(objects, prefix).await?;
-    download_dir(objects, prefix, &manifest, dir).await
 }
 
 async fn new_dir(path: PathBuf) -> Result<PathBuf, TransferError> {

@@ -77,11 +77,24 @@ pub(crate) async fn upload_dir(
     Ok(manifest)
 }
 
+/// Copies the files of a set that has a manifest into `dir`, which is there.
+///
+/// # Errors
+/// What the store or the disk says, or that the set is damaged.
+pub async fn fetch_dir(
+    objects: &Objects,
+    prefix: &ObjectPrefix,
+    dir: &Path,
+) -> Result<(), TransferError> {
+    let manifest = read_manifest(objects, prefix).await?;
+    download_dir(objects, prefix, &manifest, dir).await
+}
+
 /// The manifest of a set that a worker stored.
 ///
 /// # Errors
 /// What the store says, or that it is none.
-pub async fn read_manifest(
+async fn read_manifest(
     objects: &Objects,
     prefix: &ObjectPrefix,
 ) -> Result<Manifest, TransferError> {
@@ -95,7 +108,7 @@ pub async fn read_manifest(
 ///
 /// # Errors
 /// What the store or the disk says, or that a file is damaged or has a name that is none.
-pub async fn download_dir(
+pub(crate) async fn download_dir(
     objects: &Objects,
     prefix: &ObjectPrefix,
     manifest: &Manifest,

@@ -4,19 +4,17 @@
 //! are checked against the base model's there.
 
 use crate::auth::Authenticated;
-use crate::failure::{Failure, broken_body, invalid_value, missing};
+use crate::failure::{Failure, invalid_value, missing};
+use crate::form::{Form, announced_bytes, content_of, text_of};
 use crate::job_request::check_suffix;
-use crate::merged::{Adapter, SAFETENSORS, TensorFile, Unusable};
-use crate::routes::file_upload::{MAX_FIELDS, drain, is_form, not_a_form, text_of};
+use crate::merged::{Adapter, TensorFile, Unusable, has_tensor};
 use crate::routes::job_create::base_model;
 use crate::routes::models::ModelObject;
 use crate::server::AppState;
 use crate::warnings;
-use actix_multipart::{Field, Multipart};
-use actix_web::http::header::CONTENT_LENGTH;
+use actix_multipart::Field;
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _};
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::ImportedAdapterId;
 use tunesmith_core::weights::{
@@ -39,31 +37,27 @@ pub(crate) async fn create(
     caller: Authenticated,
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
-    if !is_form(&request) {
-        return Err(not_a_form("the fields 'model', 'adapter_config' and 'adapter_model'"));
-    }
-    let announced =
-        request.headers().get(CONTENT_LENGTH).and_then(|it| it.to_str().ok()?.parse().ok());
-    state.require_storage(&caller.project_id, announced.unwrap_or(0)).await?;
+    let fields = "the fields 'model', 'adapter_config' and 'adapter_model'";
+    let mut form = Form::of(&request, payload, fields)?;
+    state.require_storage(&caller.project_id, announced_bytes(&request)).await?;
     let id = ImportedAdapterId::generate(&mut rand::rng());
     let mut import = Import {
         state: &state,
         prefix: ObjectPrefix::ImportedAdapter(id.clone()),
         id,
-        form: Form::default(),
+        sent: Sent::default(),
     };
-    let mut form = Multipart::new(request.headers(), payload.into_inner());
     let imported = match import.receive(&mut form).await {
         Ok(()) => import.register(&caller).await,
         Err(failure) => {
-            drain(&mut form).await;
+            form.drain().await;
             Err(failure)
         }
     };
     match imported {
         Ok(model) => {
             let mut reply = HttpResponse::Ok();
-            let unknown = warnings::unknown_fields(&import.form.unknown);
+            let unknown = warnings::unknown_fields(&import.sent.unknown);
             warnings::add(&mut reply, unknown.as_slice());
             Ok(reply.json(ModelObject::from(&model)))
         }
@@ -79,7 +73,7 @@ pub(crate) async fn create(
 
 /// What the client has sent.
 #[derive(Default)]
-struct Form {
+struct Sent {
     model: Option<String>,
     suffix: Option<String>,
     config: Option<Bytes>,
@@ -92,46 +86,38 @@ struct Import<'a> {
     state: &'a AppState,
     id: ImportedAdapterId,
     prefix: ObjectPrefix,
-    form: Form,
+    sent: Sent,
 }
 
 impl Import<'_> {
-    async fn receive(&mut self, form: &mut Multipart) -> Result<(), Failure> {
-        let mut count = 0;
-        while let Some(part) = form.next().await {
-            let part = part.map_err(broken_body)?;
-            count += 1;
-            if count > MAX_FIELDS {
-                return Err(broken_body(format!("more than {MAX_FIELDS} fields")).into());
-            }
-            let name = part.name().unwrap_or_default().to_owned();
+    async fn receive(&mut self, form: &mut Form) -> Result<(), Failure> {
+        while let Some((name, part)) = form.field().await? {
             match name.as_str() {
                 WEIGHTS => self.store_weights(part).await?,
-                CONFIG => self.form.config = Some(text_of(part, CONFIG).await?.into()),
-                MODEL => self.form.model = Some(text_of(part, MODEL).await?),
-                SUFFIX => self.form.suffix = Some(text_of(part, SUFFIX).await?),
-                _ => self.form.unknown.push(name),
+                CONFIG => self.sent.config = Some(text_of(part, CONFIG).await?.into()),
+                MODEL => self.sent.model = Some(text_of(part, MODEL).await?),
+                SUFFIX => self.sent.suffix = Some(text_of(part, SUFFIX).await?),
+                _ => self.sent.unknown.push(name),
             }
         }
         Ok(())
     }
 
     async fn store_weights(&mut self, part: Field) -> Result<(), Failure> {
-        if self.form.weights.is_some() {
+        if self.sent.weights.is_some() {
             return Err(invalid_value(WEIGHTS, "given twice", "one file").into());
         }
-        // The form's own error cannot cross threads; its words can.
-        let content = part.map_err(|error| error.to_string());
+        let content = content_of(part);
         let key = self.prefix.file(ADAPTER_WEIGHTS_NAME);
         let stored =
             self.state.store.objects().put_stream(&key, content, self.state.max_file_bytes).await?;
-        self.form.weights = Some(stored);
+        self.sent.weights = Some(stored);
         Ok(())
     }
 
     /// Checks everything, and makes the model.
     async fn register(&mut self, caller: &Caller) -> Result<Model, Failure> {
-        let Form { model, suffix, config, weights, .. } = &self.form;
+        let Sent { model, suffix, config, weights, .. } = &self.sent;
         let name = model.as_deref().ok_or_else(|| missing(MODEL))?;
         let config = config.as_ref().ok_or_else(|| missing(CONFIG))?;
         let weights = weights.as_ref().ok_or_else(|| missing(WEIGHTS))?;
@@ -164,21 +150,12 @@ impl Import<'_> {
     ) -> Result<(), Unusable> {
         let objects = self.state.store.objects();
         let directory = ObjectPrefix::BaseModel(base.id.clone());
-        let mut files = Vec::new();
-        for file in base.manifest.files.iter().filter(|file| file.name.ends_with(SAFETENSORS)) {
-            files.push(TensorFile::open(objects, directory.file(&*file.name), file.bytes).await?);
-        }
-        let tensors = || files.iter().flat_map(|file| &file.tensors);
+        let files = TensorFile::all(objects, &directory, &base.manifest).await?;
         let file = TensorFile::open(objects, self.prefix.file(ADAPTER_WEIGHTS_NAME), weights.bytes)
             .await?;
-        let base_has = |name: &str| files.iter().any(|file| file.tensors.contains_key(name));
-        let adapter = Adapter::new(&config.adapter, file, base_has)?;
-        for (name, tensor) in tensors() {
-            if let Some(pair) = adapter.pairs.get(name) {
-                adapter.check_fit(name, tensor, pair)?;
-            }
-        }
-        let names = tensors().map(|(name, _)| name.as_str());
+        let adapter = Adapter::new(&config.adapter, file, |name| has_tensor(&files, name))?;
+        adapter.check_fit_of_all(&files)?;
+        let names = files.iter().flat_map(|file| file.tensors.keys()).map(String::as_str);
         Ok(config.check_modules(names, |name| adapter.pairs.contains_key(name))?)
     }
 

@@ -34,8 +34,8 @@ pub(crate) async fn create(
     let body = read_json(payload).await?;
     let mut asked = JobRequest::parse(&body.fields)?;
     let idempotency = idempotency(&request, body.sha256)?;
-    let start = Start::named(&state, &caller, &asked.model).await?;
-    if let Some(tuned) = &start.tuned {
+    let (base, tuned) = start_model(&state, &caller, &asked.model).await?;
+    if let Some(tuned) = &tuned {
         asked.start_from(&tuned.adapter)?;
     }
     let training_file = job_file(&state, &caller, "training_file", &asked.training_file).await?;
@@ -45,14 +45,14 @@ pub(crate) async fn create(
     };
     let warnings = asked.warnings();
     let new = NewJob {
-        base_model: match &start.tuned {
-            Some(_) => start.base.name,
+        base_model: match &tuned {
+            Some(_) => base.name,
             // An alias too.
             None => asked.model.clone(),
         },
         model: asked.model,
-        base_model_id: start.base.id,
-        start: start.tuned.map(|tuned| tuned.place),
+        base_model_id: base.id,
+        start: tuned.map(|tuned| tuned.place),
         training_file,
         validation_file,
         suffix: asked.suffix,
@@ -101,45 +101,36 @@ pub(crate) fn idempotency(
     Ok(Idempotency { key, is_retry, request_sha256 })
 }
 
-/// What a job starts from.
-pub(super) struct Start {
-    /// The base model.
-    pub(super) base: BaseModel,
-    /// The tuned model or the checkpoint that the request names, if it names one.
-    pub(super) tuned: Option<Model>,
-}
-
-impl Start {
-    /// The base model, the tuned model or the checkpoint that the caller calls `name`.
-    ///
-    /// # Errors
-    /// `model_not_found`, also for a tuned model of another project.
-    pub(super) async fn named(
-        state: &AppState,
-        caller: &Caller,
-        name: &str,
-    ) -> Result<Self, Failure> {
-        let unknown = match base_model(state, name).await {
-            Ok(base) => return Ok(Self { base, tuned: None }),
-            Err(failure) if failure.code() == ErrorCode::ModelNotFound => failure,
-            Err(failure) => return Err(failure),
-        };
-        match state.store.model(&caller.project_id, name).await {
-            Ok(tuned) => {
-                let base = state.store.base_model_by_id(&tuned.base_model_id).await?;
-                Ok(Self { base, tuned: Some(tuned) })
-            }
-            Err(StoreError::NotFound { .. }) => Err(unknown),
-            Err(other) => Err(other.into()),
-        }
-    }
+/// What a job starts from: a base model, or the tuned model or checkpoint that the caller calls
+/// `name`, beside its base model.
+///
+/// # Errors
+/// `model_not_found`, also for a tuned model of another project.
+pub(super) async fn start_model(
+    state: &AppState,
+    caller: &Caller,
+    name: &str,
+) -> Result<(BaseModel, Option<Model>), Failure> {
+    let (project, base_name) = (&caller.project_id, state.base_model_name(name));
+    let found = state.store.base_or_tuned_model(project, base_name, name).await;
+    or_models_there_are(state, name, found).await
 }
 
 /// # Errors
-/// `model_not_found` with the names there are.
+/// `model_not_found`.
 pub(super) async fn base_model(state: &AppState, name: &str) -> Result<BaseModel, Failure> {
-    match state.store.base_model(state.base_model_name(name)).await {
-        Ok(model) => return Ok(model),
+    let found = state.store.base_model(state.base_model_name(name)).await;
+    or_models_there_are(state, name, found).await
+}
+
+/// What was found as `name`, or `model_not_found` with the names there are.
+async fn or_models_there_are<T>(
+    state: &AppState,
+    name: &str,
+    found: Result<T, StoreError>,
+) -> Result<T, Failure> {
+    match found {
+        Ok(found) => return Ok(found),
         Err(StoreError::NotFound { .. }) => {}
         Err(other) => return Err(other.into()),
     }

@@ -9,7 +9,7 @@ use crate::estimate::{self, Estimates};
 use crate::failure::Failure;
 use crate::file_reports::{Unread, read_file};
 use crate::job_request::JobRequest;
-use crate::routes::job_create::{Start, job_file};
+use crate::routes::job_create::{job_file, start_model};
 use crate::server::AppState;
 use crate::warnings;
 use actix_web::{HttpResponse, web};
@@ -148,8 +148,8 @@ impl Preview {
     ) -> Result<(), Failure> {
         self.model = Some(asked.model.clone()).filter(|name| name != NOT_GIVEN);
         self.method = Some(asked.method.as_str());
-        let base = match Start::named(state, caller, &asked.model).await {
-            Ok(Start { base, tuned }) => {
+        let base = match start_model(state, caller, &asked.model).await {
+            Ok((base, tuned)) => {
                 if let Some(tuned) = tuned {
                     let started = asked.start_from(&tuned.adapter);
                     started.unwrap_or_else(|error| self.refuse(error));

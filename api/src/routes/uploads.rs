@@ -2,14 +2,13 @@
 
 use crate::auth::Authenticated;
 use crate::body::read_json;
-use crate::failure::{Failure, broken_body, invalid_value, missing};
+use crate::failure::{Failure, invalid_value, missing};
 use crate::fields::{self, given, required, text};
-use crate::routes::file_upload::{self, EXPIRES_AFTER_SECONDS, drain, is_form, not_a_form};
+use crate::form::{Form, content_of};
+use crate::routes::file_upload::{self, EXPIRES_AFTER_SECONDS};
 use crate::routes::files::FileObject;
 use crate::server::AppState;
-use actix_multipart::Multipart;
 use actix_web::{HttpRequest, HttpResponse, web};
-use futures::{StreamExt as _, TryStreamExt as _};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -144,37 +143,25 @@ pub(crate) async fn add_part(
     id: web::Path<String>,
     payload: web::Payload,
 ) -> Result<web::Json<PartObject>, Failure> {
-    if !is_form(&request) {
-        return Err(not_a_form("the field 'data'"));
-    }
+    let mut form = Form::of(&request, payload, "the field 'data'")?;
     let upload = UploadId::from(id.into_inner());
-    let mut form = Multipart::new(request.headers(), payload.into_inner());
-    match receive(&state, &caller, &upload, &mut form).await {
-        Ok(part) => {
-            // Fields that nothing reads.
-            drain(&mut form).await;
-            Ok(web::Json(part.into()))
-        }
-        Err(failure) => {
-            drain(&mut form).await;
-            Err(failure)
-        }
-    }
+    let part = receive(&state, &caller, &upload, &mut form).await;
+    // Also fields that nothing reads.
+    form.drain().await;
+    Ok(web::Json(part?.into()))
 }
 
 async fn receive(
     state: &AppState,
     caller: &Caller,
     upload: &UploadId,
-    form: &mut Multipart,
+    form: &mut Form,
 ) -> Result<UploadPart, Failure> {
-    while let Some(part) = form.next().await {
-        let part = part.map_err(broken_body)?;
+    while let Some(part) = form.part().await? {
         if part.name() != Some("data") {
             continue;
         }
-        // The form's own error cannot cross threads; its words can.
-        let content = part.map_err(|error| error.to_string());
+        let content = content_of(part);
         return match state.store.add_upload_part(&caller.project_id, upload, content).await {
             Err(StoreError::TooLarge { cap }) => Err(ApiError::new(
                 ErrorCode::PayloadTooLarge,

@@ -21,7 +21,7 @@ pub(crate) use completion_request::{CompletionRequest, MAX_LOGPROBS};
 pub(crate) use reply::{AnswerReply, AnswerRequest};
 pub(crate) use sampling_request::{MAX_N, MAX_STOPS};
 
-use crate::failure::{Failure, no_such_model};
+use crate::failure::Failure;
 use crate::telemetry::Telemetry;
 use crate::tokenizers::Tokenizers;
 use bytes::Bytes;
@@ -34,8 +34,9 @@ use tunesmith_core::dataset::{ChatTokenizer, TokenizerError};
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::{ProjectId, random_text};
 use tunesmith_core::serving::{SAY_EVERY_SECONDS, TunedWeights};
+use tunesmith_store::Store;
 use tunesmith_store::base_models::BaseModel;
-use tunesmith_store::{Store, StoreError};
+use tunesmith_store::models::Model;
 
 /// A sampler that is there takes a connection at once.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -86,18 +87,9 @@ impl Serving {
     /// `no_such_model`, also for one of another project, and those of the store.
     async fn model(&self, project: &ProjectId, name: &str) -> Result<Served, Failure> {
         let base_name = self.model_aliases.get(name).map_or(name, String::as_str);
-        let (base, tuned) = match self.store.base_model(base_name).await {
-            Ok(base) => (base, None),
-            Err(StoreError::NotFound { .. }) => {
-                let model = self.store.model(project, name).await.map_err(|error| match error {
-                    StoreError::NotFound { .. } => Failure::from(no_such_model(name)),
-                    other => other.into(),
-                })?;
-                let tuned = TunedWeights { place: model.place, kind: model.adapter.kind };
-                (self.store.base_model_by_id(&model.base_model_id).await?, Some(tuned))
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let (base, tuned) = self.store.base_or_tuned_model(project, base_name, name).await?;
+        let tuned =
+            tuned.map(|Model { place, adapter, .. }| TunedWeights { place, kind: adapter.kind });
         let tokenizer = self.tokenizers.of(&base).await??;
         Ok(Served { name: name.to_owned(), base, tuned, tokenizer })
     }

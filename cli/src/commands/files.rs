@@ -1,16 +1,13 @@
 //! `tunesmith files`: uploads and lists files, over REST.
 
-use crate::bars;
 use crate::rest::wire::{File, Page};
-use crate::rest::{Client, ServerArgs};
+use crate::rest::{Client, ServerArgs, file_part};
 use crate::table;
 use anyhow::Context as _;
-use futures::StreamExt as _;
-use reqwest::multipart::{Form, Part};
-use reqwest::{Body, Method};
+use reqwest::Method;
+use reqwest::multipart::Form;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tokio_util::io::ReaderStream;
 
 /// The purpose of a file to train on.
 pub(crate) const FINE_TUNE: &str = "fine-tune";
@@ -75,19 +72,7 @@ fn row(file: &File) -> [String; 6] {
 /// # Errors
 /// When the file cannot be read, or the server refuses it.
 pub(crate) async fn upload(client: &Client, path: &Path, purpose: &str) -> anyhow::Result<File> {
-    let unreadable = || format!("{} cannot be read", path.display());
-    let file = tokio::fs::File::open(path).await.with_context(unreadable)?;
-    let length = file.metadata().await.with_context(unreadable)?.len();
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-    let bar = bars::bytes(Some(length));
-    let sent = bar.clone();
-    let stream = ReaderStream::new(file).inspect(move |chunk| {
-        if let Ok(chunk) = chunk {
-            sent.inc(chunk.len() as u64);
-        }
-    });
-    let part = Part::stream_with_length(Body::wrap_stream(stream), length)
-        .file_name(name.unwrap_or_else(|| path.display().to_string()));
+    let (part, bar) = file_part(path).await?;
     let form = Form::new().text("purpose", purpose.to_owned()).part("file", part);
     let uploaded = client.json(client.request(Method::POST, &["files"]).multipart(form)).await;
     bar.finish_and_clear();

@@ -15,12 +15,12 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// A reply whose content comes in pieces.
 pub(crate) struct Download {
     client: Client,
-    request: RequestBuilder,
     content: BoxStream<'static, reqwest::Result<Bytes>>,
     /// Its size, where the server says so.
     size: Option<u64>,
-    /// Tells the content from any other.
-    tag: Option<String>,
+    /// The request, and what tells its content from any other; without these it cannot be asked for
+    /// again.
+    again: Option<(RequestBuilder, String)>,
     received: u64,
     /// Tries since the last piece came.
     tries: u32,
@@ -33,14 +33,12 @@ impl Client {
     /// # Errors
     /// As [`Client::send`].
     pub(crate) async fn download(&self, request: RequestBuilder) -> Result<Download, RestError> {
-        // A body of ours can be sent again.
         let again = request.try_clone();
         let reply = self.send(request).await?;
         let tag = reply.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).map(str::to_owned);
         Ok(Download {
             client: self.clone(),
-            tag: tag.filter(|_| again.is_some()),
-            request: again.unwrap_or_else(|| self.request(reqwest::Method::GET, &[])),
+            again: again.zip(tag),
             size: reply.content_length(),
             content: pieces(reply),
             received: 0,
@@ -84,11 +82,11 @@ impl Download {
 
     /// Asks for the rest, if need be again and again; `error` is why.
     async fn resume(&mut self, mut error: RestError) -> Result<(), RestError> {
-        let Some(tag) = &self.tag else { return Err(error) };
+        let Some((request, tag)) = &self.again else { return Err(error) };
         while error.is_transient() && self.tries < MAX_TRIES {
             tokio::time::sleep(self.first_wait * 2u32.pow(self.tries)).await;
             self.tries += 1;
-            let Some(request) = self.request.try_clone() else { break };
+            let Some(request) = request.try_clone() else { break };
             let range = format!("bytes={}-", self.received);
             let request = request.header(RANGE, range).header(IF_RANGE, tag);
             match self.client.send(request).await {

@@ -1,7 +1,10 @@
 //! The REST client of the commands that talk to a server.
 
 mod download;
+mod upload;
 pub(crate) mod wire;
+
+pub(crate) use upload::file_part;
 
 use anyhow::Context as _;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};

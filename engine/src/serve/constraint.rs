@@ -5,8 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use llguidance::api::TopLevelGrammar;
@@ -14,7 +13,8 @@ use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTr
 use llguidance::{Matcher, ParserFactory, token_bytes_from_tokenizer_json};
 use serde_json::{Value, json};
 
-const TOKENIZER: &str = "tokenizer.json";
+use crate::model_directory::{TOKENIZER, read_json};
+
 /// What may stand between a key and its value, and between two of them. JSON allows white space
 /// without end, with which a small model goes on for ever.
 const KEY_SEPARATOR: &str = ":[ ]?";
@@ -26,9 +26,7 @@ const OPTIONS: &str = "x-guidance";
 #[derive(Debug)]
 pub(super) struct Constraints {
     model_dir: PathBuf,
-    /// The bytes of each token, once they were asked for.
-    tokens: Option<Arc<[Vec<u8>]>>,
-    /// By the tokens that end an answer.
+    /// By the tokens that end an answer, of which a model's requests have the same.
     factories: HashMap<Vec<u32>, Factory>,
 }
 
@@ -54,7 +52,7 @@ impl fmt::Debug for Constraint {
 impl Constraints {
     /// For the model in the Hugging Face directory `model_dir`.
     pub(super) fn new(model_dir: PathBuf) -> Self {
-        Self { model_dir, tokens: None, factories: HashMap::new() }
+        Self { model_dir, factories: HashMap::new() }
     }
 
     /// An answer that is JSON by `schema`, and that tokens of `stop_ids` end.
@@ -62,10 +60,7 @@ impl Constraints {
     /// # Errors
     /// For whoever asked: a schema that is none, or that is not understood in all its parts.
     pub(super) fn of(&mut self, schema: &Value, stop_ids: &[u32]) -> Result<Constraint, String> {
-        let mut schema = match schema {
-            Value::Bool(true) => json!({}),
-            other => other.clone(),
-        };
+        let mut schema = schema.clone();
         if let Value::Object(fields) = &mut schema {
             let options = json!({
                 "whitespace_flexible": false,
@@ -82,31 +77,23 @@ impl Constraints {
 
     fn factory(&mut self, stop_ids: &[u32]) -> Result<&ParserFactory, String> {
         if !self.factories.contains_key(stop_ids) {
-            let tokens = self.tokens()?;
-            let made = factory(&tokens, stop_ids).map_err(|error| {
-                format!("Answers of this model cannot be constrained: {error}.")
+            let made = token_bytes(&self.model_dir)
+                .and_then(|tokens| factory(&tokens, stop_ids))
+                .map_err(|why| {
+                format!("Answers of this model cannot be constrained: {why}.")
             })?;
             self.factories.insert(stop_ids.to_vec(), Factory(made));
         }
         Ok(&self.factories[stop_ids].0)
     }
+}
 
-    fn tokens(&mut self) -> Result<Arc<[Vec<u8>]>, String> {
-        if let Some(tokens) = &self.tokens {
-            return Ok(Arc::clone(tokens));
-        }
-        let path = self.model_dir.join(TOKENIZER);
-        let failed = |error: &dyn fmt::Display| {
-            format!(
-                "Answers of this model cannot be constrained, as its {TOKENIZER} is not understood: \
-                 {error}."
-            )
-        };
-        let text = fs::read(path).map_err(|error| failed(&error))?;
-        let json: Value = serde_json::from_slice(&text).map_err(|error| failed(&error))?;
-        let tokens = token_bytes_from_tokenizer_json(&json).map_err(|error| failed(&error))?;
-        Ok(Arc::clone(self.tokens.insert(tokens.into())))
-    }
+/// The bytes of each token.
+fn token_bytes(model_dir: &Path) -> Result<Vec<Vec<u8>>, String> {
+    let path = model_dir.join(TOKENIZER);
+    let json = read_json(&path).map_err(|error| error.to_string())?;
+    token_bytes_from_tokenizer_json(&json)
+        .map_err(|error| format!("{} is not understood: {error}", path.display()))
 }
 
 fn factory(tokens: &[Vec<u8>], stop_ids: &[u32]) -> Result<ParserFactory, String> {

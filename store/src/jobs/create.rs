@@ -77,7 +77,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NotFound`] with the id of a file that is not in the caller's project, or the
-    /// name of a tuned model that is not there (any more), [`StoreError::IdempotencyConflict`], [`StoreError::TooManyJobs`].
+    /// name of a tuned model that is not there (any more), [`StoreError::IdempotencyConflict`],
+    /// [`StoreError::TooManyJobs`].
     pub async fn create_job(
         &self,
         caller: &Caller,

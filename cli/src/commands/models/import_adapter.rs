@@ -1,15 +1,12 @@
 //! `tunesmith models import-adapter`: a PEFT directory → a tuned model, over REST.
 
-use crate::bars;
-use crate::rest::ServerArgs;
 use crate::rest::wire::Model;
+use crate::rest::{ServerArgs, file_part};
 use anyhow::{Context as _, bail};
-use futures::StreamExt as _;
+use reqwest::Method;
 use reqwest::multipart::{Form, Part};
-use reqwest::{Body, Method};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tokio_util::io::ReaderStream;
 use tunesmith_core::weights::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME};
 
 /// What PEFT wrote before it wrote safetensors.
@@ -38,25 +35,14 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = tokio::fs::read(&config)
         .await
         .with_context(|| format!("{} cannot be read: is it a PEFT directory?", config.display()))?;
-    let weights = weights(&dir)?;
-    let unreadable = || format!("{} cannot be read", weights.display());
-    let file = tokio::fs::File::open(&weights).await.with_context(unreadable)?;
-    let length = file.metadata().await.with_context(unreadable)?.len();
-    let bar = bars::bytes(Some(length));
-    let sent = bar.clone();
-    let stream = ReaderStream::new(file).inspect(move |chunk| {
-        if let Ok(chunk) = chunk {
-            sent.inc(chunk.len() as u64);
-        }
-    });
+    let (weights, bar) = file_part(&weights(&dir)?).await?;
     let mut form = Form::new()
         .text("model", model)
         .part("adapter_config", Part::bytes(config).file_name(ADAPTER_CONFIG_NAME));
     if let Some(suffix) = suffix {
         form = form.text("suffix", suffix);
     }
-    let content = Part::stream_with_length(Body::wrap_stream(stream), length);
-    let form = form.part("adapter_model", content.file_name(ADAPTER_WEIGHTS_NAME));
+    let form = form.part("adapter_model", weights);
     let imported = client.json(client.request(Method::POST, &["models"]).multipart(form)).await;
     bar.finish_and_clear();
     let model: Model = imported.with_context(|| format!("{} was not imported", dir.display()))?;
