@@ -1,7 +1,10 @@
 //! Renderings, token ids and masks of a real model, as Hugging Face makes them.
 
-use serde_json::Value;
+use proptest::prelude::*;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use tokenizers::Tokenizer;
 use tunesmith_core::dataset::{
     ChatTokenizer, Example, Message, Role, Row, TokenizeOptions, TokenizedRow, read_rows,
     read_rows_for, tokenize_pair, tokenize_row,
@@ -10,15 +13,18 @@ use tunesmith_core::hyperparameters::Method;
 
 const END_OF_TURN: u32 = 2;
 
-fn tokenizer() -> ChatTokenizer {
-    let dir = std::env::var_os("TUNESMITH_TEST_MODEL").map_or_else(
+fn directory() -> PathBuf {
+    std::env::var_os("TUNESMITH_TEST_MODEL").map_or_else(
         || {
             Path::new(env!("CARGO_MANIFEST_DIR"))
                 .join("../target/test-models/SmolLM2-135M-Instruct")
         },
         PathBuf::from,
-    );
-    ChatTokenizer::from_dir(&dir).unwrap_or_else(|error| {
+    )
+}
+
+fn tokenizer() -> ChatTokenizer {
+    ChatTokenizer::from_dir(&directory()).unwrap_or_else(|error| {
         panic!(
             "{error}; `scripts/test-setup.sh` makes it, or set TUNESMITH_TEST_MODEL to its directory"
         )
@@ -181,4 +187,57 @@ fn tool_calls_are_refused_since_the_template_has_no_place_for_them() {
         "Line 1: messages[2].tool_calls is given, but the model's chat template has no place for \
          it. Choose a model that was made for tools, or leave it out."
     );
+}
+
+/// The model's own way of parting text, and those of other families, each with its tokens: ours,
+/// and the tokenizer library's.
+static PARTED: LazyLock<Vec<(ChatTokenizer, Tokenizer)>> = LazyLock::new(|| {
+    let read = |name: &str| {
+        std::fs::read(directory().join(name)).expect("`scripts/test-setup.sh` makes it")
+    };
+    let json: Value = serde_json::from_slice(&read("tokenizer.json")).expect("JSON");
+    let config = read("tokenizer_config.json");
+    let byte_level = |use_regex: bool| {
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+            "use_regex": use_regex})
+    };
+    let sequence = |first: Value, use_regex| json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]});
+    let split = |digits: &str| {
+        let pattern = format!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        );
+        json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+            "invert": false})
+    };
+    let ways = [
+        json["pre_tokenizer"].clone(),
+        byte_level(true),
+        sequence(json!({"type": "Digits", "individual_digits": false}), true),
+        sequence(split(r"\p{N}{1,3}"), false),
+        sequence(split(r"\p{N}"), false),
+    ];
+    ways.into_iter()
+        .map(|way| {
+            let mut json = json.clone();
+            json["pre_tokenizer"] = way;
+            let bytes = serde_json::to_vec(&json).expect("JSON");
+            let ours = ChatTokenizer::from_parts(&bytes, &config, None).expect("tokenizer");
+            (ours, serde_json::from_value(json).expect("tokenizer"))
+        })
+        .collect()
+});
+
+proptest! {
+    #[test]
+    fn any_text_has_the_tokens_that_the_library_makes(
+        text in "([ -~]|\\PC|[a-zA-Z]{1,12}| [a-z]{1,12}[.,:;!?]?|[0-9]{1,5}| {1,4}|[\r\n\t]{1,3}|\r\n|'(s|T|re|LL|d)|[\0-\x1f]|[äéß]{1,3}|[Жщ]{1,6}|[中文字]{1,8}|[\u{300}-\u{308}]|\u{a0}|\u{2028}|\u{1F468}\u{200d}\u{1F469}|<\\|im_(start|end)\\|>|<(repo_name|file_sep)>){0,60}",
+    ) {
+        for (ours, library) in PARTED.iter() {
+            let expected = library.encode(text.as_str(), false).expect("tokens");
+            // Twice: as it comes, and as it is remembered.
+            for _ in 0..2 {
+                prop_assert_eq!(ours.encode(&text).expect("tokens"), expected.get_ids());
+            }
+        }
+    }
 }

@@ -1,42 +1,37 @@
 //! Encodes text in chunks and remembers what they became, as words come again and again.
 //!
-//! A byte-level tokenizer parts text by a pattern before it makes tokens, and with the patterns
-//! known here a new part begins at these places whatever stands further off:
+//! A byte-level tokenizer parts text by a pattern before it makes tokens, and the tokens of a text
+//! are those of its parts, one after another. Text of ASCII is parted here
+//! ([`PreTokenizer`]). In other text a new part begins at these places whatever stands further
+//! off, with the patterns that are known:
 //!
 //! - before and after a special token;
 //! - before a space that has no white space beside it;
 //! - after a newline that has no white space beside it.
 //!
-//! So the tokens of a text are those of its chunks between such places, one after another. That is
-//! exact, and tests hold it against the tokenizer's own way with texts of every kind. Another kind
-//! of tokenizer has no chunks.
+//! Chunks between such places that are of ASCII are parted too, and the tokenizer encodes the
+//! others as they are. That is exact, and tests hold it against the tokenizer's own way with texts
+//! of every kind. Another kind of tokenizer has no chunks.
 
+use super::detokenize::byte_of_letter;
+use super::known_chunks::{KnownChunks, part_key};
+use super::pre_tokenizer::PreTokenizer;
 use super::protect::MARK;
 use super::tokenizer::Encoded;
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
-use tokenizers::Tokenizer;
-
-/// Longer chunks are encoded each time: they hardly come again.
-const MAX_CHUNK_BYTES: usize = 64;
-/// Chunks that are remembered, about 16 MB of them.
-const MAX_CHUNKS: usize = 1 << 17;
-/// Patterns after which a space or a newline between other characters begins a part: Llama 3's,
-/// and Qwen 2's, which takes digits one by one.
-const PATTERNS: [&str; 2] = [
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-];
-
-/// A token's id, and where it lies in its chunk.
-type ChunkToken = (u32, u8, u8);
+use tokenizers::{Model as _, Token, Tokenizer};
 
 /// Encodes chunk by chunk.
 pub(super) struct Chunked {
     special: AhoCorasick,
-    known: Mutex<HashMap<Box<str>, Box<[ChunkToken]>>>,
+    pre_tokenizer: PreTokenizer,
+    /// The letters of the bytes of ASCII that are tokens of the model. A part of such bytes has
+    /// tokens without a gap between them.
+    letters: [Option<char>; 128],
+    known: Mutex<KnownChunks>,
 }
 
 impl Chunked {
@@ -48,9 +43,9 @@ impl Chunked {
                 .iter()
                 .all(|flag| token[flag] == false)
         };
+        let pre_tokenizer = PreTokenizer::of(&json["pre_tokenizer"])?;
         let has_chunks = added.iter().all(plain)
             && keeps_spaces(&json["normalizer"])
-            && has_known_pattern(&json["pre_tokenizer"])
             && json["model"]["type"] == "BPE"
             && json["model"]["dropout"].as_f64().unwrap_or(0.0) == 0.0;
         if !has_chunks {
@@ -61,7 +56,8 @@ impl Chunked {
             .match_kind(MatchKind::LeftmostLongest)
             .build(texts.collect::<Option<Vec<_>>>()?)
             .ok()?;
-        Some(Self { special, known: Mutex::new(HashMap::new()) })
+        let letters = letters_of_ascii(&json["model"]);
+        Some(Self { special, pre_tokenizer, letters, known: Mutex::new(KnownChunks::default()) })
     }
 
     /// The tokens of `text`, as `tokenizer` makes them of all of it.
@@ -70,80 +66,157 @@ impl Chunked {
         tokenizer: &Tokenizer,
         text: &str,
     ) -> Result<Encoded, tokenizers::Error> {
-        let mut encoded = Encoded { ids: Vec::new(), offsets: Vec::new() };
-        // Another thread that encodes just now has the memory to itself.
-        let mut known = self.known.try_lock().ok();
+        let mut encoder = Encoder {
+            tokenizer,
+            chunked: self,
+            // Another thread that encodes just now has the memory to itself.
+            known: self.known.try_lock().ok(),
+            // Room for about one and a half times as many tokens as English has.
+            encoded: Encoded {
+                ids: Vec::with_capacity(text.len() / 3),
+                offsets: Vec::with_capacity(text.len() / 3),
+            },
+        };
         let mut done = 0;
         for special in self.special.find_iter(text) {
-            encode_part(tokenizer, text, done..special.start(), &mut known, &mut encoded)?;
-            encode_chunk(tokenizer, text, special.range(), &mut known, &mut encoded)?;
+            encoder.plain(text, done..special.start())?;
+            encoder.chunk(text, special.range())?;
             done = special.end();
         }
-        encode_part(tokenizer, text, done..text.len(), &mut known, &mut encoded)?;
-        Ok(encoded)
+        encoder.plain(text, done..text.len())?;
+        Ok(encoder.encoded)
     }
 }
 
-type Known<'a> = Option<MutexGuard<'a, HashMap<Box<str>, Box<[ChunkToken]>>>>;
+/// A text that is being encoded.
+struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    chunked: &'a Chunked,
+    known: Option<MutexGuard<'a, KnownChunks>>,
+    encoded: Encoded,
+}
 
-/// Encodes a part of the text without special tokens.
-fn encode_part(
-    tokenizer: &Tokenizer,
-    text: &str,
-    part: std::ops::Range<usize>,
-    known: &mut Known<'_>,
-    encoded: &mut Encoded,
-) -> Result<(), tokenizers::Error> {
-    let bytes = text[part.clone()].as_bytes();
-    // White space of ASCII, and beyond ASCII nothing is told: bytes from 0x80 on are no one's
-    // neighbour.
-    let is_solid = |byte: u8| byte.is_ascii() && !matches!(byte, b'\t'..=b'\r' | b' ');
-    let mut start = 0;
-    for middle in 1..bytes.len().saturating_sub(1) {
-        let begins = match bytes[middle] {
-            b' ' => middle,
-            b'\n' => middle + 1,
-            _ => continue,
+impl Encoder<'_> {
+    /// A stretch of the text without special tokens.
+    fn plain(&mut self, text: &str, stretch: Range<usize>) -> Result<(), tokenizers::Error> {
+        if text[stretch.clone()].is_ascii() {
+            return self.parts(text, stretch);
+        }
+        let bytes = text[stretch.clone()].as_bytes();
+        // White space of ASCII, and beyond ASCII nothing is told: bytes from 0x80 on are no one's
+        // neighbour.
+        let is_solid = |byte: u8| byte.is_ascii() && !matches!(byte, b'\t'..=b'\r' | b' ');
+        let mut start = 0;
+        for middle in 1..bytes.len().saturating_sub(1) {
+            let begins = match bytes[middle] {
+                b' ' => middle,
+                b'\n' => middle + 1,
+                _ => continue,
+            };
+            if is_solid(bytes[middle - 1]) && is_solid(bytes[middle + 1]) {
+                self.parts_or_chunk(text, stretch.start + start..stretch.start + begins)?;
+                start = begins;
+            }
+        }
+        self.parts_or_chunk(text, stretch.start + start..stretch.end)
+    }
+
+    fn parts_or_chunk(&mut self, text: &str, range: Range<usize>) -> Result<(), tokenizers::Error> {
+        match text[range.clone()].is_ascii() {
+            true => self.parts(text, range),
+            false => self.chunk(text, range),
+        }
+    }
+
+    /// Text of ASCII, part by part.
+    fn parts(&mut self, text: &str, range: Range<usize>) -> Result<(), tokenizers::Error> {
+        let Range { mut start, end } = range;
+        while start < end {
+            let rest = &text.as_bytes()[start..];
+            let length = self.chunked.pre_tokenizer.first_part(&rest[..end - start]);
+            match part_key(rest, length) {
+                Some(key) if self.recall_part(key, start) => {}
+                key => self.part(text, start..start + length, key)?,
+            }
+            start += length;
+        }
+        Ok(())
+    }
+
+    fn recall_part(&mut self, key: u128, from: usize) -> bool {
+        let known = self.known.as_ref();
+        known.is_some_and(|known| known.recall_part(key, from, &mut self.encoded))
+    }
+
+    /// A part of a key that is not known, which goes to the model at once: no normalizer changes
+    /// it.
+    fn part(
+        &mut self,
+        text: &str,
+        range: Range<usize>,
+        key: Option<u128>,
+    ) -> Result<(), tokenizers::Error> {
+        let letter = |byte: u8| self.chunked.letters[usize::from(byte & 127)];
+        let letters = text[range.clone()].bytes().map(letter).collect::<Option<String>>();
+        let (Some(letters), Some(key)) = (letters, key) else { return self.chunk(text, range) };
+        let mut end = 0;
+        let ends = |token: Token| {
+            end += letters[token.offsets.0..token.offsets.1].chars().count();
+            (token.id, end)
         };
-        if is_solid(bytes[middle - 1]) && is_solid(bytes[middle + 1]) {
-            let chunk = part.start + start..part.start + begins;
-            encode_chunk(tokenizer, text, chunk, known, encoded)?;
-            start = begins;
+        let tokens = self.tokenizer.get_model().tokenize(&letters)?;
+        let tokens: Vec<_> = tokens.into_iter().map(ends).collect();
+        let mut start = range.start;
+        for &(id, end) in &tokens {
+            self.encoded.ids.push(id);
+            self.encoded.offsets.push((start, range.start + end));
+            start = range.start + end;
         }
+        if let Some(known) = &mut self.known {
+            known.learn_part(key, &tokens);
+        }
+        Ok(())
     }
-    encode_chunk(tokenizer, text, part.start + start..part.end, known, encoded)
+
+    /// A chunk that the tokenizer encodes.
+    fn chunk(&mut self, text: &str, range: Range<usize>) -> Result<(), tokenizers::Error> {
+        let (chunk, from) = (&text[range.clone()], range.start);
+        let known = self.known.as_ref();
+        if chunk.is_empty()
+            || known.is_some_and(|known| known.recall(chunk, from, &mut self.encoded))
+        {
+            return Ok(());
+        }
+        let encoding = self.tokenizer.encode(chunk, false)?;
+        let tokens = || {
+            let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+            tokens.map(|(&id, &(start, end))| (id, start, end))
+        };
+        for (id, start, end) in tokens() {
+            self.encoded.ids.push(id);
+            self.encoded.offsets.push((from + start, from + end));
+        }
+        if let Some(known) = &mut self.known {
+            known.learn(chunk, tokens());
+        }
+        Ok(())
+    }
 }
 
-fn encode_chunk(
-    tokenizer: &Tokenizer,
-    text: &str,
-    range: std::ops::Range<usize>,
-    known: &mut Known<'_>,
-    encoded: &mut Encoded,
-) -> Result<(), tokenizers::Error> {
-    let (chunk, from) = (&text[range.clone()], range.start);
-    if chunk.is_empty() {
-        return Ok(());
-    }
-    if let Some(tokens) = known.as_ref().and_then(|known| known.get(chunk)) {
-        for &(id, start, end) in tokens {
-            encoded.ids.push(id);
-            encoded.offsets.push((from + usize::from(start), from + usize::from(end)));
+/// The letters of the bytes of ASCII that this `model` has as tokens; none where it has other
+/// tokens at the beginning or the end of a word.
+fn letters_of_ascii(model: &Value) -> [Option<char>; 128] {
+    let mut letters = [None; 128];
+    let is_empty = |field: &str| matches!(model[field].as_str(), None | Some(""));
+    if is_empty("continuing_subword_prefix") && is_empty("end_of_word_suffix") {
+        for letter in '\0'..='\u{1ff}' {
+            let place = byte_of_letter(letter).and_then(|byte| letters.get_mut(usize::from(byte)));
+            if let Some(place) = place {
+                *place = model["vocab"].get(letter.to_string()).map(|_| letter);
+            }
         }
-        return Ok(());
     }
-    let encoding = tokenizer.encode(chunk, false)?;
-    let offsets = encoding.get_offsets();
-    if let Some(known) = known
-        && chunk.len() <= MAX_CHUNK_BYTES
-        && known.len() < MAX_CHUNKS
-    {
-        let token = |(&id, &(start, end)): (&u32, &(usize, usize))| (id, start as u8, end as u8);
-        known.insert(chunk.into(), encoding.get_ids().iter().zip(offsets).map(token).collect());
-    }
-    encoded.ids.extend_from_slice(encoding.get_ids());
-    encoded.offsets.extend(offsets.iter().map(|&(start, end)| (from + start, from + end)));
-    Ok(())
+    letters
 }
 
 /// Whether a normalizer neither makes nor takes white space of ASCII, nor joins characters of
@@ -160,37 +233,9 @@ fn keeps_spaces(normalizer: &Value) -> bool {
     }
 }
 
-/// Whether text is parted by GPT-2's pattern, perhaps with digits taken out before, or by one of
-/// [`PATTERNS`]; and nothing is written in front of it.
-fn has_known_pattern(pre_tokenizer: &Value) -> bool {
-    let steps = match pre_tokenizer["type"].as_str() {
-        Some("Sequence") => {
-            pre_tokenizer["pretokenizers"].as_array().map_or(&[][..], Vec::as_slice)
-        }
-        _ => std::slice::from_ref(pre_tokenizer),
-    };
-    let Some((last, before)) = steps.split_last() else { return false };
-    if last["type"] != "ByteLevel" || last["add_prefix_space"] != false {
-        return false;
-    }
-    // A file that does not say is older than the choice.
-    let has_own_pattern = last["use_regex"] != false;
-    let is_digits = |step: &Value| step["type"] == "Digits";
-    let is_pattern = |step: &Value| {
-        step["type"] == "Split"
-            && step["behavior"] == "Isolated"
-            && step["invert"] == false
-            && PATTERNS.iter().any(|pattern| step["pattern"]["Regex"] == *pattern)
-    };
-    match before {
-        [] => has_own_pattern,
-        [step] => is_digits(step) && has_own_pattern || is_pattern(step) && !has_own_pattern,
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::pre_tokenizer::SPLIT_PATTERNS;
     use super::super::testing::byte_tokenizer_json;
     use super::*;
     use proptest::prelude::*;
@@ -199,6 +244,15 @@ mod tests {
     /// A tokenizer whose merges reach over everything that a pattern could part: spaces, newlines,
     /// punctuation and digits.
     fn tokenizer(pre_tokenizer: Option<&Value>) -> (Tokenizer, Chunked) {
+        load(tokenizer_json(pre_tokenizer))
+    }
+
+    fn load(json: Value) -> (Tokenizer, Chunked) {
+        let chunked = Chunked::new(&json).expect("a tokenizer with chunks");
+        (serde_json::from_value(json).expect("a tokenizer"), chunked)
+    }
+
+    fn tokenizer_json(pre_tokenizer: Option<&Value>) -> Value {
         let (json, _) = byte_tokenizer_json(&json!({}), &json!({}));
         let mut json: Value = serde_json::from_slice(&json).expect("JSON");
         json["truncation"] = Value::Null;
@@ -231,8 +285,7 @@ mod tests {
             json["model"]["vocab"][format!("{left}{right}")] = json!(300 + number);
         }
         json["model"]["merges"] = json!(merges.map(|(left, right)| format!("{left} {right}")));
-        let chunked = Chunked::new(&json).expect("a tokenizer with chunks");
-        (serde_json::from_value(json).expect("a tokenizer"), chunked)
+        json
     }
 
     fn pre_tokenizers() -> Vec<Option<Value>> {
@@ -250,8 +303,9 @@ mod tests {
         vec![
             None,
             sequence(json!({"type": "Digits", "individual_digits": true}), true),
-            sequence(split(PATTERNS[0]), false),
-            sequence(split(PATTERNS[1]), false),
+            sequence(json!({"type": "Digits", "individual_digits": false}), true),
+            sequence(split(SPLIT_PATTERNS[0]), false),
+            sequence(split(SPLIT_PATTERNS[1]), false),
         ]
     }
 
@@ -303,6 +357,27 @@ mod tests {
     }
 
     #[test]
+    fn words_that_end_otherwise_and_bytes_without_a_token_are_left_to_the_tokenizer() {
+        let mut json = tokenizer_json(None);
+        json["model"]["end_of_word_suffix"] = "b".into();
+        json["model"]["vocab"].as_object_mut().expect("tokens").remove("z");
+        let (tokenizer, chunked) = load(json);
+        assert_eq!(tokenizer.encode("a", false).expect("tokens").get_ids(), [303], "ab");
+        assert!(tokenizer.encode("z", false).expect("tokens").is_empty());
+        for text in ["a a.a", "az zaza z", "zzz", "a\n\na ä a"] {
+            assert_same(&tokenizer, &chunked, text);
+            assert_same(&tokenizer, &chunked, text);
+        }
+        let mut json = tokenizer_json(None);
+        json["model"]["vocab"].as_object_mut().expect("tokens").remove("z");
+        let (tokenizer, chunked) = load(json);
+        for text in ["a a.a", "az zaza z", "zzz", "a\n\na ä a"] {
+            assert_same(&tokenizer, &chunked, text);
+            assert_same(&tokenizer, &chunked, text);
+        }
+    }
+
+    #[test]
     fn other_kinds_of_tokenizers_have_no_chunks() {
         let (json, _) = byte_tokenizer_json(&json!({}), &json!({}));
         let json: Value = serde_json::from_slice(&json).expect("JSON");
@@ -328,7 +403,7 @@ mod tests {
         #[test]
         fn any_text_has_the_tokens_of_the_whole_text(
             text in "([ab1.,'s]|[ \n\t\r]|ä|\u{301}|\u{a0}|<s>|<|im_end|>|\u{fdd0}\u{fdd1}| |a){0,40}",
-            which in 0usize..4,
+            which in 0usize..5,
         ) {
             let (tokenizer, chunked) = tokenizer(pre_tokenizers()[which].as_ref());
             assert_same(&tokenizer, &chunked, &text);

@@ -116,7 +116,7 @@ impl ChatTokenizer {
 
 /// The byte that a letter of a byte-level vocabulary stands for, as GPT-2 chose them: printable
 /// ones stand for themselves, and the others follow 255 in their order.
-fn byte_of_letter(letter: char) -> Option<u8> {
+pub(super) fn byte_of_letter(letter: char) -> Option<u8> {
     let is_printable = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let code = u32::from(letter);
     match u8::try_from(code) {

@@ -6,6 +6,7 @@
 use super::fault::{Fault, ReadFault};
 use super::lines::too_long;
 use super::reader::MAX_ROW_BYTES;
+use memchr::memchr2;
 use std::io::BufRead;
 
 /// JSON nested deeper than this is refused: no training row needs it, and every recursion over a
@@ -50,8 +51,14 @@ impl Nesting {
     /// Refuses JSON that is nested too deep.
     pub(super) fn check(text: &[u8]) -> Result<(), Fault> {
         let mut nesting = Self::default();
-        for &byte in text {
+        let mut rest = text;
+        while let Some((&byte, behind)) = rest.split_first() {
             nesting.feed(byte);
+            rest = match nesting.in_string && !nesting.escaped {
+                // Most of a row is strings, and nothing else in them counts.
+                true => &behind[memchr2(b'"', b'\\', behind).unwrap_or(behind.len())..],
+                false => behind,
+            };
             if nesting.depth > MAX_JSON_DEPTH {
                 return Err(Fault::new(
                     format!("the row's JSON is nested deeper than {MAX_JSON_DEPTH} levels."),

@@ -12,10 +12,12 @@ mod fault;
 mod file_report;
 mod format;
 mod json_values;
+mod known_chunks;
 mod known_rows;
 mod lines;
 mod message;
 mod plain_text;
+mod pre_tokenizer;
 mod preference;
 #[cfg(test)]
 mod properties;

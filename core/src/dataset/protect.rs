@@ -38,14 +38,21 @@ impl Protector {
     }
 
     /// `text` with a mark after the first character of every spelling.
-    pub(super) fn mark(&self, text: &str) -> String {
+    pub(super) fn mark<'a>(&self, text: &'a str) -> Cow<'a, str> {
         self.mark_with_boundary(text, 0).0
     }
 
     /// The same, and where the byte offset `boundary` of `text` went.
-    pub(super) fn mark_with_boundary(&self, text: &str, boundary: usize) -> (String, usize) {
+    pub(super) fn mark_with_boundary<'a>(
+        &self,
+        text: &'a str,
+        boundary: usize,
+    ) -> (Cow<'a, str>, usize) {
         let mut starts: Vec<_> =
             self.spellings.find_overlapping_iter(text).map(|found| found.start()).collect();
+        if starts.is_empty() {
+            return (Cow::Borrowed(text), boundary);
+        }
         starts.sort_unstable();
         starts.dedup();
         let mut marked = String::with_capacity(text.len() + starts.len() * MARK.len());
@@ -61,13 +68,13 @@ impl Protector {
             }
         }
         marked.push_str(&text[done..]);
-        (marked, moved)
+        (Cow::Owned(marked), moved)
     }
 
     /// Marks every string in `value`, keys too.
     pub(super) fn mark_json(&self, value: &Value) -> Value {
         match value {
-            Value::String(text) => Value::String(self.mark(text)),
+            Value::String(text) => Value::String(self.mark(text).into_owned()),
             Value::Array(list) => list.iter().map(|value| self.mark_json(value)).collect(),
             Value::Object(fields) => Value::Object(self.mark_fields(fields)),
             other => other.clone(),
@@ -75,7 +82,10 @@ impl Protector {
     }
 
     fn mark_fields(&self, fields: &Map<String, Value>) -> Map<String, Value> {
-        fields.iter().map(|(key, value)| (self.mark(key), self.mark_json(value))).collect()
+        fields
+            .iter()
+            .map(|(key, value)| (self.mark(key).into_owned(), self.mark_json(value)))
+            .collect()
     }
 }
 

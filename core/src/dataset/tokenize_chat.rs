@@ -13,6 +13,7 @@ use super::protect::{BLANK, BLANK_THOUGHTS};
 use super::tokenize::{TokenizeOptions, Tokens, Weight, from_tokenizer};
 use super::tokenizer::{ChatTokenizer, Conversation, Encoded};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// A conversation whose every assistant's turn is learned, as one sequence, or where that cannot
@@ -105,13 +106,15 @@ impl<'a> Chat<'a> {
                 break;
             }
             let up_to = match index + 1 == self.messages.len() {
-                true => whole.clone(),
-                false => self.render(index + 1, false)?,
+                true => Cow::Borrowed(&whole),
+                false => Cow::Owned(self.render(index + 1, false)?),
             };
+            let goes_on = whole.starts_with(up_to.as_str());
+            let end = if goes_on { up_to.len() } else { common_prefix(&whole, &up_to) };
             // Templates may write an end of all behind the last turn, where the next message comes
             // instead when there is one. What counts is the turn up to the token that ends it.
-            let turn = self.turn(&ids, &offsets, before.len()..common_prefix(&whole, &up_to));
-            if !whole.starts_with(&up_to) && !turn.ends_with_a_stop {
+            let turn = self.turn(&ids, &offsets, before.len()..end);
+            if !goes_on && !turn.ends_with_a_stop {
                 return Ok(None);
             }
             weights[turn.tokens].fill(Weight::Completion(message.weight));
@@ -237,8 +240,8 @@ struct Turn {
 
 /// Bytes, in whole characters, that two texts have in common at their start.
 fn common_prefix(a: &str, b: &str) -> usize {
-    let parted = a.char_indices().zip(b.chars()).find(|((_, a), b)| a != b);
-    parted.map_or(a.len().min(b.len()), |((index, _), _)| index)
+    let same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    a.floor_char_boundary(same)
 }
 
 /// What stands in `text` in the place of each blank of `blanked`, a blank for thoughts and the next

@@ -333,17 +333,21 @@ impl ChatTokenizer {
             Role::Developer if !template.mentions(Role::Developer.as_str()) => Role::System,
             role => role,
         };
-        let mut fields = Map::new();
-        fields.insert("role".to_owned(), role.as_str().into());
+        let text = |text: &str| minijinja::Value::from(self.protector.mark(text));
+        let value = |value: &Value| to_template(&self.protector.mark_json(value));
         // Absent content is None for a template, as the OpenAI API sends it.
-        fields.insert("content".to_owned(), message.content.clone().into());
-        fields.extend(message.rest.clone());
+        let content = message.content.as_deref().map_or_else(|| ().into(), text);
+        let mut fields = vec![("role", text(role.as_str())), ("content", content)];
+        fields.extend(message.rest.iter().map(|(name, field)| (name.as_str(), value(field))));
         // Under each name that templates read, as transformers hands it over.
         if let Some(thoughts) = message.thoughts() {
-            fields.entry("thinking").or_insert_with(|| thoughts.clone());
-            fields.insert(REASONING_FIELDS[0].to_owned(), thoughts.clone());
+            if !message.rest.contains_key("thinking") {
+                fields.push(("thinking", value(thoughts)));
+            }
+            fields.push((REASONING_FIELDS[0], value(thoughts)));
         }
-        to_template(&self.protector.mark_json(&Value::Object(fields)))
+        // Of two fields of one name the second is taken.
+        minijinja::Value::from_pairs(fields.into_iter().map(|(name, value)| (text(name), value)))
     }
 
     fn add_stop_ids(&mut self, ids: &Value) {
