@@ -234,11 +234,18 @@ class Service:
     def messages(self, job_id):
         return [event.message for event in self.events(job_id)]
 
-    def weights(self, model, directory, weights_format="adapter", storage=None):
+    def weights(self, model, directory, weights_format="adapter", storage=None, check=None):
         """Downloads and unpacks a model's weights; gives the directory."""
         path = f"/models/{urllib.request.quote(model, safe='')}/weights?format={weights_format}"
         path += f"&type={storage}" if storage else ""
-        status, _, body = self.request("GET", path)
+        path += f"&check={check}" if check else ""
+
+        def reply():
+            status, _, body = self.request("GET", path)
+            # It goes on whether or not anybody waits for it.
+            return None if status == 503 and b"export_being_checked" in body else (status, body)
+
+        status, body = wait_for(f"the weights of {model}", reply)
         assert status == 200, (status, body[:500])
         directory.mkdir(parents=True)
         archive = directory / "weights.tar"

@@ -168,7 +168,8 @@ def test_smollm2_learns_and_its_adapter_gives_our_logits_in_peft_and_merged(serv
     theirs = their_logits(PeftModel.from_pretrained(base_model(SMOLLM2_DIR), directory), ids)
     assert np.abs(ours - theirs).max() < TOLERANCE
 
-    merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
+    # Not checked by the server, which takes a while with this model: it is checked here.
+    merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged", check="none")
     assert not (merged / "adapter_config.json").exists()
     assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
 

@@ -8,7 +8,8 @@ use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use sha2::{Digest as _, Sha256};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tunesmith_core::weights::{MANIFEST_NAME, Manifest, ManifestFile};
+use tunesmith_core::export_check::{ExportCheck, ExportManifest};
+use tunesmith_core::weights::{MANIFEST_NAME, ManifestFile};
 
 const BLOCK: u64 = 512;
 
@@ -30,14 +31,23 @@ pub(crate) struct Archive {
     pub(crate) bytes: u64,
     /// Its bytes.
     pub(crate) content: Content,
+    /// The files that have gone by so far.
+    pub(crate) sums: Sums,
 }
 
+/// Files with their sums, in their order.
+pub(crate) type Sums = Arc<Mutex<Vec<ManifestFile>>>;
+
 /// Puts `entries` into an archive, all with the time `modified` (seconds since 1970), and a
-/// manifest with the SHA-256 of each behind them.
+/// manifest with the SHA-256 of each and with the export's `check` behind them.
 ///
 /// # Errors
 /// A name that tar cannot hold.
-pub(crate) fn archive(entries: Vec<Entry>, modified: u64) -> io::Result<Archive> {
+pub(crate) fn archive(
+    entries: Vec<Entry>,
+    modified: u64,
+    check: ExportCheck,
+) -> io::Result<Archive> {
     let sums = Arc::new(Mutex::new(Vec::with_capacity(entries.len())));
     // Every sum has the same length, so the manifest's size is known before its content.
     let manifest_bytes = manifest_json(
@@ -49,6 +59,7 @@ pub(crate) fn archive(entries: Vec<Entry>, modified: u64) -> io::Result<Archive>
                 sha256: "0".repeat(64),
             })
             .collect(),
+        &check,
     )?
     .len() as u64;
     let manifest_header = header(MANIFEST_NAME, manifest_bytes, modified)?;
@@ -63,9 +74,9 @@ pub(crate) fn archive(entries: Vec<Entry>, modified: u64) -> io::Result<Archive>
     let content = stream::iter(files)
         .map(move |(header, entry)| file(header, entry, Arc::clone(&sums_of_files)))
         .flatten()
-        .chain(manifest(manifest_header, sums))
+        .chain(manifest(manifest_header, Arc::clone(&sums), check))
         .chain(piece(zeros(2 * BLOCK)));
-    Ok(Archive { bytes, content: content.boxed() })
+    Ok(Archive { bytes, content: content.boxed(), sums })
 }
 
 fn header(name: &str, bytes: u64, modified: u64) -> io::Result<Bytes> {
@@ -78,7 +89,7 @@ fn header(name: &str, bytes: u64, modified: u64) -> io::Result<Bytes> {
     Ok(Bytes::copy_from_slice(header.as_bytes()))
 }
 
-fn file(header: Bytes, entry: Entry, sums: Arc<Mutex<Vec<ManifestFile>>>) -> Content {
+fn file(header: Bytes, entry: Entry, sums: Sums) -> Content {
     let Entry { name, bytes, sha256, open } = entry;
     let checked = async move {
         let content = open.await?;
@@ -97,7 +108,7 @@ struct Checked {
     name: String,
     bytes: u64,
     sha256: Option<String>,
-    sums: Arc<Mutex<Vec<ManifestFile>>>,
+    sums: Sums,
     found: u64,
     hash: Sha256,
 }
@@ -130,15 +141,15 @@ impl Checked {
 }
 
 /// A list is whole whatever its holder panicked of.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The manifest, made when everything before it has gone by.
-fn manifest(header: Bytes, sums: Arc<Mutex<Vec<ManifestFile>>>) -> Content {
+fn manifest(header: Bytes, sums: Sums, check: ExportCheck) -> Content {
     let content = async move {
-        let files = std::mem::take(&mut *lock(&sums));
-        let json = manifest_json(files).map_err(|error| ContentError::Merge {
+        let files = lock(&sums).clone();
+        let json = manifest_json(files, &check).map_err(|error| ContentError::Merge {
             name: MANIFEST_NAME.to_owned(),
             reason: error.to_string(),
         })?;
@@ -148,8 +159,8 @@ fn manifest(header: Bytes, sums: Arc<Mutex<Vec<ManifestFile>>>) -> Content {
     piece(header).chain(stream::once(content).try_flatten()).boxed()
 }
 
-fn manifest_json(files: Vec<ManifestFile>) -> io::Result<Vec<u8>> {
-    Ok(serde_json::to_vec_pretty(&Manifest { files })?)
+fn manifest_json(files: Vec<ManifestFile>, check: &ExportCheck) -> io::Result<Vec<u8>> {
+    Ok(serde_json::to_vec_pretty(&ExportManifest { files, check: check.clone() })?)
 }
 
 fn piece(bytes: Bytes) -> Content {
@@ -200,7 +211,8 @@ mod tests {
             entry("empty", &[]),
             entry("sub/block", &[&BLOCK_LONG]),
         ];
-        let archive = archive(entries, 1_700_000_000).expect("archive");
+        let check = ExportCheck::not_made("No sampler runs.");
+        let archive = archive(entries, 1_700_000_000, check.clone()).expect("archive");
         let told = archive.bytes;
         let bytes = collected(archive).await.expect("content");
         assert_eq!(bytes.len() as u64, told);
@@ -216,25 +228,28 @@ mod tests {
         let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["adapter_config.json", "empty", "sub/block", MANIFEST_NAME]);
         assert_eq!(found[0].1, b"{}");
-        let manifest: Manifest = serde_json::from_slice(&found[3].1).expect("manifest");
+        let manifest: ExportManifest = serde_json::from_slice(&found[3].1).expect("manifest");
         for (file, (name, content)) in manifest.files.iter().zip(&found) {
             assert_eq!(&file.name, name);
             assert_eq!(file.bytes, content.len() as u64);
             assert_eq!(file.sha256, hex::encode(Sha256::digest(content)));
         }
-        assert_eq!(manifest.files.len(), 3);
+        assert_eq!((manifest.files.len(), manifest.check), (3, check));
     }
 
     #[tokio::test]
     async fn content_that_is_not_what_was_noted_breaks_off() {
         let mut wrong = entry("a", &[b"abc"]);
         wrong.sha256 = Some("0".repeat(64));
-        let error = collected(archive(vec![wrong], 0).expect("archive")).await.expect_err("hash");
+        let unchecked = || ExportCheck::not_made("No sampler runs.");
+        let broken = archive(vec![wrong], 0, unchecked()).expect("archive");
+        let error = collected(broken).await.expect_err("hash");
         assert!(matches!(error, ContentError::Hash { .. }), "{error}");
 
         let mut short = entry("a", &[b"abc"]);
         short.bytes = 4;
-        let error = collected(archive(vec![short], 0).expect("archive")).await.expect_err("size");
+        let broken = archive(vec![short], 0, unchecked()).expect("archive");
+        let error = collected(broken).await.expect_err("size");
         assert!(matches!(error, ContentError::Size { expected: 4, found: 3, .. }), "{error}");
     }
 }

@@ -9,6 +9,7 @@ mod background;
 mod batches;
 mod body;
 mod estimate;
+mod exports;
 mod failure;
 mod fields;
 mod file_reports;

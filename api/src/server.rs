@@ -1,6 +1,7 @@
 //! The server: it builds itself on any address, port 0 included, and stops when it is told.
 
 use crate::estimate::Prices;
+use crate::exports::ExportChecks;
 use crate::failure::Failure;
 use crate::limits::{ProjectLimits, RateLimiter, over_quota};
 use crate::live::Live;
@@ -87,6 +88,7 @@ pub(crate) struct AppState {
     pub(crate) prices: Prices,
     pub(crate) tokenizers: Arc<Tokenizers>,
     pub(crate) serving: Serving,
+    pub(crate) export_checks: ExportChecks,
     /// Previews that may read files at a time.
     pub(crate) previews: Arc<Semaphore>,
 }
@@ -145,6 +147,8 @@ impl ApiServer {
         let serving =
             Serving::new(store.clone(), Arc::clone(&tokenizers), aliases, telemetry.clone())
                 .map_err(io::Error::other)?;
+        let export_checks =
+            ExportChecks::new(store.clone(), Arc::clone(&tokenizers)).map_err(io::Error::other)?;
         let state = AppState {
             store: store.clone(),
             max_file_bytes: config.max_file_bytes,
@@ -157,6 +161,7 @@ impl ApiServer {
             prices: config.prices.clone(),
             tokenizers: Arc::clone(&tokenizers),
             serving: serving.clone(),
+            export_checks,
             previews: Arc::new(Semaphore::new(MAX_PREVIEWS)),
         };
         let threads = std::thread::available_parallelism().map_or(1, NonZero::get);

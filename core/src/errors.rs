@@ -108,6 +108,12 @@ error_table! {
     UnsupportedParameter = "unsupported_parameter", 400, "invalid_request_error";
     /// The weights are not there in that form.
     WeightsNotAvailable = "weights_not_available", 400, "invalid_request_error";
+    /// The export differs from the served model, or cannot be opened.
+    ExportCheckFailed = "export_check_failed", 400, "invalid_request_error";
+    /// The export is being compared with the served model, which takes longer than a request waits.
+    ExportBeingChecked = "export_being_checked", 503, "server_error";
+    /// The export cannot be compared with the served model for now, and that was asked for.
+    ExportNotChecked = "export_not_checked", 503, "server_error";
     /// The project sends more requests than it may for now.
     RateLimitExceeded = "rate_limit_exceeded", 429, "requests";
     /// The project has as much as it may.

@@ -7,6 +7,7 @@
 pub mod dataset;
 pub mod diagnosis;
 pub mod errors;
+pub mod export_check;
 pub mod gguf;
 pub mod graders;
 pub mod hyperparameters;

@@ -5,6 +5,7 @@
 //! text and stop strings are the business of whoever asks.
 
 use crate::errors::ErrorCode;
+use crate::export_check::{CheckFiles, CheckReply};
 use crate::hyperparameters::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -113,6 +114,8 @@ pub enum ToSampler {
         /// The request.
         id: u64,
     },
+    /// The first and only frame: compare an export with what is served.
+    Check(CheckFiles),
 }
 
 /// Child → sampler.
@@ -172,6 +175,11 @@ pub enum FromSampler {
         /// For whoever asked.
         message: String,
     },
+    /// What came of a check; the child exits.
+    Checked {
+        /// It.
+        reply: CheckReply,
+    },
 }
 
 /// A token and log p of it: natural logarithm, of the model's own distribution, before temperature,
@@ -206,6 +214,7 @@ mod tests {
             FromSampler::Token { id: 1, index: 0, token, top: vec![token; 2] },
             FromSampler::End { id: 1, index: 0, reason: EndReason::Length, cached_tokens: 3 },
             FromSampler::Loaded { device: "CPU".to_owned() },
+            FromSampler::Checked { reply: CheckReply::Unfit { reason: "torn".to_owned() } },
         ];
         let mut wire = Vec::new();
         for message in &messages {

@@ -1,5 +1,6 @@
 //! Orders of front-ends over HTTP: who may send one, how many there may be, and what they hear.
 
+use crate::check;
 use crate::model::{Asked, ToModel};
 use crate::models::Models;
 use actix_web::http::header::{AUTHORIZATION, CONTENT_ENCODING, HeaderValue, RETRY_AFTER};
@@ -14,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::export_check::CHECK_PATH;
 use tunesmith_core::serving::{
     MAX_ORDER_BYTES, SAMPLE_PATH, SAY_EVERY_SECONDS, SampleLine, SampleOrder,
 };
@@ -23,6 +25,8 @@ pub(crate) struct Desk {
     pub(crate) models: Arc<Models>,
     token_sha256: [u8; 32],
     places: Arc<Semaphore>,
+    /// One for the export that is being checked.
+    pub(crate) checks: Semaphore,
     next_id: AtomicU64,
 }
 
@@ -33,6 +37,7 @@ impl Desk {
             models,
             token_sha256: Sha256::digest(token).into(),
             places: Arc::new(Semaphore::new(max_orders)),
+            checks: Semaphore::new(1),
             next_id: AtomicU64::new(0),
         }
     }
@@ -49,9 +54,25 @@ impl Desk {
     }
 }
 
-/// The one path.
+/// The two paths.
 pub(crate) fn configure(config: &mut ServiceConfig) {
     config.route(SAMPLE_PATH, web::post().to(sample));
+    config.route(CHECK_PATH, web::post().to(check_export));
+}
+
+async fn check_export(
+    desk: web::Data<Desk>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> HttpResponse {
+    if !desk.lets_in(&request) {
+        return refusal(&no_front_end());
+    }
+    check::check(&desk, payload).await
+}
+
+fn no_front_end() -> ApiError {
+    ApiError::new(ErrorCode::InvalidApiKey, "This is no front-end's token.")
 }
 
 async fn sample(
@@ -60,7 +81,7 @@ async fn sample(
     payload: web::Payload,
 ) -> HttpResponse {
     if !desk.lets_in(&request) {
-        return refusal(&ApiError::new(ErrorCode::InvalidApiKey, "This is no front-end's token."));
+        return refusal(&no_front_end());
     }
     let order = match payload.to_bytes_limited(MAX_ORDER_BYTES).await {
         Ok(Ok(body)) => serde_json::from_slice::<SampleOrder>(&body).map_err(|e| e.to_string()),

@@ -7,6 +7,7 @@
 //! computes.
 
 mod adapters;
+mod check;
 mod config;
 mod http;
 mod model;

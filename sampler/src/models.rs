@@ -56,6 +56,11 @@ impl Models {
         }
     }
 
+    /// What every model works with.
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
     /// Hands an order to its model, which is loaded if it is not there. What it says comes to
     /// `asked`; the returned sender takes the order's cancellation.
     pub(crate) fn ask(&self, asked: Asked) -> mpsc::UnboundedSender<ToModel> {

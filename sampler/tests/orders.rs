@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::export_check::{CHECK_PATH, CheckOrder, CheckReply, ExportForm};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::BaseModelId;
 use tunesmith_core::sampling::Sampling;
@@ -104,6 +105,33 @@ impl World {
             }
         }
         tokens
+    }
+
+    /// What is said of an archive of these files.
+    async fn check(&self, tuned: &TunedWeights, token: u32, files: &[&str]) -> CheckReply {
+        let mut archive = tar::Builder::new(Vec::new());
+        for name in files {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(2);
+            // Unlike `set_path`, this takes names that no archive of ours has.
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_cksum();
+            archive.append(&header, b"{}".as_slice()).expect("append");
+        }
+        let order = CheckOrder {
+            base_model: self.base.clone(),
+            tuned: tuned.clone(),
+            form: ExportForm::Model,
+            prompts: vec![vec![token]],
+        };
+        let mut body = serde_json::to_vec(&order).expect("json");
+        body.push(b'\n');
+        body.extend(archive.into_inner().expect("archive"));
+        let row = self.row().await;
+        let request = self.http.post(format!("{}{CHECK_PATH}", row.url)).bearer_auth(row.token);
+        let reply = request.body(body).send().await.expect("a reply");
+        assert_eq!(reply.status(), 200);
+        reply.json().await.expect("a reply in JSON")
     }
 
     /// How often the child was told to cancel and to unload, and its process id.
@@ -282,5 +310,41 @@ async fn a_drain_lets_an_order_come_to_its_end() {
     }
     assert!(!world.task.is_finished(), "the order is still under way");
     drop(said);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_export_is_checked_by_a_process_of_its_own_beside_what_is_served() {
+    let world = World::new(|_| ()).await;
+    let answering = world.told().await[2];
+    let lora = world.weights("ftjob-a", "adapter_config.json", AdapterType::Lora).await;
+    let full = world.weights("ftjob-b", "config.json", AdapterType::Full).await;
+    let (export, reply) = (["a.gguf", "manifest.json"], |seen: &str| CheckReply::Unfit {
+        reason: format!("a.gguf+manifest.json as model beside config.json and {seen}"),
+    });
+    assert_eq!(world.check(&lora, 1, &export).await, reply("adapter_config.json"));
+    assert_eq!(world.check(&full, 1, &export).await, reply("nothing"));
+
+    let CheckReply::NotMade { reason } = world.check(&lora, DIE, &export).await else {
+        panic!("its process has ended")
+    };
+    assert_eq!(reason, "the check of the export exited with status 9 without a result");
+    for name in ["../out", "/etc/out"] {
+        let CheckReply::NotMade { reason } = world.check(&lora, 1, &[name]).await else {
+            panic!("{name} is no file of an export")
+        };
+        assert!(reason.contains("is no file of an export"), "{reason}");
+    }
+    assert_eq!(world.told().await[2], answering, "who answers is not asked");
+
+    // Another object under the name of the stored weights.
+    let key = ObjectPrefix::from(lora.place.clone()).file("adapter_config.json");
+    let objects = world.db.store().objects();
+    objects.delete(&key).await.expect("delete");
+    objects.put_bytes(&key, "[]".into()).await.expect("put");
+    let CheckReply::Unfit { reason } = world.check(&lora, 1, &export).await else {
+        panic!("what is served is damaged")
+    };
+    assert!(reason.contains("damaged in the object store"), "{reason}");
     world.stop().await;
 }

@@ -11,6 +11,7 @@ mod database;
 pub mod embedded;
 mod error;
 pub mod events;
+pub mod export_checks;
 pub mod file_reports;
 pub mod files;
 #[cfg(any(test, feature = "test-support"))]

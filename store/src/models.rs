@@ -3,7 +3,7 @@
 use crate::base_models::BaseModel;
 use crate::objects::ObjectPrefix;
 use crate::tenants::Caller;
-use crate::{Store, StoreError, database, rows, tenants};
+use crate::{Store, StoreError, database, export_checks, rows, tenants};
 use sqlx::postgres::PgRow;
 use sqlx::types::Json;
 use sqlx::{FromRow, PgConnection, Row as _};
@@ -229,6 +229,7 @@ impl Store {
                 (checkpoint_place(&gone)?.into(), gone.try_get("needed")?)
             }
         };
+        export_checks::forget_model(&mut transaction, name).await?;
         let starts_a_job = starts_a_job(&mut transaction, &place).await?;
         transaction.commit().await?;
         if needed || starts_a_job {

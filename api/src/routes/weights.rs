@@ -1,17 +1,20 @@
 //! `GET /v1/models/{name}/weights?format=adapter|merged|gguf`: a tuned model's or a checkpoint's
-//! weights as a tar archive, written while it is sent, whole or one range of it.
+//! weights as a tar archive, written while it is sent, whole or one range of it. It was compared with
+//! the served model before, where that could be done.
 
 use crate::archive::archive;
 use crate::auth::Authenticated;
+use crate::exports::{Export, Wanted};
 use crate::failure::{Failure, invalid_value};
 use crate::query::Query;
 use crate::routes::models::base_model;
 use crate::server::AppState;
-use crate::{gguf, merged, range, stored, streaming, warnings};
+use crate::{range, streaming, warnings};
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_TYPE, ContentDisposition};
 use actix_web::{HttpRequest, HttpResponse, web};
 use sha2::{Digest as _, Sha256};
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::export_check::ExportForm;
 use tunesmith_core::gguf::StorageType;
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_store::StoreError;
@@ -30,6 +33,7 @@ pub(crate) async fn download(
 ) -> Result<HttpResponse, Failure> {
     let format = query.word("format", &[ADAPTER, MERGED, GGUF])?;
     let storage = storage(&query, format)?;
+    let wanted = Wanted::parse(query.word("check", &Wanted::WORDS)?);
     let model = match state.store.model(&caller.project_id, &name).await {
         Err(StoreError::NotFound { .. }) => {
             let base = base_model(&state, &name).await?;
@@ -38,10 +42,10 @@ pub(crate) async fn download(
         found => found?,
     };
     let mut warning = Vec::new();
-    let entries = match (model.adapter.kind, format) {
-        (_, GGUF) => gguf::entries(&state.store, &model, storage).await?,
-        (AdapterType::Lora, MERGED) => merged::entries(&state.store, &model).await?,
-        (AdapterType::Lora, _) => stored::entries(&state.store, &model).await?,
+    let form = match (model.adapter.kind, format) {
+        (_, GGUF) => ExportForm::Gguf(storage),
+        (AdapterType::Lora, MERGED) => ExportForm::Model,
+        (AdapterType::Lora, _) => ExportForm::Adapter,
         (AdapterType::Full, format) => {
             if format == ADAPTER && query.text("format").is_some() {
                 warning.push(
@@ -49,20 +53,27 @@ pub(crate) async fn download(
                         .to_owned(),
                 );
             }
-            stored::entries(&state.store, &model).await?
+            ExportForm::Model
         }
     };
-    let modified = u64::try_from(model.created_at.unix_timestamp()).unwrap_or(0);
-    let archive = archive(entries, modified).map_err(Failure::internal)?;
+    let export = Export { model, form };
+    let entries = export.entries(&state.store).await?;
+    let verdict = state.export_checks.verdict(&export, &entries, wanted).await?;
+    let (entries, check) = (verdict.hold(entries), verdict.check);
+    let Export { model, .. } = &export;
+    let modified = export.modified();
     let filename = format!("{}.tar", model.name.replace([':', '/'], "-"));
-    // The same weights make the same archive, byte by byte.
-    let tag = format!("{} {format} {} {modified}", model.place, storage.name());
+    // The same weights make the same archive, byte by byte, and so does the same check.
+    let check_json = serde_json::to_string(&check).map_err(Failure::internal)?;
+    let tag = format!("{} {format} {} {modified} {check_json}", model.place, storage.name());
     let tag = hex::encode(Sha256::digest(tag));
+    let archive = archive(entries, modified, check).map_err(Failure::internal)?;
     let (mut reply, range) = range::reply(request.headers(), &tag, archive.bytes, "the archive")?;
     warnings::add(&mut reply, &warning);
+    let content = state.export_checks.watched(archive.content, &export);
     let (bytes, content) = match range {
-        None => (archive.bytes, archive.content),
-        Some(range) => (range.end - range.start, range::part(archive.content, range)),
+        None => (archive.bytes, content),
+        Some(range) => (range.end - range.start, range::part(content, range)),
     };
     Ok(reply
         .insert_header((CONTENT_TYPE, "application/x-tar"))

@@ -3,11 +3,12 @@
 use super::tokenizer;
 use actix_web::{App, HttpResponse, HttpServer, web};
 use bytes::Bytes;
-use futures::stream;
+use futures::{StreamExt as _, stream};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use tunesmith_core::export_check::{CHECK_PATH, CheckOrder, CheckReply};
 use tunesmith_core::ids::SamplerId;
 use tunesmith_core::sampling::{EndReason, TokenLogprob};
 use tunesmith_core::serving::{SAMPLE_PATH, SampleLine, SampleOrder};
@@ -20,6 +21,8 @@ pub(crate) struct FakeSampler {
     orders: Arc<Mutex<Vec<SampleOrder>>>,
     script: Arc<Mutex<VecDeque<Vec<SampleLine>>>>,
     hung_up: Arc<AtomicUsize>,
+    checks: Arc<Mutex<Vec<(CheckOrder, Bytes)>>>,
+    check_replies: Arc<Mutex<VecDeque<CheckReply>>>,
 }
 
 impl FakeSampler {
@@ -28,7 +31,10 @@ impl FakeSampler {
         let fake = Self::default();
         let data = web::Data::new(fake.clone());
         let server = HttpServer::new(move || {
-            App::new().app_data(data.clone()).route(SAMPLE_PATH, web::post().to(sample))
+            App::new()
+                .app_data(data.clone())
+                .route(SAMPLE_PATH, web::post().to(sample))
+                .route(CHECK_PATH, web::post().to(check))
         })
         .workers(1)
         .h1_allow_half_closed(false)
@@ -71,10 +77,31 @@ impl FakeSampler {
         self.orders.lock().expect("lock").last().expect("an order").clone()
     }
 
+    /// The next check comes to this.
+    pub(crate) fn will_find(&self, reply: CheckReply) {
+        self.check_replies.lock().expect("lock").push_back(reply);
+    }
+
+    /// Exports that came, each with its archive.
+    pub(crate) fn checks(&self) -> Vec<(CheckOrder, Bytes)> {
+        self.checks.lock().expect("lock").clone()
+    }
+
     /// Orders that were given up.
     pub(crate) fn hung_up(&self) -> usize {
         self.hung_up.load(Ordering::SeqCst)
     }
+}
+
+async fn check(fake: web::Data<FakeSampler>, mut payload: web::Payload) -> HttpResponse {
+    let mut body = Vec::new();
+    while let Some(piece) = payload.next().await {
+        body.extend_from_slice(&piece.expect("a whole body"));
+    }
+    let end = body.iter().position(|&byte| byte == b'\n').expect("a first line");
+    let order = serde_json::from_slice(&body[..end]).expect("an order");
+    fake.checks.lock().expect("lock").push((order, body.split_off(end + 1).into()));
+    HttpResponse::Ok().json(fake.check_replies.lock().expect("lock").pop_front())
 }
 
 /// Says once that there is a sampler at this address.

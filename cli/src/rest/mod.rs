@@ -4,6 +4,7 @@ mod download;
 mod upload;
 pub(crate) mod wire;
 
+pub(crate) use download::Download;
 pub(crate) use upload::file_part;
 
 use anyhow::Context as _;
@@ -47,6 +48,8 @@ pub(crate) enum RestError {
     Server {
         /// The HTTP status.
         status: StatusCode,
+        /// Which error of the table, where the server says so.
+        code: Option<String>,
         /// The server's own words.
         message: String,
     },
@@ -189,15 +192,17 @@ impl Client {
         }
         let url = without_query(reply.url());
         let body = reply.bytes().await.unwrap_or_default();
-        Err(RestError::Server { status, message: error_message(&body, status, &url) })
+        let (code, message) = error_of(&body, status, &url);
+        Err(RestError::Server { status, code, message })
     }
 }
 
-/// The contract's error message in `body`, on one line; without one, what is known of the reply.
-fn error_message(body: &[u8], status: StatusCode, url: &str) -> String {
+/// The contract's error code and message in `body`, on one line; without one, what is known of the
+/// reply.
+fn error_of(body: &[u8], status: StatusCode, url: &str) -> (Option<String>, String) {
     serde_json::from_slice::<wire::ErrorBody>(body).map_or_else(
-        |_| format!("{url} answered {status} without the contract's error object"),
-        |body| crate::table::one_line(&body.error.message),
+        |_| (None, format!("{url} answered {status} without the contract's error object")),
+        |body| (body.error.code, crate::table::one_line(&body.error.message)),
     )
 }
 
@@ -232,8 +237,9 @@ mod tests {
     #[test]
     fn the_servers_message_is_one_line_and_a_foreign_reply_is_named() {
         let ours = br#"{"error":{"message":"No such\nfile","type":"x","param":null,"code":null}}"#;
-        assert_eq!(error_message(ours, StatusCode::NOT_FOUND, "http://h/"), "No such file");
-        let foreign = error_message(b"<html>", StatusCode::BAD_GATEWAY, "http://h/v1/files");
+        let (code, message) = error_of(ours, StatusCode::NOT_FOUND, "http://h/");
+        assert_eq!((code, message.as_str()), (None, "No such file"));
+        let (_, foreign) = error_of(b"<html>", StatusCode::BAD_GATEWAY, "http://h/v1/files");
         assert!(foreign.contains("http://h/v1/files answered 502"), "{foreign}");
     }
 

@@ -17,6 +17,9 @@ pub(crate) struct ErrorBody {
 pub(crate) struct ErrorMessage {
     /// The message.
     pub(crate) message: String,
+    /// Which error of the table.
+    #[serde(default)]
+    pub(crate) code: Option<String>,
 }
 
 /// A page of a list.

@@ -2,9 +2,11 @@
 //! quantisers.
 
 use super::blocks::{self, Encode, SUPER, half};
+use serde::{Deserialize, Serialize};
 
 /// How the matrices of a file are stored, by the names that llama.cpp has for files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[expect(non_camel_case_types, reason = "the names by which llama.cpp calls its files")]
 pub enum StorageType {
     /// Half precision.

@@ -4,9 +4,11 @@
 //! Works on the bytes of one tensor at a time, so that a model of any size merges as a stream.
 
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 
 /// How a tensor's numbers are stored, by safetensors' names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum FloatType {
     /// 4 bytes.
     F32,

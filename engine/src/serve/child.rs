@@ -9,6 +9,7 @@ use tunesmith_core::protocol::{read_frame, write_frame};
 use tunesmith_core::sampling::{FromSampler, ToSampler};
 
 use super::batcher::Batcher;
+use super::check::check;
 use super::model::ServedModel;
 use crate::child::take_stdout;
 use crate::device::Device;
@@ -53,6 +54,13 @@ pub(crate) fn serve(input: impl Read + Send + 'static, mut output: impl Write) -
                 Some(batcher) => batcher,
                 None => return ExitCode::FAILURE,
             }
+        }
+        Ok(ToSampler::Check(files)) => {
+            let reply = FromSampler::Checked { reply: check(&files) };
+            return match write_frame(&mut output, &reply) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
         }
         Ok(_) => {
             tracing::error!("the sampler spoke before it named a model");
@@ -117,7 +125,9 @@ fn answer(
 
 fn obey(batcher: &mut Batcher, message: ToSampler, sink: &mut dyn FnMut(FromSampler)) {
     match message {
-        ToSampler::Load { .. } => tracing::error!("the sampler named a second model"),
+        ToSampler::Load { .. } | ToSampler::Check(_) => {
+            tracing::error!("the sampler named a second model");
+        }
         ToSampler::LoadAdapter { adapter, dir } => {
             sink(match batcher.load_adapter(adapter.clone(), &dir) {
                 Ok(()) => FromSampler::AdapterLoaded { adapter },

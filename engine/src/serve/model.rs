@@ -10,7 +10,7 @@ use crate::adapters::lora::{Lora, magnitude_name, tensor_name};
 use crate::device::Device;
 use crate::error::EngineError;
 use crate::export::safetensors;
-use crate::models::decoder::{Adaptation, Decoder, RotaryTables, Sequence};
+use crate::models::decoder::{Adaptation, Decoder, KeyValueCache, RotaryTables, Sequence};
 use crate::models::load::load_frozen;
 use crate::ops::row_linear::RowUpdate;
 use crate::parameter::{NamedRows, NamedSource, Parameters, read};
@@ -63,16 +63,38 @@ impl ServedModel {
         self.decoder.config().vocab_size
     }
 
+    /// The logits after every token of `ids`.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] for ids that the model does not know, or too many.
+    pub(super) fn logits(
+        &mut self,
+        ids: &[u32],
+        adaptation: Option<&Adaptation>,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        if ids.is_empty() || ids.len() > self.context_length() {
+            return Err(EngineError::Data(format!(
+                "a text of {} tokens: use 1 to {}, the model's context",
+                ids.len(),
+                self.context_length()
+            )));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
+            let size = self.vocab_size();
+            return Err(EngineError::Data(format!("token {id} lies outside of {size}")));
+        }
+        let mut cache = KeyValueCache::default();
+        let mut sequences = [Sequence { ids, cache: &mut cache, adaptation }];
+        let all: Vec<usize> = (0..ids.len()).collect();
+        self.compute(&mut sequences, &all)
+    }
+
     /// Computes new tokens of some sequences, which are added to their caches: the logits of the
     /// token after each sequence's last, sequence by sequence.
     pub(super) fn extend(
         &mut self,
         sequences: &mut [Sequence<'_>],
     ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let longest = sequences.iter().map(|s| s.cache.tokens() + s.ids.len()).max().unwrap_or(0);
-        if self.rotary.positions < longest {
-            self.rotary = self.decoder.rotary_tables(longest.next_power_of_two());
-        }
         let last: Vec<usize> = sequences
             .iter()
             .scan(0, |end, sequence| {
@@ -80,8 +102,22 @@ impl ServedModel {
                 Some(*end - 1)
             })
             .collect();
+        self.compute(sequences, &last)
+    }
+
+    /// Computes new tokens of some sequences: the logits after those at `positions`, counted over
+    /// all new tokens.
+    fn compute(
+        &mut self,
+        sequences: &mut [Sequence<'_>],
+        positions: &[usize],
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        let longest = sequences.iter().map(|s| s.cache.tokens() + s.ids.len()).max().unwrap_or(0);
+        if self.rotary.positions < longest {
+            self.rotary = self.decoder.rotary_tables(longest.next_power_of_two());
+        }
         let hidden = self.decoder.extend(&self.parameters, sequences, &self.rotary);
-        let logits = read(self.decoder.next_logits(&self.parameters, hidden, &last))?;
+        let logits = read(self.decoder.next_logits(&self.parameters, hidden, positions))?;
         Ok(logits.chunks_exact(self.vocab_size()).map(<[f32]>::to_vec).collect())
     }
 

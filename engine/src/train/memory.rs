@@ -93,7 +93,7 @@ impl Planner<'_> {
     }
 
     fn fits(&self, estimate: &MemoryEstimate) -> bool {
-        self.available.is_none_or(|available| estimate.total() as f64 <= available as f64 * USABLE)
+        self.available.is_none_or(|available| estimate.total() <= usable(available))
     }
 
     fn refusal(&self, estimate: &MemoryEstimate, longest_row: usize) -> EngineError {
@@ -118,9 +118,14 @@ impl Planner<'_> {
     }
 }
 
+/// What of `available` bytes may be planned for.
+pub(crate) fn usable(available: u64) -> u64 {
+    (available as f64 * USABLE) as u64
+}
+
 /// Bytes that this process may still take: what the machine has available, or what is left of the
 /// limit of its control group. None where the system does not say.
-pub(super) fn available() -> Option<u64> {
+pub(crate) fn available() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_of(&text));
     let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
         let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;

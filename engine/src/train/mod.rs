@@ -4,7 +4,7 @@ pub mod checkpoint;
 mod dataset;
 mod divergence;
 mod evaluation;
-mod memory;
+pub(crate) mod memory;
 mod preference;
 mod run;
 mod verdicts;

@@ -4,6 +4,7 @@
 use std::io::{BufReader, Write as _};
 use std::path::Path;
 use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::export_check::{CheckFiles, CheckReply};
 use tunesmith_core::protocol::{read_frame, write_frame};
 use tunesmith_core::sampling::{EndReason, FromSampler, SampleRequest, ToSampler, TokenLogprob};
 
@@ -48,6 +49,11 @@ fn main() {
                 unloaded += 1;
             }
             ToSampler::Cancel { .. } => cancelled += 1,
+            ToSampler::Check(files) if files.prompts[0][0] == DIE => std::process::exit(9),
+            ToSampler::Check(files) => {
+                say(&FromSampler::Checked { reply: CheckReply::Unfit { reason: seen(&files) } });
+                return;
+            }
             ToSampler::Sample(request) => match request.prompt[0] {
                 DIE => std::process::exit(9),
                 HANG => say(&token(&request, 0, 7)),
@@ -69,6 +75,24 @@ fn main() {
             },
         }
     }
+}
+
+/// What it was given, in words.
+fn seen(files: &CheckFiles) -> String {
+    let names = |dir: &Path| {
+        let entries = std::fs::read_dir(dir).expect("a directory").flatten();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.file_name().into_string().expect("text")).collect();
+        names.sort();
+        names.join("+")
+    };
+    format!(
+        "{} as {} beside {} and {}",
+        names(&files.export_dir),
+        files.form,
+        names(&files.model_dir),
+        files.adapter_dir.as_deref().map_or_else(|| "nothing".to_owned(), names),
+    )
 }
 
 fn has(dir: &Path, name: &str) -> bool {

@@ -3,6 +3,7 @@
 use super::completions;
 use super::operation::{Access, Operation};
 use super::requests::{self, deleted, reference};
+use crate::exports::Wanted;
 use crate::page::Page;
 use crate::routes::batches::{self, BatchObject};
 use crate::routes::checkpoint_permissions::{self, PermissionObject};
@@ -681,8 +682,20 @@ fn of_models(generator: &mut SchemaGenerator) -> [Operation; 5] {
             }),
             "How the matrices of a GGUF are stored; only with `format=gguf`.",
         )
+        .query(
+            "check",
+            json!({ "type": "string", "enum": Wanted::WORDS, "default": Wanted::WORDS[0] }),
+            "Whether the export is reloaded and compared with the served model before it is given \
+             out: where a sampler can do it, or not given out otherwise, or not. It is done once; \
+             the manifest has the error and its bound, or why there is none.",
+        )
         .parts("application/x-tar")
-        .errors([ErrorCode::WeightsNotAvailable]),
+        .errors([
+            ErrorCode::WeightsNotAvailable,
+            ErrorCode::ExportCheckFailed,
+            ErrorCode::ExportBeingChecked,
+            ErrorCode::ExportNotChecked,
+        ]),
     ]
 }
 

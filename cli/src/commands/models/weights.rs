@@ -1,16 +1,23 @@
 //! `tunesmith models weights`: downloads a tuned model and checks every byte of it.
 
 use crate::bars;
-use crate::rest::ServerArgs;
+use crate::rest::{Client, Download, RestError, ServerArgs};
 use crate::unpack;
 use anyhow::Context as _;
 use clap::ValueEnum;
 use futures::{StreamExt as _, TryStreamExt as _};
-use reqwest::Method;
+use reqwest::{Method, RequestBuilder};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio_util::io::{StreamReader, SyncIoBridge};
+use tunesmith_core::errors::ErrorCode;
+use tunesmith_core::export_check::{ExportCheck, ExportManifest, PassedCheck};
+use tunesmith_core::weights::MANIFEST_NAME;
+
+/// The wait between two looks at whether the server has checked the weights.
+const COME_BACK: Duration = Duration::from_secs(5);
 
 /// What comes out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -38,6 +45,17 @@ enum StorageType {
     Q4_K_M,
 }
 
+/// Whether the weights are compared with the served model before they are given out
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Check {
+    /// Where a sampler can do it
+    Auto,
+    /// Or not downloaded
+    Required,
+    /// No
+    None,
+}
+
 /// Which weights, as what, where to.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -49,6 +67,9 @@ pub(crate) struct Args {
     /// How the matrices of a GGUF are stored; f16 without it
     #[arg(long = "type", value_name = "TYPE")]
     storage: Option<StorageType>,
+    /// Whether the server compares them with the served model first, which it does once
+    #[arg(long, default_value = "auto")]
+    check: Check,
     /// A directory that is new or empty; the model's name in the working directory without it
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -66,10 +87,13 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut request = client
         .request(Method::GET, &["models", &args.name, "weights"])
         .query(&[("format", format.get_name())]);
+    if let Some(check) = args.check.to_possible_value() {
+        request = request.query(&[("check", check.get_name())]);
+    }
     if let Some(storage) = args.storage.and_then(|storage| storage.to_possible_value()) {
         request = request.query(&[("type", storage.get_name())]);
     }
-    let download = client.download(request).await?;
+    let download = checked(&client, &request).await?;
     let bar = bars::bytes(download.size());
     let counted = bar.clone();
     let stream = download
@@ -86,7 +110,40 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     for (name, bytes) in files? {
         println!("{bytes:>12}  {}", output.join(name).display());
     }
+    let manifest = std::fs::read(output.join(MANIFEST_NAME)).context("the manifest")?;
+    // A server of an earlier version says nothing of checks.
+    if let Ok(manifest) = serde_json::from_slice::<ExportManifest>(&manifest) {
+        println!("{}", sentence(&manifest.check));
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The download, once the server has checked what it gives out.
+async fn checked(client: &Client, request: &RequestBuilder) -> anyhow::Result<Download> {
+    loop {
+        let again = request.try_clone().context("a request that can be sent once")?;
+        match client.download(again).await {
+            Err(RestError::Server { code: Some(code), .. })
+                if code == ErrorCode::ExportBeingChecked.as_str() =>
+            {
+                tokio::time::sleep(COME_BACK).await;
+            }
+            reply => return Ok(reply?),
+        }
+    }
+}
+
+/// What a person is told of a check.
+fn sentence(check: &ExportCheck) -> String {
+    match check {
+        ExportCheck::Passed(PassedCheck { comparison, .. }) => format!(
+            "Checked: the logits are those of the served model to {:.1e}, {:.1e} of their spread.",
+            comparison.max_abs_error, comparison.relative_error
+        ),
+        ExportCheck::NotMade { reason, .. } => {
+            format!("Not compared with the served model: {reason}")
+        }
+    }
 }
 
 /// The model's name as a directory's, without the characters that mean something in a path.
