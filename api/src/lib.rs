@@ -24,6 +24,7 @@ mod observe;
 mod page;
 mod query;
 mod range;
+mod redirect;
 mod routes;
 mod server;
 mod serving;

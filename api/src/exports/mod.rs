@@ -83,6 +83,15 @@ impl Export {
         }
     }
 
+    /// Whether its files are objects of the store, and not made while they are sent.
+    pub(crate) fn is_stored(&self) -> bool {
+        match self.form {
+            ExportForm::Adapter => true,
+            ExportForm::Model => self.model.adapter.kind == AdapterType::Full,
+            ExportForm::Gguf(_) => false,
+        }
+    }
+
     /// When the weights were made, in seconds since 1970.
     pub(crate) fn modified(&self) -> u64 {
         u64::try_from(self.model.created_at.unix_timestamp()).unwrap_or(0)

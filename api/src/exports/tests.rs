@@ -190,3 +190,33 @@ async fn a_download_that_is_not_what_was_checked_breaks_off_and_is_checked_anew(
     }
     panic!("the old check stays");
 }
+
+#[tokio::test]
+async fn a_store_that_signs_nothing_says_so_and_what_is_made_on_the_way_has_no_address() {
+    let api = TestApi::start().await.with_base_model().await;
+    let (path, _) = weights_of(&api).await;
+    let file = api.upload("text").await;
+    for path in [
+        format!("/v1/files/{file}/content?redirect=true"),
+        format!("{path}?redirect=adapter_model.safetensors"),
+    ] {
+        let error = api.get(&path).await.error(400);
+        assert_eq!(
+            (&error["code"], &error["param"]),
+            (&json!("unsupported_parameter"), &json!("redirect"))
+        );
+        let error = api.get(&format!("{path}&expires_in=5")).await.error(400);
+        assert_eq!(error["param"], "expires_in");
+    }
+    let error =
+        api.get(&format!("{path}?format=merged&redirect=model.safetensors")).await.error(400);
+    assert_eq!(error["code"], "weights_not_available");
+    let error = api.get(&format!("{path}?redirect=../secret")).await.error(400);
+    assert_eq!(
+        error["message"],
+        "Invalid value for 'redirect': ../secret. It must be one of README.md, \
+         adapter_config.json, adapter_model.safetensors."
+    );
+    let error = api.get(&format!("{path}?expires_in=60")).await.error(400);
+    assert_eq!(error["param"], "expires_in");
+}

@@ -5,9 +5,8 @@ use crate::auth::Authenticated;
 use crate::failure::Failure;
 use crate::page::Page;
 use crate::query::Query;
-use crate::range;
 use crate::server::AppState;
-use crate::streaming;
+use crate::{range, redirect, streaming};
 use actix_web::http::header::{ContentDisposition, ContentType};
 use actix_web::{HttpRequest, HttpResponse, web};
 use schemars::JsonSchema;
@@ -105,8 +104,13 @@ pub(crate) async fn content(
     state: web::Data<AppState>,
     caller: Authenticated,
     id: web::Path<String>,
+    query: Query,
 ) -> Result<HttpResponse, Failure> {
     let file = state.store.file(&caller.project_id, &FileId::from(id.into_inner())).await?;
+    if query.flag("redirect")? {
+        return redirect::redirect(state.store.objects(), &file.object(), &query).await;
+    }
+    redirect::refuse_expires_in(&query)?;
     let (mut reply, range) = range::reply(request.headers(), &file.sha256, file.bytes, "the file")?;
     let objects = state.store.objects();
     let (bytes, content) = match range {

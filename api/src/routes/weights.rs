@@ -2,14 +2,14 @@
 //! weights as a tar archive, written while it is sent, whole or one range of it. It was compared with
 //! the served model before, where that could be done.
 
-use crate::archive::archive;
+use crate::archive::{Entry, archive};
 use crate::auth::Authenticated;
 use crate::exports::{Export, Wanted};
 use crate::failure::{Failure, invalid_value};
 use crate::query::Query;
 use crate::routes::models::base_model;
 use crate::server::AppState;
-use crate::{range, streaming, warnings};
+use crate::{range, redirect, streaming, warnings};
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_TYPE, ContentDisposition};
 use actix_web::{HttpRequest, HttpResponse, web};
 use sha2::{Digest as _, Sha256};
@@ -18,6 +18,7 @@ use tunesmith_core::export_check::ExportForm;
 use tunesmith_core::gguf::StorageType;
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_store::StoreError;
+use tunesmith_store::objects::ObjectKey;
 
 pub(super) const ADAPTER: &str = "adapter";
 pub(super) const MERGED: &str = "merged";
@@ -60,6 +61,11 @@ pub(crate) async fn download(
     let entries = export.entries(&state.store).await?;
     let verdict = state.export_checks.verdict(&export, &entries, wanted).await?;
     let (entries, check) = (verdict.hold(entries), verdict.check);
+    if let Some(file) = query.text("redirect") {
+        let key = stored_file(&export, &entries, file)?;
+        return redirect::redirect(state.store.objects(), &key, &query).await;
+    }
+    redirect::refuse_expires_in(&query)?;
     let Export { model, .. } = &export;
     let modified = export.modified();
     let filename = format!("{}.tar", model.name.replace([':', '/'], "-"));
@@ -80,6 +86,24 @@ pub(crate) async fn download(
         .insert_header((CONTENT_ENCODING, "identity"))
         .insert_header(ContentDisposition::attachment(filename))
         .body(streaming::body(format!("the weights of {}", model.name), bytes, content)))
+}
+
+/// The object that `file` of an export is.
+///
+/// # Errors
+/// `weights_not_available` for an export that is made while it is sent, `invalid_value` for a name
+/// that it does not have.
+fn stored_file(export: &Export, entries: &[Entry], file: &str) -> Result<ObjectKey, ApiError> {
+    if !export.is_stored() {
+        let message = "A merged model or a GGUF is made while it is sent and lies in no object store. \
+                       Leave out 'redirect', or ask for format=adapter.";
+        return Err(ApiError::new(ErrorCode::WeightsNotAvailable, message).with_param("redirect"));
+    }
+    if !entries.iter().any(|entry| entry.name == file) {
+        let names: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+        return Err(invalid_value("redirect", file, &format!("one of {}", names.join(", "))));
+    }
+    Ok(export.model.weights().file(file))
 }
 
 /// How the matrices of a GGUF are stored.

@@ -4,6 +4,7 @@
 //! succeeds; other content under the same key is refused.
 
 mod key;
+mod remote;
 
 pub use key::{ObjectKey, ObjectPrefix};
 
@@ -13,7 +14,7 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
-use object_store::prefix::PrefixStore;
+use object_store::signer::{Method, Signer};
 use object_store::{GetResult, GetResultPayload, ObjectStore, ObjectStoreExt as _};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
@@ -22,6 +23,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use url::Url;
 
@@ -36,6 +38,8 @@ const STREAM_BYTES: usize = 256 << 10;
 #[derive(Clone)]
 pub struct Objects {
     store: Arc<dyn ObjectStore>,
+    /// Of a store that signs addresses: what signs, and where the objects lie in it.
+    signer: Option<(Arc<dyn Signer>, object_store::path::Path)>,
 }
 
 impl fmt::Debug for Objects {
@@ -83,13 +87,14 @@ impl Objects {
     pub fn open(url: &str) -> Result<Self, StoreError> {
         let wrong = |reason: String| StoreError::ObjectStoreUrl { url: url.to_owned(), reason };
         let parsed = Url::parse(url).map_err(|error| wrong(error.to_string()))?;
-        let store: Arc<dyn ObjectStore> = match parsed.scheme() {
+        match parsed.scheme() {
             "file" => {
                 let directory = parsed
                     .to_file_path()
                     .map_err(|()| wrong("it must name an absolute path: file:///…".to_owned()))?;
                 std::fs::create_dir_all(&directory).map_err(StoreError::local_file(&directory))?;
-                Arc::new(LocalFileSystem::new_with_prefix(&directory)?.with_fsync(true))
+                let store = LocalFileSystem::new_with_prefix(&directory)?.with_fsync(true);
+                Ok(Self { store: Arc::new(store), signer: None })
             }
             "memory" | "s3" | "gs" | "az" => {
                 // The cloud clients' TLS asks for the process's choice of cryptography. One that
@@ -99,16 +104,28 @@ impl Objects {
                 let settings = std::env::vars_os().filter_map(|(name, value)| {
                     Some((name.into_string().ok()?.to_ascii_lowercase(), value.into_string().ok()?))
                 });
-                let (store, path) = object_store::parse_url_opts(&parsed, settings)?;
-                Arc::new(PrefixStore::new(store, path))
+                Ok(remote::open(&parsed, settings)?)
             }
-            other => {
-                return Err(wrong(format!(
-                    "{other}: is unknown; use file:///…, s3://…, gs://…, az://… or memory:///"
-                )));
-            }
-        };
-        Ok(Self { store })
+            other => Err(wrong(format!(
+                "{other}: is unknown; use file:///…, s3://…, gs://…, az://… or memory:///"
+            ))),
+        }
+    }
+
+    /// An address at which anybody may read the object for as long, without this program; `None`
+    /// where the store signs none, as a directory does not. Whether the object is there is not
+    /// looked at.
+    ///
+    /// # Errors
+    /// Credentials that cannot be had, or that cannot sign.
+    pub async fn signed_url(
+        &self,
+        key: &ObjectKey,
+        expires_in: Duration,
+    ) -> Result<Option<Url>, StoreError> {
+        let Some((signer, prefix)) = &self.signer else { return Ok(None) };
+        let path = prefix.parts().chain(key.path().parts()).collect();
+        Ok(Some(signer.signed_url(Method::GET, &path, expires_in).await?))
     }
 
     /// Stores what `stream` brings, at most `cap` bytes, in flat memory.

@@ -5,6 +5,7 @@ use super::operation::{Access, Operation};
 use super::requests::{self, deleted, reference};
 use crate::exports::Wanted;
 use crate::page::Page;
+use crate::redirect;
 use crate::routes::batches::{self, BatchObject};
 use crate::routes::checkpoint_permissions::{self, PermissionObject};
 use crate::routes::files::{self, FileObject};
@@ -168,6 +169,14 @@ fn of_files(generator: &mut SchemaGenerator) -> [Operation; 6] {
             (FILES, "downloadFile"),
             "Download a file's content",
         ))
+        .query(
+            "redirect",
+            flag(),
+            "Whether to answer with 307 and an address at the object store, where it signs such: \
+             whoever has it reads the file, until it runs out.",
+        )
+        .query("expires_in", expires_in(), "Seconds until the address of `redirect` runs out.")
+        .errors([ErrorCode::UnsupportedParameter])
         .parts("application/octet-stream"),
         at(Operation::get(
             "/v1/files/{id}/report",
@@ -689,14 +698,33 @@ fn of_models(generator: &mut SchemaGenerator) -> [Operation; 5] {
              out: where a sampler can do it, or not given out otherwise, or not. It is done once; \
              the manifest has the error and its bound, or why there is none.",
         )
+        .query(
+            "redirect",
+            json!({ "type": "string" }),
+            "One of the files of an adapter, or of a model that was trained in full: answers with 307 \
+             and its address at the object store, where it signs such. What is made while it is sent \
+             has none.",
+        )
+        .query("expires_in", expires_in(), "Seconds until the address of `redirect` runs out.")
         .parts("application/x-tar")
         .errors([
             ErrorCode::WeightsNotAvailable,
             ErrorCode::ExportCheckFailed,
             ErrorCode::ExportBeingChecked,
             ErrorCode::ExportNotChecked,
+            ErrorCode::UnsupportedParameter,
         ]),
     ]
+}
+
+/// The schema of how long a signed address is good for.
+fn expires_in() -> Value {
+    json!({
+        "type": "integer",
+        "minimum": redirect::EXPIRES_IN.start(),
+        "maximum": redirect::EXPIRES_IN.end(),
+        "default": redirect::DEFAULT_EXPIRES_IN,
+    })
 }
 
 fn admin(operation: Operation) -> Operation {
