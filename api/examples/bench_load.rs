@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use http::{Client, Target};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::runtime::Builder;
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -29,9 +30,17 @@ const PIECE: usize = 256 << 10;
 /// What clients do before the clock starts, so that connections and caches are there.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-#[tokio::main]
-async fn main() -> Outcome<()> {
+fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    // One thread waits for all sockets at once: it leaves the cores to the server.
+    let runtime = match args.first().map(String::as_str) {
+        Some("requests") => Builder::new_current_thread().enable_all().build()?,
+        _ => Builder::new_multi_thread().enable_all().build()?,
+    };
+    runtime.block_on(run(&args))
+}
+
+async fn run(args: &[String]) -> Outcome<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match args[..] {
         ["requests", address, key, clients, seconds, method, path] => {

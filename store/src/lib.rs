@@ -40,8 +40,10 @@ mod words;
 
 pub use error::StoreError;
 
+use jobs::Looks;
 use objects::Objects;
 use sqlx::PgPool;
+use std::sync::Arc;
 
 /// Connections that a thread may have in any case.
 const MIN_SHARE: u32 = 2;
@@ -60,6 +62,7 @@ pub struct StoreConfig {
 pub struct Store {
     pool: PgPool,
     objects: Objects,
+    looks: Arc<Looks>,
 }
 
 impl Store {
@@ -70,7 +73,7 @@ impl Store {
     pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
         let objects = Objects::open(&config.object_store_url)?;
         let pool = database::connect(&config.database_url).await?;
-        Ok(Self { pool, objects })
+        Ok(Self { pool, objects, looks: Arc::default() })
     }
 
     /// The same store for one of `threads` threads that each have a runtime of their own: over
@@ -80,7 +83,7 @@ impl Store {
     pub fn of_thread(&self, threads: usize) -> Self {
         let share = database::MAX_CONNECTIONS / u32::try_from(threads).unwrap_or(u32::MAX);
         let pool = database::another(&self.pool, share.max(MIN_SHARE));
-        Self { pool, objects: self.objects.clone() }
+        Self { pool, objects: self.objects.clone(), looks: Arc::default() }
     }
 
     /// Brings the schema up to this program's version; safe to run by many at once.

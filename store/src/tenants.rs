@@ -4,11 +4,10 @@ mod admin;
 
 pub use admin::{AdminKey, Administrator, ApiKey, NewAdminKey, Project};
 
-use crate::jobs::{Job, job_columns};
 use crate::{Store, StoreError, rows};
 use sha2::{Digest as _, Sha256};
-use sqlx::{FromRow as _, PgExecutor, Row as _};
-use tunesmith_core::ids::{ApiKeyId, JobId, OrganizationId, ProjectId, generate_api_key};
+use sqlx::PgExecutor;
+use tunesmith_core::ids::{ApiKeyId, OrganizationId, ProjectId, generate_api_key};
 
 /// The organisation that every installation begins with.
 pub const DEFAULT_ORGANIZATION: &str = "tunesmith";
@@ -84,39 +83,6 @@ impl Store {
         Ok(key)
     }
 
-    /// Whose key `secret` is, as [`authenticate`](Self::authenticate) tells it, and the job `id` of
-    /// that caller's project if there is one: what clients ask for again and again, in one statement.
-    ///
-    /// # Errors
-    /// Those of the database.
-    pub async fn authenticate_for_job(
-        &self,
-        secret: &str,
-        id: &JobId,
-    ) -> Result<Option<(Caller, Option<Job>)>, StoreError> {
-        let row = sqlx::query(concat!(
-            "SELECT api_keys.id AS caller_key, projects.id AS caller_project, ",
-            job_columns!(),
-            " FROM api_keys JOIN projects ON projects.id = api_keys.project_id
-                LEFT JOIN jobs ON jobs.id = $2 AND jobs.project_id = projects.id
-              WHERE api_keys.secret_sha256 = $1 AND api_keys.revoked_at IS NULL
-                AND projects.archived_at IS NULL"
-        ))
-        .bind(hash(secret))
-        .bind(id.as_str())
-        .fetch_optional(&self.pool)
-        .await?;
-        let Some(row) = row else { return Ok(None) };
-        let caller = Caller {
-            organization_id: rows::text(&row, "organization_id")?,
-            project_id: rows::text(&row, "caller_project")?,
-            api_key_id: rows::text(&row, "caller_key")?,
-        };
-        let is_there = row.try_get::<Option<&str>, _>("id")?.is_some();
-        let job = if is_there { Some(Job::from_row(&row)?) } else { None };
-        Ok(Some((caller, job)))
-    }
-
     /// Whose key `secret` is, if it is one that was not revoked, to a project that is not archived.
     ///
     /// # Errors
@@ -140,7 +106,8 @@ impl Store {
     }
 }
 
-fn hash(secret: &str) -> Vec<u8> {
+/// What is kept of a key's secret.
+pub(crate) fn hash(secret: &str) -> Vec<u8> {
     Sha256::digest(secret.as_bytes()).to_vec()
 }
 

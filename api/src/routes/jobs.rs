@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use tunesmith_core::errors::ApiError;
-use tunesmith_core::hyperparameters::Hyperparameters;
+use tunesmith_core::hyperparameters::{Hyperparameters, Method};
 use tunesmith_core::ids::JobId;
 use tunesmith_core::state::JobStatus;
 use tunesmith_store::jobs::{Job, MetadataFilter};
@@ -81,14 +81,21 @@ impl JobObject {
             seed: job.seed,
             error: job.error.clone(),
             hyperparameters: Value::Object(top_level),
-            method: json!({
-                "type": job.method,
-                job.method.as_str(): { "hyperparameters": hyperparameters },
-            }),
+            method: method(job.method, hyperparameters),
             integrations: [],
             metadata: job.metadata.clone(),
         }
     }
+}
+
+/// What the job learns from, and under its name all hyperparameters.
+fn method(method: Method, hyperparameters: Value) -> Value {
+    // Moved: the macro would copy them.
+    let under_its_name = Map::from_iter([("hyperparameters".to_owned(), hyperparameters)]);
+    Value::Object(Map::from_iter([
+        ("type".to_owned(), Value::from(method.as_str())),
+        (method.as_str().to_owned(), Value::Object(under_its_name)),
+    ]))
 }
 
 /// Resolved as soon as that is done, the client's before.

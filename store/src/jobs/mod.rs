@@ -2,9 +2,11 @@
 
 mod control;
 mod create;
+mod looks;
 
 pub(crate) use control::{Departure, depart};
 pub use create::{CreatedJob, Idempotency, NewJob};
+pub(crate) use looks::Looks;
 
 use crate::page::{Page, PageRequest};
 use crate::{Store, StoreError, rows};

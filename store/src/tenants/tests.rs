@@ -1,5 +1,6 @@
 use super::*;
 use crate::test_db::TestDb;
+use tunesmith_core::ids::JobId;
 
 #[tokio::test]
 async fn a_key_opens_its_project_and_no_other_text_does() {

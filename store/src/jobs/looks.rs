@@ -1,0 +1,211 @@
+//! Looks at single jobs, the request that clients repeat most: many in one statement.
+//!
+//! What a statement costs (a connection taken and given back, a trip to the database, a plan set
+//! up) is the same for one job as for many. So whoever asks while a statement is on its way is
+//! answered by the next one, together with all who ask meanwhile. Nobody waits for company: a look
+//! that finds no statement on its way goes at once. Each sees what was there after it asked.
+
+use super::{Job, job_columns};
+use crate::tenants::{Caller, hash};
+use crate::{Store, StoreError, rows};
+use sqlx::postgres::PgRow;
+use sqlx::{FromRow as _, PgPool, Row as _};
+use std::sync::{Mutex, PoisonError};
+use tokio::select;
+use tokio::sync::{Mutex as Turn, oneshot};
+use tunesmith_core::ids::JobId;
+
+/// Jobs that one statement reads at most.
+const MAX_LOOKS: usize = 64;
+
+/// Whose the key is if it is known, and the job if that project has it.
+type Seen = Option<(Caller, Option<Job>)>;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+struct Look {
+    secret_sha256: Vec<u8>,
+    job: JobId,
+}
+
+/// The looks that are to go next.
+#[derive(Debug, Default)]
+pub(crate) struct Looks {
+    waiting: Mutex<Vec<(Look, oneshot::Sender<Seen>)>>,
+    /// Held by whoever has a statement on its way.
+    turn: Turn<()>,
+}
+
+impl Looks {
+    fn add(&self, look: Look) -> oneshot::Receiver<Seen> {
+        let (sender, seen) = oneshot::channel();
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push((look, sender));
+        seen
+    }
+
+    /// Those that have waited longest, but for who has hung up.
+    fn next(&self) -> (Vec<Look>, Vec<oneshot::Sender<Seen>>) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = waiting.len().min(MAX_LOOKS);
+        waiting.drain(..next).filter(|(_, asker)| !asker.is_closed()).unzip()
+    }
+}
+
+impl Store {
+    /// Whose key `secret` is, as [`authenticate`](Self::authenticate) tells it, and the job `id` of
+    /// that caller's project if there is one.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn authenticate_for_job(
+        &self,
+        secret: &str,
+        id: &JobId,
+    ) -> Result<Option<(Caller, Option<Job>)>, StoreError> {
+        let look = Look { secret_sha256: hash(secret), job: id.clone() };
+        let mut seen = self.looks.add(look.clone());
+        loop {
+            select! {
+                biased;
+                seen = &mut seen => match seen {
+                    Ok(seen) => return Ok(seen),
+                    // The statement failed, or whoever had it on its way was dropped.
+                    Err(_) => return Ok(read(&self.pool, &[look]).await?.pop().flatten()),
+                },
+                _turn = self.looks.turn.lock() => {
+                    let (looks, askers) = self.looks.next();
+                    // Who hears nothing asks alone, and hears what is wrong.
+                    let Ok(found) = read(&self.pool, &looks).await else { continue };
+                    for (asker, seen) in askers.into_iter().zip(found) {
+                        // Who has hung up meanwhile needs no answer.
+                        let _ = asker.send(seen);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What each of `looks` sees, in their order.
+async fn read(pool: &PgPool, looks: &[Look]) -> Result<Vec<Seen>, StoreError> {
+    let secrets: Vec<&[u8]> = looks.iter().map(|look| &*look.secret_sha256).collect();
+    let jobs: Vec<&str> = looks.iter().map(|look| look.job.as_str()).collect();
+    let found = sqlx::query(concat!(
+        "SELECT look.place, api_keys.id AS caller_key, projects.id AS caller_project, ",
+        job_columns!(),
+        " FROM unnest($1::bytea[], $2::text[]) WITH ORDINALITY AS look (secret, job, place)
+            JOIN api_keys ON api_keys.secret_sha256 = look.secret AND api_keys.revoked_at IS NULL
+            JOIN projects ON projects.id = api_keys.project_id AND projects.archived_at IS NULL
+            LEFT JOIN jobs ON jobs.id = look.job AND jobs.project_id = projects.id"
+    ))
+    .bind(secrets)
+    .bind(jobs)
+    .fetch_all(pool)
+    .await?;
+    let mut seen = vec![None; looks.len()];
+    for row in &found {
+        let place: i64 = row.try_get("place")?;
+        let place = usize::try_from(place - 1).ok().and_then(|place| seen.get_mut(place));
+        if let Some(seen) = place {
+            *seen = Some(caller_and_job(row)?);
+        }
+    }
+    Ok(seen)
+}
+
+fn caller_and_job(row: &PgRow) -> sqlx::Result<(Caller, Option<Job>)> {
+    let caller = Caller {
+        organization_id: rows::text(row, "organization_id")?,
+        project_id: rows::text(row, "caller_project")?,
+        api_key_id: rows::text(row, "caller_key")?,
+    };
+    let is_there = row.try_get::<Option<&str>, _>("id")?.is_some();
+    let job = if is_there { Some(Job::from_row(row)?) } else { None };
+    Ok((caller, job))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{World, tenant};
+    use futures::future::join_all;
+
+    #[tokio::test]
+    async fn looks_at_the_same_time_see_each_its_own_job_and_nobody_elses() {
+        let world = World::new().await;
+        let store = world.store();
+        let project = &world.caller.project_id;
+        let key = store.create_api_key(project, "mine").await.expect("key").secret;
+        let other = tenant(store, "other").await;
+        let foreign = store.create_api_key(&other.project_id, "theirs").await.expect("key").secret;
+        let mut jobs = Vec::new();
+        for _ in 0..3 {
+            jobs.push(world.job().await);
+        }
+        // More than one statement takes, so that some wait for a second turn.
+        let asked: Vec<_> = (0..MAX_LOOKS + 5).map(|number| &jobs[number % jobs.len()]).collect();
+        let mine = join_all(asked.iter().map(|job| store.authenticate_for_job(&key, &job.id)));
+        let none = JobId::from("ftjob-none".to_owned());
+        let others = join_all([
+            store.authenticate_for_job(&foreign, &jobs[0].id),
+            store.authenticate_for_job("sk-nobody", &jobs[0].id),
+            store.authenticate_for_job(&key, &none),
+        ]);
+        let (mine, others) = futures::join!(mine, others);
+        for (seen, job) in mine.into_iter().zip(asked) {
+            let (caller, seen) = seen.expect("database").expect("known");
+            assert_eq!((&caller.project_id, seen.as_ref()), (project, Some(job)));
+        }
+        let mut others = others.into_iter().map(|seen| seen.expect("database"));
+        let theirs = others.next().flatten().expect("known");
+        assert_eq!((theirs.0.project_id, theirs.1), (other.project_id, None));
+        assert_eq!(others.next(), Some(None), "a key that nobody has");
+        assert_eq!(others.next().flatten().expect("known").1, None, "a job that is not there");
+    }
+
+    #[tokio::test]
+    async fn a_look_sees_what_was_done_before_it_asked() {
+        let world = World::new().await;
+        let store = world.store();
+        let project = &world.caller.project_id;
+        let key = store.create_api_key(project, "mine").await.expect("key").secret;
+        let job = world.queued_job().await;
+        let before = join_all((0..8).map(|_| store.authenticate_for_job(&key, &job.id)));
+        let cancelled_and_seen = async {
+            store.request_cancel(project, &job.id).await.expect("cancelled");
+            store.authenticate_for_job(&key, &job.id).await
+        };
+        let (_, seen) = futures::join!(before, cancelled_and_seen);
+        let (_, seen) = seen.expect("database").expect("known");
+        assert_eq!(seen.expect("job").status, tunesmith_core::state::JobStatus::Cancelled);
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_answered_though_whoever_asked_for_all_hangs_up() {
+        let world = World::new().await;
+        let store = world.store();
+        let key = store.create_api_key(&world.caller.project_id, "mine").await.expect("key").secret;
+        let job = world.job().await;
+        // One connection, and it is taken: the first look has its turn and waits for it.
+        let store = store.of_thread(usize::MAX);
+        let held = [store.pool.acquire().await, store.pool.acquire().await];
+        let mut first = Box::pin(store.authenticate_for_job(&key, &job.id));
+        assert!(futures::poll!(&mut first).is_pending());
+        let mut second = Box::pin(store.authenticate_for_job(&key, &job.id));
+        assert!(futures::poll!(&mut second).is_pending());
+        drop((first, held));
+        let seen = second.await.expect("database").expect("known");
+        assert_eq!(seen.1, Some(job));
+    }
+
+    #[tokio::test]
+    async fn each_hears_why_the_database_does_not_answer() {
+        let world = World::new().await;
+        let store = world.store().of_thread(1);
+        store.pool.close().await;
+        let id = JobId::from("ftjob-none".to_owned());
+        for seen in join_all((0..3).map(|_| store.authenticate_for_job("sk-x", &id))).await {
+            assert!(seen.is_err(), "{seen:?}");
+        }
+    }
+}
