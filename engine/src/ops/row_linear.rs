@@ -76,7 +76,7 @@ pub(crate) enum Rows {
     Many,
 }
 
-/// `x` `[n, in]` to `[n, out]`; the ranges of `updates` do not overlap.
+/// `x` `[n, in]` to `[n, out]`; the ranges of `updates` follow one another and do not overlap.
 pub(crate) fn row_linear(
     x: Tensor<2>,
     weight: Tensor<2>,

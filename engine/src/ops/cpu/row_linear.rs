@@ -24,13 +24,13 @@ use super::step::{contiguous, dims, elements, from_values, values};
 use crate::ops::row_linear::{RowUpdate, Rows};
 
 /// Rows of W that a task handles.
-const BLOCK: usize = 32;
+const BLOCK: usize = 48;
 /// Below this many multiply-adds, handing work to other threads costs more than it saves.
 const PARALLEL_MIN_MULTIPLY_ADDS: usize = 1 << 16;
-/// Rows of x that are multiplied by a row of W at a time.
+/// Rows of x that are multiplied by rows of W at a time, at most.
 const GROUP: usize = 4;
 /// Partial sums of an inner product.
-const LANES: usize = 16;
+const LANES: usize = 8;
 
 pub(in crate::ops) fn row_linear(
     x: Tensor<2>,
@@ -43,10 +43,20 @@ pub(in crate::ops) fn row_linear(
     let ([n, inputs], [outputs, _]) = (dims(&x), dims(&weight));
     let x = values(&x);
     let mut y = times_transposed(x, elements(&weight), [n, inputs, outputs], rows);
+    let mut tasks = Vec::with_capacity(updates.len());
+    let (mut rest, mut end) = (y.as_mut_slice(), 0);
     for (range, update) in updates {
-        let x = &x[range.start * inputs..range.end * inputs];
-        let y = &mut y[range.start * outputs..range.end * outputs];
-        add_update(x, update, rows, y, [range.len(), inputs, outputs]);
+        let own = rest.split_off_mut(..(range.end - end) * outputs).expect("ranges in order");
+        let own = &mut own[(range.start - end) * outputs..];
+        tasks.push((&x[range.start * inputs..range.end * inputs], *update, own));
+        end = range.end;
+    }
+    let add = |(x, update, y): (&[f32], &RowUpdate, &mut [f32])| {
+        add_update(x, update, rows, y, [x.len() / inputs, inputs, outputs]);
+    };
+    match tasks.len() {
+        0 | 1 => tasks.into_iter().for_each(add),
+        _ => tasks.into_par_iter().for_each(add),
     }
     if let Some(residual) = residual {
         let residual = on_flex(residual);
@@ -162,22 +172,6 @@ impl Element for bf16 {
     }
 }
 
-/// The sum of an inner product's lanes and what is left over of its rows.
-#[inline(always)]
-fn finish(mut lanes: [f32; LANES], rest: impl Iterator<Item = (f32, f32)>) -> f32 {
-    for (lane, (w, x)) in lanes.iter_mut().zip(rest) {
-        *lane += w * x;
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
 /// Defines the inner products of rows of `$element` with rows of f32, which are `inputs` long. Each
 /// sum is made in the same order, however many rows of x there are.
 macro_rules! inner_products {
@@ -186,23 +180,48 @@ macro_rules! inner_products {
             let n = x.len() / inputs;
             assert_eq!(y.len() * inputs, weight.len() * n, "rows of W times rows of x");
             // Group by group: its rows stay in the nearest cache, those of W in the next one.
-            for (group, x) in x.chunks(GROUP * inputs).enumerate() {
-                let columns = group * GROUP..group * GROUP + x.len() / inputs;
-                let rows_of_weight = weight.chunks_exact(inputs).zip(y.chunks_exact_mut(n));
-                for (weight, y) in rows_of_weight {
-                    let y = &mut y[columns.clone()];
-                    if y.len() == GROUP {
-                        y.copy_from_slice(&rows::<GROUP>(isa, x, weight));
-                        continue;
-                    }
-                    for (x, y) in x.chunks_exact(inputs).zip(y) {
-                        [*y] = rows::<1>(isa, x, weight);
+            let mut first = 0;
+            while first < n {
+                let x = &x[first * inputs..];
+                // So many products at a time as there are registers for their sums.
+                first += match n - first {
+                    GROUP.. => group::<GROUP, 3>(isa, x, weight, inputs, &mut y[first..], n),
+                    2.. => group::<2, 4>(isa, x, weight, inputs, &mut y[first..], n),
+                    _ => group::<1, 4>(isa, x, weight, inputs, &mut y[first..], n),
+                };
+            }
+
+            /// The first `N` rows of x times all rows of W, `M` of these at a time, into the first
+            /// `N` of each `stride` places of y. Gives `N`.
+            fn group<const N: usize, const M: usize>(
+                isa: Isa,
+                x: &[f32],
+                weight: &[$element],
+                inputs: usize,
+                y: &mut [f32],
+                stride: usize,
+            ) -> usize {
+                let (x, tiles) = (&x[..N * inputs], weight.chunks_exact(M * inputs));
+                let rest = tiles.remainder().chunks_exact(inputs);
+                let mut y = y.chunks_mut(stride);
+                for weight in tiles {
+                    for (products, y) in tile::<N, M>(isa, x, weight).iter().zip(&mut y) {
+                        y[..N].copy_from_slice(products);
                     }
                 }
+                for (weight, y) in rest.zip(y) {
+                    let [products] = tile::<N, 1>(isa, x, weight);
+                    y[..N].copy_from_slice(&products);
+                }
+                N
             }
 
             #[inline]
-            fn rows<const N: usize>(isa: Isa, x: &[f32], weight: &[$element]) -> [f32; N] {
+            fn tile<const N: usize, const M: usize>(
+                isa: Isa,
+                x: &[f32],
+                weight: &[$element],
+            ) -> [[f32; N]; M] {
                 match isa.level() {
                     // SAFETY: an `Isa` of these levels is made only where the CPU has AVX2 and FMA.
                     #[cfg(target_arch = "x86_64")]
@@ -211,49 +230,83 @@ macro_rules! inner_products {
                 }
             }
 
-            fn portable<const N: usize>(x: &[f32], weight: &[$element]) -> [f32; N] {
-                let (blocks, rest) = weight.as_chunks::<LANES>();
-                let done = blocks.len() * LANES;
-                std::array::from_fn(|row| {
-                    let x = &x[row * weight.len()..(row + 1) * weight.len()];
-                    let mut lanes = [0f32; LANES];
-                    for (w, x) in blocks.iter().zip(x.as_chunks::<LANES>().0) {
-                        for i in 0..LANES {
-                            lanes[i] += $widen(w[i]) * x[i];
+            fn portable<const N: usize, const M: usize>(
+                x: &[f32],
+                weight: &[$element],
+            ) -> [[f32; N]; M] {
+                let inputs = weight.len() / M;
+                std::array::from_fn(|m| {
+                    let weight = &weight[m * inputs..(m + 1) * inputs];
+                    std::array::from_fn(|row| {
+                        let x = &x[row * inputs..(row + 1) * inputs];
+                        let mut lanes = [0f32; LANES];
+                        for (weight, x) in weight.chunks(LANES).zip(x.chunks(LANES)) {
+                            for ((lane, &w), &x) in lanes.iter_mut().zip(weight).zip(x) {
+                                *lane += $widen(w) * x;
+                            }
                         }
-                    }
-                    finish(lanes, rest.iter().map(|&w| $widen(w)).zip(x[done..].iter().copied()))
+                        sum_of(lanes)
+                    })
                 })
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            fn avx2<const N: usize>(x: &[f32], weight: &[$element]) -> [f32; N] {
+            fn avx2<const N: usize, const M: usize>(
+                x: &[f32],
+                weight: &[$element],
+            ) -> [[f32; N]; M] {
                 use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_setzero_ps};
 
-                let (blocks, rest) = weight.as_chunks::<LANES>();
-                let done = blocks.len() * LANES;
+                let inputs = weight.len() / M;
+                let blocks = inputs / LANES;
+                let mut w_blocks: [&[[$element; LANES]]; M] = [&[]; M];
+                for (m, w_blocks) in w_blocks.iter_mut().enumerate() {
+                    *w_blocks = &weight[m * inputs..][..inputs].as_chunks().0[..blocks];
+                }
                 let mut x_blocks: [&[[f32; LANES]]; N] = [&[]; N];
                 for (row, x_blocks) in x_blocks.iter_mut().enumerate() {
-                    *x_blocks =
-                        &x[row * weight.len()..][..weight.len()].as_chunks().0[..blocks.len()];
+                    *x_blocks = &x[row * inputs..][..inputs].as_chunks().0[..blocks];
                 }
                 // Their addresses are not taken, or they would lie in memory.
-                let mut low = [_mm256_setzero_ps(); N];
-                let mut high = [_mm256_setzero_ps(); N];
-                for block in 0..blocks.len() {
-                    let (w_low, w_high) = $load(&blocks[block]);
+                let mut lanes = [[_mm256_setzero_ps(); N]; M];
+                for block in 0..blocks {
+                    let mut w = [_mm256_setzero_ps(); M];
+                    for m in 0..M {
+                        w[m] = $load(&w_blocks[m][block]);
+                        if N == 1 {
+                            // Then memory is waited for, and its rows are short.
+                            prefetch(w_blocks[m][block].as_ptr().wrapping_add(M * inputs));
+                        }
+                    }
                     for row in 0..N {
-                        let (x_low, x_high) = load_f32(&x_blocks[row][block]);
-                        low[row] = _mm256_fmadd_ps(w_low, x_low, low[row]);
-                        high[row] = _mm256_fmadd_ps(w_high, x_high, high[row]);
+                        let x = load_f32(&x_blocks[row][block]);
+                        for m in 0..M {
+                            lanes[m][row] = _mm256_fmadd_ps(w[m], x, lanes[m][row]);
+                        }
                     }
                 }
-                let mut y = [0.0; N];
-                for row in 0..N {
-                    let x = &x[row * weight.len() + done..];
-                    let rest = rest.iter().map(|&w| $widen(w)).zip(x.iter().copied());
-                    y[row] = finish(store(low[row], high[row]), rest);
+                let done = blocks * LANES;
+                if done < inputs {
+                    // Zeros behind the ends of the rows add nothing.
+                    for m in 0..M {
+                        let mut w = [<$element>::default(); LANES];
+                        w[..inputs - done]
+                            .copy_from_slice(&weight[m * inputs + done..(m + 1) * inputs]);
+                        let w = $load(&w);
+                        for row in 0..N {
+                            let mut rest = [0.0; LANES];
+                            rest[..inputs - done]
+                                .copy_from_slice(&x[row * inputs + done..(row + 1) * inputs]);
+                            lanes[m][row] = _mm256_fmadd_ps(w, load_f32(&rest), lanes[m][row]);
+                        }
+                    }
+                }
+                let mut y = [[0.0; N]; M];
+                for m in 0..M {
+                    for row in 0..N {
+                        y[m][row] = sum(lanes[m][row]);
+                    }
                 }
                 y
             }
@@ -264,52 +317,64 @@ macro_rules! inner_products {
 inner_products!(inner_products_f32, f32, load_f32, |w: f32| w);
 inner_products!(inner_products_bf16, bf16, load_bf16, |w: bf16| w.to_f32());
 
-#[cfg(target_arch = "x86_64")]
-use x86::{load_bf16, load_f32, store};
+/// The sum of an inner product's lanes: halves onto halves.
+fn sum_of(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
 
-/// The lanes of an inner product between memory and two registers.
+#[cfg(target_arch = "x86_64")]
+use x86::{load_bf16, load_f32, prefetch, sum};
+
+/// The lanes of an inner product in a register.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m128i, __m256, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
-        _mm256_loadu_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+        __m256, _MM_HINT_T0, _mm_add_ps, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps,
+        _mm_movehl_ps, _mm_prefetch, _mm256_castps256_ps128, _mm256_castsi256_ps,
+        _mm256_cvtepu16_epi32, _mm256_extractf128_ps, _mm256_loadu_ps, _mm256_slli_epi32,
     };
 
     use half::bf16;
 
     use super::LANES;
 
-    const HALF: usize = LANES / 2;
-
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn load_f32(x: &[f32; LANES]) -> (__m256, __m256) {
-        let x = x.as_ptr();
-        // SAFETY: twice eight values are there.
-        unsafe { (_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(HALF))) }
+    pub(super) fn load_f32(x: &[f32; LANES]) -> __m256 {
+        // SAFETY: eight values are there.
+        unsafe { _mm256_loadu_ps(x.as_ptr()) }
     }
 
     /// bf16 is the upper half of an f32.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn load_bf16(x: &[bf16; LANES]) -> (__m256, __m256) {
-        let x: *const __m128i = x.as_ptr().cast();
-        // SAFETY: twice eight values are there.
-        let (low, high) = unsafe { (_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))) };
-        let widen = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)));
-        (widen(low), widen(high))
+    pub(super) fn load_bf16(x: &[bf16; LANES]) -> __m256 {
+        // SAFETY: eight values are there.
+        let x = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
     }
 
+    /// Fetches what will be read soon, wherever it is.
+    #[inline]
+    pub(super) fn prefetch<T>(place: *const T) {
+        // SAFETY: a hint alone, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
+    }
+
+    /// As [`sum_of`](super::sum_of).
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn store(low: __m256, high: __m256) -> [f32; LANES] {
-        let mut lanes = [0.0; LANES];
-        // SAFETY: there is room for twice eight values.
-        unsafe {
-            _mm256_storeu_ps(lanes.as_mut_ptr(), low);
-            _mm256_storeu_ps(lanes.as_mut_ptr().add(HALF), high);
-        }
-        lanes
+    pub(super) fn sum(lanes: __m256) -> f32 {
+        let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ps(two, _mm_movehdup_ps(two)))
     }
 }
 
@@ -323,12 +388,12 @@ mod tests {
 
     #[test]
     fn products_of_few_rows_have_the_values_of_f64_on_every_path() {
-        for inputs in [1, 15, 16, 50] {
-            let (n, outputs) = (7, 3);
+        for inputs in [1, 7, 8, 15, 16, 50] {
+            let (n, outputs) = (7, 11);
             let (x, weight) = (wave(n * inputs, 0.7), wave(outputs * inputs, 0.4));
             let halves: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
             for isa in Isa::available() {
-                let (mut y, mut y_of_halves) = (vec![0.0; 21], vec![0.0; 21]);
+                let (mut y, mut y_of_halves) = (vec![0.0; n * outputs], vec![0.0; n * outputs]);
                 inner_products_f32(isa, &x, &weight, inputs, &mut y);
                 inner_products_bf16(isa, &x, &halves, inputs, &mut y_of_halves);
                 for (index, (y, of_halves)) in y.iter().zip(&y_of_halves).enumerate() {
