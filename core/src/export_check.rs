@@ -118,7 +118,7 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// That of an export of this form, whose narrowest floats are `numbers`. docs/serving.md has
+    /// That of an export of this form, whose narrowest floats are `numbers`. docs/exports.md has
     /// what they were seen to lose.
     #[must_use]
     pub fn of(form: ExportForm, numbers: Option<FloatType>) -> Self {

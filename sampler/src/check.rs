@@ -5,26 +5,24 @@
 //! children that answer are not asked: a check that dies, or is killed for its memory, takes nothing
 //! with it.
 
+use crate::fetch::{self, FetchError};
 use crate::http::Desk;
+use crate::model::EXIT_GRACE;
 use crate::models::Context;
 use actix_web::HttpResponse;
 use actix_web::web::{Bytes, Payload};
 use futures::{StreamExt as _, stream};
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tunesmith_core::export_check::{CheckFiles, CheckOrder, CheckReply};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::sampling::{FromSampler, ToSampler};
-use tunesmith_core::serving::{MAX_ORDER_BYTES, TunedWeights};
-use tunesmith_store::objects::ObjectPrefix;
-use tunesmith_worker::{ChildError, FramedChild, TransferError, fetch_dir};
+use tunesmith_core::serving::MAX_ORDER_BYTES;
+use tunesmith_worker::{ChildError, FramedChild, TransferError};
 
-/// How long a child that has answered may take to exit.
-const EXIT_GRACE: Duration = Duration::from_secs(5);
 /// Pieces of an export on their way from the network to the disk.
 const PIECES: usize = 4;
 
@@ -38,12 +36,12 @@ enum Stopped {
     Unfit(String),
 }
 
-impl From<TransferError> for Stopped {
-    fn from(error: TransferError) -> Self {
+impl From<FetchError> for Stopped {
+    fn from(error: FetchError) -> Self {
         match error {
-            TransferError::Damaged { .. } | TransferError::BadManifest { .. } => {
-                Self::Unfit(error.to_string())
-            }
+            FetchError::Transfer(
+                TransferError::Damaged { .. } | TransferError::BadManifest { .. },
+            ) => Self::Unfit(error.to_string()),
             other => not_made(other),
         }
     }
@@ -141,23 +139,13 @@ fn unpack(mut archive: impl Read, dir: &Path) -> io::Result<()> {
 async fn fetch(
     context: &Context,
     order: &CheckOrder,
-) -> Result<(PathBuf, Option<PathBuf>, TempDir), Stopped> {
-    let tuned = fetch_tuned(context, &order.tuned).await?;
+) -> Result<(PathBuf, Option<PathBuf>, TempDir), FetchError> {
+    let tuned = fetch::tuned(context, &order.tuned).await?;
     let path = tuned.path().to_owned();
     if order.tuned.kind == AdapterType::Full {
         return Ok((path, None, tuned));
     }
-    let store = &context.store;
-    let base = store.base_model_by_id(&order.base_model).await.map_err(not_made)?;
-    let base = context.cache.directory(store.objects(), &base).await?;
-    Ok((base, Some(path), tuned))
-}
-
-async fn fetch_tuned(context: &Context, tuned: &TunedWeights) -> Result<TempDir, Stopped> {
-    let prefix = ObjectPrefix::from(tuned.place.clone());
-    let dir = context.work_dir.job_dir(&tuned.place.to_string()).map_err(not_made)?;
-    fetch_dir(context.store.objects(), &prefix, dir.path()).await?;
-    Ok(dir)
+    Ok((fetch::base_model(context, &order.base_model).await?, Some(path), tuned))
 }
 
 async fn ask_child(

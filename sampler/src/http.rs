@@ -42,15 +42,18 @@ impl Desk {
         }
     }
 
-    /// Whether the request shows the token. Hashes are compared, and to their end, so that the
-    /// time it takes tells nothing of the token.
-    fn lets_in(&self, request: &HttpRequest) -> bool {
+    /// Lets in who shows the token, and says why it refuses others. Hashes are compared, and to
+    /// their end, so that the time it takes tells nothing of the token.
+    fn let_in(&self, request: &HttpRequest) -> Result<(), ApiError> {
         let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let shown = header.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
         let shown: [u8; 32] = Sha256::digest(shown).into();
         let differences =
             shown.iter().zip(&self.token_sha256).fold(0, |found, (a, b)| found | (a ^ b));
-        std::hint::black_box(differences) == 0
+        if std::hint::black_box(differences) == 0 {
+            return Ok(());
+        }
+        Err(ApiError::new(ErrorCode::InvalidApiKey, "This is no front-end's token."))
     }
 }
 
@@ -65,14 +68,10 @@ async fn check_export(
     request: HttpRequest,
     payload: web::Payload,
 ) -> HttpResponse {
-    if !desk.lets_in(&request) {
-        return refusal(&no_front_end());
+    match desk.let_in(&request) {
+        Ok(()) => check::check(&desk, payload).await,
+        Err(error) => refusal(&error),
     }
-    check::check(&desk, payload).await
-}
-
-fn no_front_end() -> ApiError {
-    ApiError::new(ErrorCode::InvalidApiKey, "This is no front-end's token.")
 }
 
 async fn sample(
@@ -80,8 +79,8 @@ async fn sample(
     request: HttpRequest,
     payload: web::Payload,
 ) -> HttpResponse {
-    if !desk.lets_in(&request) {
-        return refusal(&no_front_end());
+    if let Err(error) = desk.let_in(&request) {
+        return refusal(&error);
     }
     let order = match payload.to_bytes_limited(MAX_ORDER_BYTES).await {
         Ok(Ok(body)) => serde_json::from_slice::<SampleOrder>(&body).map_err(|e| e.to_string()),

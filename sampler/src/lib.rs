@@ -9,6 +9,7 @@
 mod adapters;
 mod check;
 mod config;
+mod fetch;
 mod http;
 mod model;
 mod models;

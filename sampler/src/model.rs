@@ -1,6 +1,7 @@
 //! One model in a child process: started on its first order, and gone after its last.
 
 use crate::adapters::{Adapters, Need};
+use crate::fetch::{self, FetchError};
 use crate::models::Context;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -12,12 +13,11 @@ use tokio::task::JoinSet;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::sampling::{FromSampler, SampleRequest, ToSampler};
-use tunesmith_core::serving::{SampleLine, SampleOrder, TunedWeights};
-use tunesmith_store::objects::ObjectPrefix;
-use tunesmith_worker::{FramedChild, fetch_dir};
+use tunesmith_core::serving::{SampleLine, SampleOrder};
+use tunesmith_worker::FramedChild;
 
 /// How long a child that was told to exit may take.
-const EXIT_GRACE: Duration = Duration::from_secs(5);
+pub(crate) const EXIT_GRACE: Duration = Duration::from_secs(5);
 
 type Child = FramedChild<ToSampler, FromSampler>;
 
@@ -95,7 +95,7 @@ pub(crate) async fn run(
 /// holds the weights, where they are not the cache's.
 async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, Option<TempDir>), String> {
     let (dir, own_dir) = fetch_model(context, first).await.map_err(|error| {
-        tracing::error!(error, "a model's files did not come");
+        tracing::error!(%error, "a model's files did not come");
         format!("The model cannot be loaded: {error}")
     })?;
     let config = &context.config;
@@ -139,26 +139,12 @@ async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, Option<
 async fn fetch_model(
     context: &Context,
     order: &SampleOrder,
-) -> Result<(PathBuf, Option<TempDir>), String> {
+) -> Result<(PathBuf, Option<TempDir>), FetchError> {
     if let Some(tuned) = order.tuned.as_ref().filter(|tuned| tuned.kind == AdapterType::Full) {
-        let dir = fetch_weights(context, tuned).await?;
+        let dir = fetch::tuned(context, tuned).await?;
         return Ok((dir.path().to_owned(), Some(dir)));
     }
-    let text = |error: &dyn std::fmt::Display| error.to_string();
-    let store = &context.store;
-    let base = store.base_model_by_id(&order.base_model).await.map_err(|error| text(&error))?;
-    let dir =
-        context.cache.directory(store.objects(), &base).await.map_err(|error| text(&error))?;
-    Ok((dir, None))
-}
-
-/// The files of a tuned model in a directory of their own.
-async fn fetch_weights(context: &Context, tuned: &TunedWeights) -> Result<TempDir, String> {
-    let prefix = ObjectPrefix::from(tuned.place.clone());
-    let text = |error: &dyn std::fmt::Display| error.to_string();
-    let dir = context.work_dir.job_dir(&tuned.place.to_string()).map_err(|error| text(&error))?;
-    fetch_dir(context.store.objects(), &prefix, dir.path()).await.map_err(|error| text(&error))?;
-    Ok(dir)
+    Ok((fetch::base_model(context, &order.base_model).await?, None))
 }
 
 /// A model in memory.
@@ -167,7 +153,7 @@ struct Model<'a> {
     child: Child,
     running: HashMap<u64, Running>,
     adapters: Adapters,
-    fetching: JoinSet<(String, Result<TempDir, String>)>,
+    fetching: JoinSet<(String, Result<TempDir, FetchError>)>,
 }
 
 /// An order that the child works on.
@@ -199,7 +185,7 @@ impl Model<'_> {
                             dirs.insert(adapter.clone(), dir);
                             self.send(&ToSampler::LoadAdapter { adapter, dir: path }).await?;
                         }
-                        Err(error) => self.adapter_failed(&adapter, &error),
+                        Err(error) => self.adapter_failed(&adapter, &error.to_string()),
                     }
                 },
                 said = self.child.next() => match said {
@@ -237,7 +223,7 @@ impl Model<'_> {
             Need::Fetch => {
                 let context = Arc::clone(self.context);
                 self.fetching.spawn(async move {
-                    let dir = fetch_weights(&context, &tuned).await;
+                    let dir = fetch::tuned(&context, &tuned).await;
                     (name, dir)
                 });
                 for adapter in self.adapters.make_room(self.context.config.max_adapters) {

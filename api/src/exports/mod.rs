@@ -8,7 +8,7 @@
 mod probe;
 mod upstream;
 
-use crate::archive::Entry;
+use crate::archive::{Entry, lock};
 use crate::failure::Failure;
 use crate::streaming::{Content, ContentError};
 use crate::tokenizers::Tokenizers;
@@ -225,14 +225,14 @@ impl ExportChecks {
 
     /// The check of an export that runs already, or a new one.
     fn begin(&self, export: &Export) -> Running {
-        let mut running = crate::archive::lock(&self.0.running);
+        let mut running = lock(&self.0.running);
         if let Some(running) = running.get(&export.key()) {
             return running.clone();
         }
         let (inner, for_task) = (Arc::clone(&self.0), export.clone());
         let task = tokio::spawn(async move {
             let outcome = inner.check(&for_task).await;
-            crate::archive::lock(&inner.running).remove(&for_task.key());
+            lock(&inner.running).remove(&for_task.key());
             outcome
         });
         let started = task
@@ -290,7 +290,7 @@ impl Inner {
             }
             Outcome::NotMade(reason) => {
                 tracing::warn!(model, %form, reason, "an export could not be checked");
-                let mut not_made = crate::archive::lock(&self.not_made);
+                let mut not_made = lock(&self.not_made);
                 not_made.retain(|_, (at, _)| at.elapsed() < NOT_AGAIN);
                 not_made.insert(export.key(), (Instant::now(), reason.clone()));
             }
@@ -329,7 +329,7 @@ impl Inner {
     }
 
     fn not_made_lately(&self, export: &Export) -> Option<String> {
-        let not_made = crate::archive::lock(&self.not_made);
+        let not_made = lock(&self.not_made);
         let (at, reason) = not_made.get(&export.key())?;
         (at.elapsed() < NOT_AGAIN).then(|| reason.clone())
     }

@@ -59,13 +59,16 @@ pub(crate) async fn download(
     };
     let export = Export { model, form };
     let entries = export.entries(&state.store).await?;
-    let verdict = state.export_checks.verdict(&export, &entries, wanted).await?;
-    let (entries, check) = (verdict.hold(entries), verdict.check);
-    if let Some(file) = query.text("redirect") {
-        let key = stored_file(&export, &entries, file)?;
-        return redirect::redirect(state.store.objects(), &key, &query).await;
+    let file = query.text("redirect").map(|file| stored_file(&export, &entries, file));
+    let file = file.transpose()?;
+    if file.is_none() {
+        redirect::refuse_expires_in(&query)?;
     }
-    redirect::refuse_expires_in(&query)?;
+    let verdict = state.export_checks.verdict(&export, &entries, wanted).await?;
+    if let Some(file) = file {
+        return redirect::redirect(state.store.objects(), &file, &query).await;
+    }
+    let (entries, check) = (verdict.hold(entries), verdict.check);
     let Export { model, .. } = &export;
     let modified = export.modified();
     let filename = format!("{}.tar", model.name.replace([':', '/'], "-"));

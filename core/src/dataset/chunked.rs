@@ -235,7 +235,7 @@ fn keeps_spaces(normalizer: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pre_tokenizer::SPLIT_PATTERNS;
+    use super::super::pre_tokenizer::tests::all as pre_tokenizers;
     use super::super::testing::byte_tokenizer_json;
     use super::*;
     use proptest::prelude::*;
@@ -243,8 +243,8 @@ mod tests {
 
     /// A tokenizer whose merges reach over everything that a pattern could part: spaces, newlines,
     /// punctuation and digits.
-    fn tokenizer(pre_tokenizer: Option<&Value>) -> (Tokenizer, Chunked) {
-        load(tokenizer_json(pre_tokenizer))
+    fn tokenizer(pre_tokenizer: &Value) -> (Tokenizer, Chunked) {
+        load(tokenizer_json(Some(pre_tokenizer)))
     }
 
     fn load(json: Value) -> (Tokenizer, Chunked) {
@@ -288,27 +288,6 @@ mod tests {
         json
     }
 
-    fn pre_tokenizers() -> Vec<Option<Value>> {
-        let byte_level = |use_regex: bool| {
-            json!({"type": "ByteLevel", "add_prefix_space": false,
-            "trim_offsets": true, "use_regex": use_regex})
-        };
-        let sequence = |first: Value, use_regex| {
-            Some(json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]}))
-        };
-        let split = |pattern: &str| {
-            json!({"type": "Split", "pattern": {"Regex": pattern},
-            "behavior": "Isolated", "invert": false})
-        };
-        vec![
-            None,
-            sequence(json!({"type": "Digits", "individual_digits": true}), true),
-            sequence(json!({"type": "Digits", "individual_digits": false}), true),
-            sequence(split(SPLIT_PATTERNS[0]), false),
-            sequence(split(SPLIT_PATTERNS[1]), false),
-        ]
-    }
-
     fn assert_same(tokenizer: &Tokenizer, chunked: &Chunked, text: &str) {
         let whole = tokenizer.encode(text, false).expect("tokens");
         let parts = chunked.encode(tokenizer, text).expect("tokens");
@@ -319,7 +298,7 @@ mod tests {
     #[test]
     fn texts_of_every_kind_have_the_tokens_of_the_whole_text() {
         for pre_tokenizer in pre_tokenizers() {
-            let (tokenizer, chunked) = tokenizer(pre_tokenizer.as_ref());
+            let (tokenizer, chunked) = tokenizer(&pre_tokenizer);
             for text in [
                 "",
                 " ",
@@ -405,7 +384,7 @@ mod tests {
             text in "([ab1.,'s]|[ \n\t\r]|ä|\u{301}|\u{a0}|<s>|<|im_end|>|\u{fdd0}\u{fdd1}| |a){0,40}",
             which in 0usize..5,
         ) {
-            let (tokenizer, chunked) = tokenizer(pre_tokenizers()[which].as_ref());
+            let (tokenizer, chunked) = tokenizer(&pre_tokenizers()[which]);
             assert_same(&tokenizer, &chunked, &text);
         }
     }

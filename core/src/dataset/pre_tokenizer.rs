@@ -6,11 +6,9 @@
 
 use serde_json::Value;
 
-/// Llama 3's pattern, and Qwen 2's, which takes digits one by one.
-#[cfg(test)]
-pub(super) const SPLIT_PATTERNS: [&str; 2] = [LLAMA3, QWEN2];
-
+/// Llama 3's pattern.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The same, but digits one by one.
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// A known way to part text.
@@ -214,7 +212,7 @@ fn white_space(end: usize, ends_the_text: bool) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::json;
@@ -222,7 +220,8 @@ mod tests {
         OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper,
     };
 
-    fn all() -> Vec<Value> {
+    /// Each way that is known, as a `tokenizer.json` has it; first GPT-2's.
+    pub(in super::super) fn all() -> Vec<Value> {
         let byte_level = |use_regex: bool| {
             json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
                 "use_regex": use_regex})

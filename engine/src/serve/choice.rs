@@ -144,7 +144,7 @@ fn pick(shares: impl Iterator<Item = (u32, f32)>, mut point: f64) -> u32 {
 }
 
 /// The ids of the `count` greatest values, the greatest first, and of equals the lower id.
-fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
+pub(super) fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
     if count == 0 {
         return Vec::new();
     }

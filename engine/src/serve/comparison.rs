@@ -4,6 +4,8 @@ use rayon::prelude::*;
 use tunesmith_core::export_check::Comparison;
 use tunesmith_core::weights::FloatType;
 
+use super::choice::most_likely;
+
 /// Sums up a [`Comparison`], one text at a time. Sums are in f64 and in the order of the positions.
 #[derive(Debug, Default)]
 pub(super) struct Comparer {
@@ -79,7 +81,7 @@ fn compare(served: &[f32], export: &[f32]) -> Result<Position, String> {
         max_abs_error: 0.0,
         error_squares: 0.0,
         squares: 0.0,
-        agrees: argmax(served) == argmax(export),
+        agrees: most_likely(served, 1) == most_likely(export, 1),
         divergence: 0.0,
     };
     for (&s, &e) in served.iter().zip(export) {
@@ -101,12 +103,6 @@ fn mean(logits: &[f32]) -> f64 {
 fn log_sum_exp(logits: &[f32]) -> f64 {
     let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     logits.iter().map(|&logit| (f64::from(logit) - most).exp()).sum::<f64>().ln() + most
-}
-
-/// The first of the greatest.
-fn argmax(logits: &[f32]) -> Option<usize> {
-    let indices = 0..logits.len();
-    indices.reduce(|best, index| if logits[index] > logits[best] { index } else { best })
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ const MAX_LOOKS: usize = 64;
 type Seen = Option<(Caller, Option<Job>)>;
 
 /// What is asked for.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Look {
     secret_sha256: Vec<u8>,
     job: JobId,
@@ -62,15 +62,15 @@ impl Store {
         secret: &str,
         id: &JobId,
     ) -> Result<Option<(Caller, Option<Job>)>, StoreError> {
-        let look = Look { secret_sha256: hash(secret), job: id.clone() };
-        let mut seen = self.looks.add(look.clone());
+        let look = || Look { secret_sha256: hash(secret), job: id.clone() };
+        let mut seen = self.looks.add(look());
         loop {
             select! {
                 biased;
                 seen = &mut seen => match seen {
                     Ok(seen) => return Ok(seen),
                     // The statement failed, or whoever had it on its way was dropped.
-                    Err(_) => return Ok(read(&self.pool, &[look]).await?.pop().flatten()),
+                    Err(_) => return Ok(read(&self.pool, &[look()]).await?.pop().flatten()),
                 },
                 _turn = self.looks.turn.lock() => {
                     let (looks, askers) = self.looks.next();

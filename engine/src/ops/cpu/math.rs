@@ -139,10 +139,10 @@ pub(super) fn max(x: &[f32]) -> f32 {
     lanes.into_iter().fold(f32::NEG_INFINITY, greater)
 }
 
-/// Halves the lanes by pairwise addition, as a tree.
+/// Halves the lanes, of which there is a power of two, by pairwise addition, as a tree.
 #[inline(always)]
-fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
+pub(super) fn add_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];

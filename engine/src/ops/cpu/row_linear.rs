@@ -20,6 +20,7 @@ use std::ops::Range;
 
 use super::gemm::{Elements, MatRef, Threads, product};
 use super::isa::{Isa, Level};
+use super::math::add_lanes;
 use super::step::{contiguous, dims, elements, from_values, values};
 use crate::ops::row_linear::{RowUpdate, Rows};
 
@@ -245,7 +246,7 @@ macro_rules! inner_products {
                                 *lane += $widen(w) * x;
                             }
                         }
-                        sum_of(lanes)
+                        add_lanes(lanes)
                     })
                 })
             }
@@ -317,18 +318,6 @@ macro_rules! inner_products {
 inner_products!(inner_products_f32, f32, load_f32, |w: f32| w);
 inner_products!(inner_products_bf16, bf16, load_bf16, |w: bf16| w.to_f32());
 
-/// The sum of an inner product's lanes: halves onto halves.
-fn sum_of(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
 #[cfg(target_arch = "x86_64")]
 use x86::{load_bf16, load_f32, prefetch, sum};
 
@@ -368,7 +357,7 @@ mod x86 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
     }
 
-    /// As [`sum_of`](super::sum_of).
+    /// As [`add_lanes`](super::add_lanes).
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn sum(lanes: __m256) -> f32 {
