@@ -25,6 +25,7 @@ mod protect;
 mod reader;
 mod row;
 mod shown_row;
+mod source;
 mod table;
 mod template;
 #[cfg(test)]
