@@ -92,7 +92,7 @@ fn every_route_is_described_and_nothing_else() {
     let described = described();
     let missing: Vec<_> = routes.difference(&described).collect();
     let invented: Vec<_> = described.difference(&routes).collect();
-    assert!(missing.is_empty(), "describe in routes/openapi/operations.rs: {missing:?}");
+    assert!(missing.is_empty(), "describe in routes/openapi/operations: {missing:?}");
     assert!(invented.is_empty(), "no route answers: {invented:?}");
 }
 
