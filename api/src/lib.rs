@@ -15,6 +15,7 @@ mod fields;
 mod file_reports;
 mod form;
 mod gguf;
+mod head;
 mod job_request;
 mod limits;
 mod live;

@@ -2,6 +2,7 @@
 //! whatever went wrong, a panic included.
 
 use crate::failure::{self, Failure, invalid_value};
+use crate::head;
 use crate::limits::Standing;
 use crate::server::AppState;
 use crate::telemetry::Telemetry;
@@ -25,7 +26,7 @@ const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The middleware; the outermost one.
 pub(crate) async fn observe<B: MessageBody + 'static>(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let id = format!("req_{}", random_text(&mut rand::rng(), 24));
@@ -41,6 +42,9 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
     };
     if let Err(refused) = storable(request.uri()) {
         return Err(line.into_error(refused.into()));
+    }
+    if line.method == Method::HEAD {
+        head::ask_as_get(&mut request);
     }
     // A handler owns nothing that outlives it but what the store guards by transactions.
     let replied = AssertUnwindSafe(next.call(request)).catch_unwind().instrument(line.span.clone());
@@ -146,7 +150,9 @@ fn finish<B: MessageBody + 'static>(
             reply.headers_mut().insert(name, value);
         }
     }
-    ServiceResponse::new(request, with_error_body(reply.map_into_boxed_body()))
+    let reply = with_error_body(reply.map_into_boxed_body());
+    let is_head = line.method == Method::HEAD;
+    ServiceResponse::new(request, if is_head { head::without_content(reply) } else { reply })
 }
 
 /// Errors that actix-web makes itself come as plain text or empty: they get the common shape.

@@ -285,9 +285,9 @@ mod tests {
         let api = TestApi::start().await;
         let reply = Reply::of(api.request(Method::PUT, "/v1/files")).await;
         assert_eq!(reply.error(405)["message"], "Not allowed to PUT on /v1/files.");
-        assert_eq!(reply.header("allow"), Some("GET, POST"));
+        assert_eq!(reply.header("allow"), Some("GET, HEAD, POST"));
         let reply = Reply::of(api.request(Method::PUT, "/v1/models/a/b")).await;
-        assert_eq!(reply.header("allow"), Some("GET, DELETE"));
+        assert_eq!(reply.header("allow"), Some("GET, HEAD, DELETE"));
         let reply = Reply::of(api.request(Method::GET, "/v1/fine_tuning/jobs/preview")).await;
         assert_eq!(reply.header("allow"), Some("POST"));
     }

@@ -38,11 +38,15 @@ pub(super) async fn document() -> HttpResponse {
     HttpResponse::Ok().insert_header((CONTENT_TYPE, "application/yaml")).body(yaml())
 }
 
-/// The methods of a route's path, as an `Allow` header names them.
+/// The methods of a route's path, as an `Allow` header names them. Where GET is, HEAD is too.
 pub(super) fn methods_of(pattern: &str) -> String {
     let methods = DOCUMENT["paths"][pattern.replace(":.+}", "}")].as_object();
     let methods = methods.into_iter().flat_map(|methods| methods.keys());
-    methods.map(|method| method.to_uppercase()).collect::<Vec<_>>().join(", ")
+    let names = methods.map(|method| match method.as_str() {
+        "get" => "GET, HEAD".to_owned(),
+        method => method.to_uppercase(),
+    });
+    names.collect::<Vec<_>>().join(", ")
 }
 
 /// The words of a closed list, for the `enum` of a field.
@@ -70,8 +74,8 @@ fn make() -> Value {
             "title": "tunesmith",
             "version": env!("CARGO_PKG_VERSION"),
             "description": "Fine-tuning behind OpenAI's contract: the paths, fields and errors that \
-                            OpenAI's SDKs know, and a few more. Every reply has an \
-                            `x-request-id`; what a request has that nothing reads is named in \
+                            OpenAI's SDKs know, and a few more. What answers GET answers HEAD \
+                            alike, without the content. Every reply has an `x-request-id`; what a request has that nothing reads is named in \
                             `x-tunesmith-warning`.",
             "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" },
         },

@@ -303,6 +303,30 @@ async fn every_operation_answers_its_example_as_it_is_described() {
 }
 
 #[tokio::test]
+async fn every_path_that_has_get_answers_head_alike_and_without_content() {
+    let world = World::new().await;
+    // What is another each time.
+    let kept = |path: &str, reply: &Reply| {
+        let mut headers = reply.headers.clone();
+        for name in ["date", "x-request-id"] {
+            headers.remove(name);
+        }
+        if path == "/metrics" {
+            headers.remove("content-length");
+        }
+        headers
+    };
+    for (path, methods) in DOCUMENT["paths"].as_object().expect("paths") {
+        let Some(operation) = methods.get("get") else { continue };
+        let asked = world.send("get", path, operation).await;
+        let told_of = world.send("head", path, operation).await;
+        assert_eq!(told_of.status, asked.status, "{path}");
+        assert_eq!(kept(path, &told_of), kept(path, &asked), "{path}");
+        assert!(told_of.body.is_empty() && !asked.body.is_empty(), "{path}");
+    }
+}
+
+#[tokio::test]
 async fn refusals_are_as_they_are_described() {
     let api = TestApi::start().await;
     let anybody = api.client_with(None);
