@@ -234,11 +234,13 @@ class Service:
     def messages(self, job_id):
         return [event.message for event in self.events(job_id)]
 
-    def weights(self, model, directory, weights_format="adapter", storage=None, check=None):
+    def weights(self, model, directory, weights_format="adapter", storage=None, check=None, dtype=None, max_shard_size=None):
         """Downloads and unpacks a model's weights; gives the directory."""
         path = f"/models/{urllib.request.quote(model, safe='')}/weights?format={weights_format}"
         path += f"&type={storage}" if storage else ""
         path += f"&check={check}" if check else ""
+        path += f"&dtype={dtype}" if dtype else ""
+        path += f"&max_shard_size={max_shard_size}" if max_shard_size else ""
 
         def reply():
             status, _, body = self.request("GET", path)
@@ -331,12 +333,13 @@ class PostgreSQL:
 class Parts:
     """Migrated database, `tunesmith api`, and any number of `tunesmith worker`."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, **environment):
         self.directory = Path(directory)
         self.database = PostgreSQL()
         self.environment = {
             "DATABASE_URL": self.database.url,
             "OBJECT_STORE_URL": f"file://{self.directory / 'objects'}",
+            **environment,
         }
         (self.directory / "objects").mkdir()
         self.workers = []

@@ -13,7 +13,7 @@ from peft import PeftModel
 from rows import sums
 from safetensors.torch import load_file
 from test_peft import base_model, our_logits, their_logits, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SETTINGS = {"n_epochs": 3, "batch_size": 4, "learning_rate": 1e-2}
 
@@ -62,6 +62,63 @@ def test_an_export_s_manifest_has_its_error_which_others_find_too(service, tiny_
     if storage:
         # Another text, so another error, but of the same size.
         assert check[measure] / 3 < errors[measure] < check[measure] * 3, (errors, check)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bytes_each", "max_shard_size"),
+    [("f32", 4, None), ("f16", 2, "100KB"), ("bf16", 2, None), (None, 4, "1MB")],
+)
+def test_a_merged_model_of_any_type_and_in_several_files_opens_in_transformers_and_says_what_is_served(
+    service, client, tiny_dir, tmp_path, tuned, dtype, bytes_each, max_shard_size
+):
+    model, served_dir = tuned
+    directory = service.weights(
+        model, tmp_path / "export", weights_format="merged", dtype=dtype, max_shard_size=max_shard_size
+    )
+    config = json.loads((directory / "config.json").read_text())
+    torch_name = {"f16": "float16", "bf16": "bfloat16"}.get(dtype, "float32")
+    assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {torch_name}
+    # As a stranger opens it: config.json says which type the numbers have.
+    opened, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert opened.dtype == getattr(torch, torch_name)
+    assert not any(loading.values()), loading
+
+    files = sorted(directory.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {opened.dtype}
+    # The head is the embedding, which lies there once.
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight and "lm_head.weight" not in tensors
+    size = sum(tensor.numel() for tensor in tensors.values()) * bytes_each
+    if max_shard_size:
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == size
+        assert set(index["weight_map"]) == set(tensors) and len(files) > 1
+        assert {file.name for file in files} == set(index["weight_map"].values())
+    else:
+        assert [file.name for file in files] == ["model.safetensors"]
+
+    check = check_of(directory)
+    assert check["checked"] and check["numbers"] == (dtype or "f32"), check
+    [(measure, bound)] = check["bound"].items()
+    assert measure == ("max_abs_error" if bytes_each == 4 else "relative_error")
+    ids = token_ids(tiny_dir, sums(1, start=77)[0])
+    served = our_logits(tiny_dir, served_dir, ids)
+    # What the weights have lost, and not what arithmetic in half precision would lose beside it.
+    found = their_logits(base_model(directory), ids)
+    errors = {"max_abs_error": np.abs(found - served).max(), "relative_error": relative_error(found, served)}
+    assert errors[measure] <= bound, (errors, check)
+    if bytes_each == 2:
+        assert check[measure] / 3 < errors[measure] < check[measure] * 3, (errors, check)
+
+    if dtype == "f32":
+        question = sums(1, start=77)[0]["messages"][:-1]
+        answer = client.chat.completions.create(model=model, messages=question, max_tokens=8, temperature=0)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        prompt = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        reply = opened.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(reply, skip_special_tokens=True) == answer.choices[0].message.content
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 //! A tuned model as a GGUF file that is made while it is sent: an adapter is merged, and what comes
 //! out is changed and encoded a few rows at a time.
 
+use crate::adapter_file::{Adapter, Factors};
 use crate::archive::Entry;
 use crate::failure::Failure;
-use crate::merged::{Adapter, TensorFile, has_tensor};
 use crate::stored::{entry, manifest};
 use crate::streaming::{Content, ContentError};
+use crate::tensor_file::{TensorFile, has_tensor};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use std::ops::Range;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::gguf::{ModelFiles, Plan, PlannedTensor, Source, StorageType};
 use tunesmith_core::hyperparameters::AdapterType;
-use tunesmith_core::weights::{LoraFactors, LoraPair, Manifest, merge_lora_rows};
+use tunesmith_core::weights::{LoraPair, Manifest, merge_lora_rows};
 use tunesmith_store::Store;
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectPrefix, Objects};
@@ -143,13 +144,6 @@ struct Export {
     adapter: Option<Adapter>,
 }
 
-/// The matrices of one adapted projection.
-struct Factors {
-    a: Vec<f32>,
-    b: Vec<f32>,
-    magnitude: Option<Vec<f32>>,
-}
-
 fn tensor_content(export: Arc<Export>, index: usize) -> Content {
     let planned = &export.planned[index];
     let padding = piece(vec![0; planned.padding()]);
@@ -179,12 +173,7 @@ impl Export {
     /// The adapter of a tensor, where it has one.
     async fn factors(&self, index: usize) -> Result<Option<Factors>, ContentError> {
         let Some((adapter, pair)) = self.pair(index) else { return Ok(None) };
-        let magnitude = match &pair.magnitude {
-            Some(magnitude) => Some(adapter.file.numbers_of(magnitude).await?),
-            None => None,
-        };
-        let a = adapter.file.numbers_of(&pair.a).await?;
-        Ok(Some(Factors { a, b: adapter.file.numbers_of(&pair.b).await?, magnitude }))
+        adapter.factors(pair).await.map(Some)
     }
 
     /// Some rows as the file has them.
@@ -204,16 +193,8 @@ impl Export {
         };
         let encode = move || {
             let planned = &self.planned[index];
-            if let (Some(factors), Some((adapter, _))) = (&*factors, self.pair(index)) {
-                let rank = adapter.rank;
-                let factors = LoraFactors {
-                    a: &factors.a,
-                    b: &factors.b[rows.start * rank..rows.end * rank],
-                    rank,
-                    scale: adapter.scale,
-                    magnitude: factors.magnitude.as_ref().map(|all| &all[rows]),
-                };
-                merge_lora_rows(&mut values, planned.columns(), &factors)
+            if let Some(factors) = &*factors {
+                merge_lora_rows(&mut values, planned.columns(), &factors.of_rows(rows))
                     .map_err(|error| failed(&planned.name, &error))?;
             }
             planned.encode(values).map_err(|error| failed(&planned.name, &error))

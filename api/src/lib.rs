@@ -3,6 +3,7 @@
 //! OpenAI's fine-tuning contract over actix-web, the page of a job, and the task that validates
 //! uploaded files. [`ApiServer`] is all of it on one address.
 
+mod adapter_file;
 mod archive;
 mod auth;
 mod background;
@@ -32,6 +33,7 @@ mod serving;
 mod stored;
 mod streaming;
 mod telemetry;
+mod tensor_file;
 #[cfg(test)]
 mod testing;
 mod tokenizers;

@@ -1,391 +1,391 @@
-//! A base model with a LoRA adapter merged into it, as a Hugging Face directory that is made
-//! while it is sent.
+//! A whole model as a Hugging Face directory that is made while it is sent: an adapter is merged into
+//! its weights, their numbers are given another type, and they are cut into files of a bounded size.
 //!
-//! A merged file has the header, the tensors' places and the size of the base model's file, so
-//! everything but the adapted tensors is copied byte by byte, and one tensor at a time is in
-//! memory.
+//! Tensors that stay as they are stored are copied byte by byte. Of the others a few rows at a time
+//! are in memory, and the matrices of one adapted weight.
 
+use crate::adapter_file::{Adapter, Factors};
 use crate::archive::Entry;
 use crate::failure::Failure;
 use crate::stored::{entry, manifest};
 use crate::streaming::{Content, ContentError};
+use crate::tensor_file::{TensorFile, float_type, has_tensor};
 use bytes::Bytes;
-use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use safetensors::tensor::{Metadata, TensorInfo};
-use std::collections::{BTreeMap, HashMap};
+use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
+use safetensors::tensor::TensorInfo;
+use serde_json::Value;
 use std::ops::Range;
 use std::sync::Arc;
-use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::export_check::MergedForm;
+use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::weights::{
-    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, LoraFactors, LoraPair, Manifest,
-    PeftConfig, PeftError, merge_lora, pair_lora_tensors,
+    FloatType, INDEX_NAME, LoraPair, Manifest, Shard, Shards, TensorLayout, merge_lora_rows,
+    set_dtype,
 };
 use tunesmith_store::models::Model;
-use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
+use tunesmith_store::objects::{ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
 
 const SAFETENSORS: &str = ".safetensors";
 const README: &str = "README.md";
-/// Bytes of the header's length, at the start of a safetensors file.
-const LENGTH_BYTES: u64 = 8;
-/// safetensors' own limit.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+const CONFIG: &str = "config.json";
+/// Bytes of a stored tensor that are computed at a time, where a row is no longer.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// The files of the merged model.
 ///
 /// # Errors
 /// An adapter that does not fit the base model, or files that cannot be read: all of it before
 /// the first byte is sent.
-pub(crate) async fn entries(store: &Store, model: &Model) -> Result<Vec<Entry>, Failure> {
+pub(crate) async fn entries(
+    store: &Store,
+    model: &Model,
+    form: MergedForm,
+) -> Result<Vec<Entry>, Failure> {
     let objects = store.objects();
-    let base = store.base_model_by_id(&model.base_model_id).await?;
-    let base_files = ObjectPrefix::BaseModel(base.id.clone());
-    let weights = model.weights();
-
-    let mut files = Vec::new();
-    for file in &base.manifest.files {
-        let tensors = if file.name.ends_with(SAFETENSORS) {
-            Some(TensorFile::open(objects, base_files.file(file.name.as_str()), file.bytes).await?)
-        } else {
-            None
-        };
-        files.push((file, tensors));
-    }
-    let adapter = Arc::new(
-        Adapter::open(objects, &weights, |name| {
-            files
-                .iter()
-                .any(|(_, tensors)| tensors.as_ref().is_some_and(|t| t.tensors.contains_key(name)))
-        })
-        .await?,
+    let Opened { directory, files, merged } = Opened::open(store, model, form).await?;
+    let config = match files.file(CONFIG) {
+        Some(_) => config(objects, &directory, merged.dtype()).await?,
+        None => None,
+    };
+    let layouts: Vec<TensorLayout> = merged.tensors.iter().map(Tensor::layout).collect();
+    let shards = Shards::cut(&layouts, form.max_shard_size);
+    let merged = Arc::new(merged);
+    let mut weights = Some(
+        shards
+            .files
+            .into_iter()
+            .map(|shard| shard_entry(shard, Arc::clone(&merged)))
+            .chain(shards.index.map(|index| made(INDEX_NAME, index.into())))
+            .collect::<Vec<Entry>>(),
     );
 
     let mut entries = Vec::new();
-    for (file, tensors) in files {
-        entries.push(match tensors {
-            Some(tensors) => merged_file(file.name.clone(), tensors, Arc::clone(&adapter))?,
+    for file in files.files {
+        if file.name.ends_with(SAFETENSORS) {
+            entries.extend(weights.take().into_iter().flatten());
+            continue;
+        }
+        match file.name.as_str() {
+            INDEX_NAME => {}
             // The base model's own would claim that this is the base model.
-            None if file.name == README => continue,
-            None => {
-                let sha256 = Some(file.sha256.clone());
-                entry(objects, &base_files, file.name.clone(), file.bytes, sha256)
+            README if model.adapter.kind == AdapterType::Lora => {}
+            CONFIG if config.is_some() => {
+                entries.extend(config.iter().map(|config| made(CONFIG, config.clone())));
             }
-        });
+            _ => {
+                let sha256 = Some(file.sha256);
+                entries.push(entry(objects, &directory, file.name, file.bytes, sha256));
+            }
+        }
     }
-    // The adapter's README has the facts of the job.
-    let facts = manifest(objects, &weights).await?.files.into_iter().find(|f| f.name == README);
-    entries.extend(
-        facts.map(|file| entry(objects, &weights, file.name, file.bytes, Some(file.sha256))),
-    );
+    if model.adapter.kind == AdapterType::Lora {
+        // The adapter's README has the facts of the job.
+        let weights = model.weights();
+        let facts = manifest(objects, &weights).await?.files.into_iter().find(|f| f.name == README);
+        entries.extend(
+            facts.map(|file| entry(objects, &weights, file.name, file.bytes, Some(file.sha256))),
+        );
+    }
     Ok(entries)
 }
 
-/// Why stored weights cannot be used.
-#[derive(Debug)]
-pub(crate) enum Unusable {
-    /// They are not what they should be: a fault of ours, unless they are a client's.
-    Broken(String),
-    /// They cannot be read.
-    Unread(Failure),
-}
-
-impl From<StoreError> for Unusable {
-    fn from(error: StoreError) -> Self {
-        Self::Unread(error.into())
-    }
-}
-
-impl From<Failure> for Unusable {
-    fn from(failure: Failure) -> Self {
-        Self::Unread(failure)
-    }
-}
-
-impl From<PeftError> for Unusable {
-    fn from(error: PeftError) -> Self {
-        Self::Broken(error.to_string())
-    }
-}
-
-impl From<Unusable> for Failure {
-    fn from(unusable: Unusable) -> Self {
-        match unusable {
-            Unusable::Broken(reason) => Self::internal(reason),
-            Unusable::Unread(failure) => failure,
-        }
-    }
-}
-
-/// A safetensors file whose header is read.
-pub(crate) struct TensorFile {
-    objects: Objects,
-    key: ObjectKey,
-    bytes: u64,
-    /// Where the tensors' data begins.
-    data: u64,
-    /// The tensors by name.
-    pub(crate) tensors: HashMap<String, TensorInfo>,
-}
-
-/// Whether one of `files` has the tensor `name`.
-pub(crate) fn has_tensor(files: &[TensorFile], name: &str) -> bool {
-    files.iter().any(|file| file.tensors.contains_key(name))
-}
-
-impl TensorFile {
-    /// Those of a set of objects.
-    pub(crate) async fn all(
-        objects: &Objects,
-        directory: &ObjectPrefix,
-        manifest: &Manifest,
-    ) -> Result<Vec<Self>, Unusable> {
-        let mut files = Vec::new();
-        for file in manifest.files.iter().filter(|file| file.name.ends_with(SAFETENSORS)) {
-            files.push(Self::open(objects, directory.file(&*file.name), file.bytes).await?);
-        }
-        Ok(files)
-    }
-
-    pub(crate) async fn open(
-        objects: &Objects,
-        key: ObjectKey,
-        bytes: u64,
-    ) -> Result<Self, Unusable> {
-        let wrong = |reason: String| Unusable::Broken(format!("{key}: {reason}"));
-        let length = read(objects, &key, 0..LENGTH_BYTES.min(bytes)).await?;
-        let length = <[u8; LENGTH_BYTES as usize]>::try_from(length.as_ref())
-            .map(u64::from_le_bytes)
-            .map_err(|_| wrong("it is too short for a safetensors file".to_owned()))?;
-        let data = LENGTH_BYTES + length.min(MAX_HEADER_BYTES);
-        if data > bytes {
-            return Err(wrong(format!("its header of {length} bytes passes its end")));
-        }
-        // Not `SafeTensors::read_metadata`, which wants the tensors' bytes behind the header.
-        let header = read(objects, &key, LENGTH_BYTES..data).await?;
-        let metadata: Metadata =
-            serde_json::from_slice(&header).map_err(|error| wrong(error.to_string()))?;
-        let tensors = metadata.tensors().into_iter().map(|(k, v)| (k, v.clone())).collect();
-        Ok(Self { objects: objects.clone(), key, bytes, data, tensors })
-    }
-
-    /// Where a tensor's bytes lie in the file.
-    fn place(&self, tensor: &TensorInfo) -> Range<u64> {
-        let (start, end) = tensor.data_offsets;
-        self.data + start as u64..self.data + end as u64
-    }
-
-    async fn bytes_of(&self, tensor: &TensorInfo) -> Result<Bytes, ContentError> {
-        read(&self.objects, &self.key, self.place(tensor)).await.map_err(ContentError::from)
-    }
-
-    pub(crate) async fn numbers_of(&self, name: &str) -> Result<Vec<f32>, ContentError> {
-        let (tensor, float) = self.floats(name)?;
-        Ok(float.decode(&self.bytes_of(tensor).await?))
-    }
-
-    /// The numbers of some rows; those of a vector are its values.
-    pub(crate) async fn rows_of(
-        &self,
-        name: &str,
-        rows: Range<usize>,
-    ) -> Result<Vec<f32>, ContentError> {
-        let (tensor, float) = self.floats(name)?;
-        let row = (tensor.shape.iter().skip(1).product::<usize>() * float.size()) as u64;
-        let start = self.place(tensor).start;
-        let place = start + rows.start as u64 * row..start + rows.end as u64 * row;
-        Ok(float.decode(&read(&self.objects, &self.key, place).await?))
-    }
-
-    fn floats(&self, name: &str) -> Result<(&TensorInfo, FloatType), ContentError> {
-        let wrong =
-            |reason: &str| ContentError::Merge { name: name.to_owned(), reason: reason.to_owned() };
-        let tensor = self.tensors.get(name).ok_or_else(|| wrong("it is not in its file"))?;
-        let float = float_type(tensor).ok_or_else(|| wrong("it does not hold floats"))?;
-        Ok((tensor, float))
-    }
-}
-
-/// A LoRA adapter and which weight each pair of its matrices adapts.
-pub(crate) struct Adapter {
-    pub(crate) file: TensorFile,
-    /// By the name of the weight that is adapted.
-    pub(crate) pairs: BTreeMap<String, LoraPair>,
-    pub(crate) rank: usize,
-    pub(crate) scale: f32,
-}
-
-impl Adapter {
-    pub(crate) async fn open(
-        objects: &Objects,
-        weights: &ObjectPrefix,
-        base_has: impl Fn(&str) -> bool,
-    ) -> Result<Self, Unusable> {
-        let config = PeftConfig::parse(&objects.read(&weights.file(ADAPTER_CONFIG_NAME)).await?)?;
-        let manifest = manifest(objects, weights).await?;
-        let bytes = manifest.file(ADAPTER_WEIGHTS_NAME).map(|file| file.bytes);
-        let bytes =
-            bytes.ok_or_else(|| Unusable::Broken("the adapter has no weights".to_owned()))?;
-        let file = TensorFile::open(objects, weights.file(ADAPTER_WEIGHTS_NAME), bytes).await?;
-        Ok(Self::new(&config.adapter, file, base_has)?)
-    }
-
-    /// The adapter of this shape whose tensors are in `file`.
-    pub(crate) fn new(
-        config: &AdapterConfig,
-        file: TensorFile,
-        base_has: impl Fn(&str) -> bool,
-    ) -> Result<Self, PeftError> {
-        let names = file.tensors.keys().map(String::as_str);
-        let pairs = pair_lora_tensors(names, base_has, config.use_dora)?;
-        Ok(Self { file, pairs, rank: config.r, scale: config.scale() as f32 })
-    }
-
-    /// Whether the adapter can be merged into the weights in `files`.
-    pub(crate) fn check_fit_of_all(&self, files: &[TensorFile]) -> Result<(), Unusable> {
-        for (name, tensor) in files.iter().flat_map(|file| &file.tensors) {
-            if let Some(pair) = self.pairs.get(name) {
-                self.check_fit(name, tensor, pair)?;
+/// Computes every number that may be beyond half precision, and gives none of them.
+///
+/// # Errors
+/// [`ContentError::Beyond`] for the first that is, and what else can go wrong on the way.
+pub(crate) async fn try_half_precision(
+    store: &Store,
+    model: &Model,
+    form: MergedForm,
+) -> Result<Result<(), ContentError>, Failure> {
+    let merged = Arc::new(Opened::open(store, model, form).await?.merged);
+    for (index, tensor) in merged.tensors.iter().enumerate() {
+        if tensor.written() == Some(FloatType::F16) && !tensor.is_copied() {
+            let mut content = computed(Arc::clone(&merged), index);
+            loop {
+                match content.try_next().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(error) => return Ok(Err(error)),
+                }
             }
         }
-        Ok(())
     }
+    Ok(Ok(()))
+}
 
-    /// Whether `pair` can be merged into `weight`: said before the first byte is sent.
-    fn check_fit(&self, name: &str, weight: &TensorInfo, pair: &LoraPair) -> Result<(), Unusable> {
-        let (Some(_), &[outputs, inputs]) = (float_type(weight), weight.shape.as_slice()) else {
-            return Err(Unusable::Broken(format!(
-                "{name} has the type {:?} and the shape {:?}: no adapter merges into that",
-                weight.dtype, weight.shape
-            )));
+/// Whether a model that is stored whole has a file of weights that is larger than `max_shard_size`.
+pub(crate) fn is_beyond(files: &Manifest, max_shard_size: u64) -> bool {
+    files.files.iter().any(|file| file.name.ends_with(SAFETENSORS) && file.bytes > max_shard_size)
+}
+
+/// What a merged model is made of, and the directory that its other files are in.
+struct Opened {
+    directory: ObjectPrefix,
+    files: Manifest,
+    merged: Merged,
+}
+
+struct Merged {
+    /// The files of the base model, or of one that was trained in full.
+    files: Vec<TensorFile>,
+    adapter: Option<Adapter>,
+    /// In the order of the files, and of their places in these.
+    tensors: Vec<Tensor>,
+}
+
+/// A tensor on its way.
+struct Tensor {
+    name: String,
+    /// The place of its file in the list.
+    file: usize,
+    stored: TensorInfo,
+    /// The types in which its floats are stored and will be written.
+    floats: Option<(FloatType, FloatType)>,
+    /// What adapts it.
+    pair: Option<LoraPair>,
+}
+
+impl Opened {
+    async fn open(store: &Store, model: &Model, form: MergedForm) -> Result<Self, Failure> {
+        let objects = store.objects();
+        let weights = model.weights();
+        let is_adapter = model.adapter.kind == AdapterType::Lora;
+        let (directory, manifest) = if is_adapter {
+            let base = store.base_model_by_id(&model.base_model_id).await?;
+            (ObjectPrefix::BaseModel(base.id), base.manifest)
+        } else {
+            let manifest = manifest(objects, &weights).await?;
+            (weights.clone(), manifest)
         };
-        let parts = [
-            (Some(&pair.a), vec![self.rank, inputs]),
-            (Some(&pair.b), vec![outputs, self.rank]),
-            (pair.magnitude.as_ref(), vec![outputs]),
-        ];
-        for (part, shape) in parts {
-            let Some(matrix) = part else { continue };
-            let Some(found) = self.file.tensors.get(matrix) else { continue };
-            if found.shape != shape || float_type(found).is_none() {
-                return Err(Unusable::Broken(format!(
-                    "{matrix} is {:?} of shape {:?} where {name} and the adapter's rank ask for \
-                     floats of shape {shape:?}",
-                    found.dtype, found.shape
-                )));
+        let files = TensorFile::all(objects, &directory, &manifest).await?;
+        let adapter = if is_adapter {
+            let base_has = |name: &str| has_tensor(&files, name);
+            let adapter = Adapter::open(objects, &weights, base_has).await?;
+            adapter.check_fit_of_all(&files)?;
+            Some(adapter)
+        } else {
+            None
+        };
+        let tensors = tensors(&files, adapter.as_ref(), form.dtype);
+        Ok(Self { directory, files: manifest, merged: Merged { files, adapter, tensors } })
+    }
+}
+
+fn tensors(
+    files: &[TensorFile],
+    adapter: Option<&Adapter>,
+    dtype: Option<FloatType>,
+) -> Vec<Tensor> {
+    let mut all = Vec::new();
+    for (number, file) in files.iter().enumerate() {
+        let mut tensors: Vec<Tensor> = file
+            .tensors
+            .iter()
+            .map(|(name, stored)| Tensor {
+                name: name.clone(),
+                file: number,
+                stored: stored.clone(),
+                floats: float_type(stored).map(|float| (float, dtype.unwrap_or(float))),
+                pair: adapter.and_then(|adapter| adapter.pairs.get(name)).cloned(),
+            })
+            .collect();
+        tensors.sort_by_key(|tensor| tensor.stored.data_offsets);
+        all.extend(tensors);
+    }
+    all
+}
+
+impl Tensor {
+    fn written(&self) -> Option<FloatType> {
+        self.floats.map(|(_, written)| written)
+    }
+
+    /// Whether its bytes stay as they are stored.
+    fn is_copied(&self) -> bool {
+        self.pair.is_none() && self.floats.is_none_or(|(stored, written)| stored == written)
+    }
+
+    fn stored_bytes(&self) -> usize {
+        self.stored.data_offsets.1 - self.stored.data_offsets.0
+    }
+
+    fn layout(&self) -> TensorLayout {
+        let (dtype, bytes) = match self.floats {
+            Some((stored, written)) => {
+                let bytes = self.stored_bytes() / stored.size() * written.size();
+                (written.safetensors_name().to_owned(), bytes)
             }
+            None => (self.stored.dtype.to_string(), self.stored_bytes()),
+        };
+        let (name, shape) = (self.name.clone(), self.stored.shape.clone());
+        TensorLayout { name, dtype, shape, bytes: bytes as u64 }
+    }
+
+    /// Elements that are computed together: a row of an adapted matrix.
+    fn row(&self) -> usize {
+        match (&self.pair, self.stored.shape.as_slice()) {
+            (Some(_), &[_, inputs]) => inputs.max(1),
+            _ => 1,
         }
-        Ok(())
     }
 }
 
-/// A stretch of a merged file.
+impl Merged {
+    /// The type of all floats that are written, where they have one.
+    fn dtype(&self) -> Option<FloatType> {
+        let mut written = self.tensors.iter().filter_map(Tensor::written);
+        let first = written.next()?;
+        written.all(|float| float == first).then_some(first)
+    }
+}
+
+/// The model's `config.json`, where what it says of the numbers' type would not be true.
+async fn config(
+    objects: &Objects,
+    directory: &ObjectPrefix,
+    dtype: Option<FloatType>,
+) -> Result<Option<Bytes>, Failure> {
+    // Numbers of several types have no name there.
+    let Some(dtype) = dtype else { return Ok(None) };
+    let content = objects.read(&directory.file(CONFIG)).await?;
+    let mut config: Value = serde_json::from_slice(&content).map_err(Failure::internal)?;
+    if !set_dtype(&mut config, dtype) {
+        return Ok(None);
+    }
+    let mut text = serde_json::to_vec_pretty(&config).map_err(Failure::internal)?;
+    text.push(b'\n');
+    Ok(Some(text.into()))
+}
+
+/// A file that is in memory.
+fn made(name: &str, content: Bytes) -> Entry {
+    let bytes = content.len() as u64;
+    let open = async move { Ok(stream::once(std::future::ready(Ok(content))).boxed()) };
+    Entry { name: name.to_owned(), bytes, sha256: None, open: Box::pin(open) }
+}
+
+/// A part of a shard.
 enum Stretch {
-    /// As in the base model.
-    Copied(Range<u64>),
-    /// A weight with its adapter added.
-    Merged { name: String, tensor: TensorInfo, pair: LoraPair },
+    /// Bytes of a stored file.
+    Copied { file: usize, range: Range<u64> },
+    /// A tensor, by its place in the list.
+    Computed(usize),
 }
 
-fn merged_file(name: String, base: TensorFile, adapter: Arc<Adapter>) -> Result<Entry, Failure> {
-    let stretches = stretches(&base, &adapter)?;
-    let bytes = base.bytes;
-    let base = Arc::new(base);
+fn shard_entry(shard: Shard, merged: Arc<Merged>) -> Entry {
+    let Shard { name, head, tensors, bytes } = shard;
+    let stretches = stretches(&merged, &tensors);
     let open = async move {
-        let content = stream::iter(stretches)
-            .then(move |stretch| stretch_content(stretch, Arc::clone(&base), Arc::clone(&adapter)))
+        let head = stream::once(std::future::ready(Ok(Bytes::from(head))));
+        let tensors = stream::iter(stretches)
+            .then(move |stretch| stretch_content(stretch, Arc::clone(&merged)))
             .try_flatten();
-        Ok(content.boxed())
+        Ok(head.chain(tensors).boxed())
     };
-    Ok(Entry { name, bytes, sha256: None, open: Box::pin(open) })
+    Entry { name, bytes, sha256: None, open: Box::pin(open) }
 }
 
-fn stretches(base: &TensorFile, adapter: &Adapter) -> Result<Vec<Stretch>, Failure> {
-    let mut adapted: Vec<(&String, &TensorInfo, &LoraPair)> = base
-        .tensors
-        .iter()
-        .filter_map(|(name, tensor)| Some((name, tensor, adapter.pairs.get(name)?)))
-        .collect();
-    adapted.sort_by_key(|(_, tensor, _)| tensor.data_offsets);
-    let mut stretches = Vec::with_capacity(2 * adapted.len() + 1);
-    let mut done = 0;
-    for (name, tensor, pair) in adapted {
-        adapter.check_fit(name, tensor, pair)?;
-        let place = base.place(tensor);
-        stretches.push(Stretch::Copied(done..place.start));
-        stretches.push(Stretch::Merged {
-            name: name.clone(),
-            tensor: tensor.clone(),
-            pair: pair.clone(),
-        });
-        done = place.end;
+/// The tensors of a file; those that are copied from neighbouring places are read at once.
+fn stretches(merged: &Merged, tensors: &[usize]) -> Vec<Stretch> {
+    let mut stretches: Vec<Stretch> = Vec::new();
+    for &index in tensors {
+        let tensor = &merged.tensors[index];
+        if !tensor.is_copied() {
+            stretches.push(Stretch::Computed(index));
+            continue;
+        }
+        let place = merged.files[tensor.file].place(&tensor.stored);
+        match stretches.last_mut() {
+            Some(Stretch::Copied { file, range })
+                if *file == tensor.file && range.end == place.start =>
+            {
+                range.end = place.end;
+            }
+            _ => stretches.push(Stretch::Copied { file: tensor.file, range: place }),
+        }
     }
-    stretches.push(Stretch::Copied(done..base.bytes));
-    Ok(stretches)
+    stretches
 }
 
-async fn stretch_content(
-    stretch: Stretch,
-    base: Arc<TensorFile>,
-    adapter: Arc<Adapter>,
-) -> Result<Content, ContentError> {
+async fn stretch_content(stretch: Stretch, merged: Arc<Merged>) -> Result<Content, ContentError> {
     match stretch {
-        Stretch::Copied(range) if range.is_empty() => Ok(stream::empty().boxed()),
-        Stretch::Copied(range) => {
-            let content = base.objects.get_range(&base.key, range).await?.stream;
+        Stretch::Copied { range, .. } if range.is_empty() => Ok(stream::empty().boxed()),
+        Stretch::Copied { file, range } => {
+            let content = merged.files[file].part(range).await?;
             Ok(content.map_err(ContentError::from).boxed())
         }
-        Stretch::Merged { name, tensor, pair } => {
-            let weight = base.bytes_of(&tensor).await?;
-            let a = adapter.file.numbers_of(&pair.a).await?;
-            let b = adapter.file.numbers_of(&pair.b).await?;
-            let magnitude = match &pair.magnitude {
-                Some(magnitude) => Some(adapter.file.numbers_of(magnitude).await?),
-                None => None,
-            };
-            let merged = tokio::task::spawn_blocking(move || {
-                let factors = LoraFactors {
-                    a: &a,
-                    b: &b,
-                    rank: adapter.rank,
-                    scale: adapter.scale,
-                    magnitude: magnitude.as_deref(),
-                };
-                merge(&name, &tensor, weight, &factors)
-                    .map_err(|reason| ContentError::Merge { name, reason })
-            })
-            .await
-            .map_err(|error| ContentError::Merge {
-                name: base.key.to_string(),
-                reason: error.to_string(),
-            })??;
-            Ok(stream::once(std::future::ready(Ok(merged))).boxed())
-        }
+        Stretch::Computed(index) => Ok(computed(merged, index)),
     }
 }
 
-fn merge(
-    name: &str,
-    tensor: &TensorInfo,
-    weight: Bytes,
-    factors: &LoraFactors<'_>,
-) -> Result<Bytes, String> {
-    let (Some(float), &[outputs, inputs]) = (float_type(tensor), tensor.shape.as_slice()) else {
-        return Err(format!("{name} is no matrix of floats"));
+fn computed(merged: Arc<Merged>, index: usize) -> Content {
+    let opened = async move {
+        let tensor = &merged.tensors[index];
+        let factors = match (&merged.adapter, &tensor.pair) {
+            (Some(adapter), Some(pair)) => Some(Arc::new(adapter.factors(pair).await?)),
+            _ => None,
+        };
+        let file = &merged.files[tensor.file];
+        let stored = if tensor.stored_bytes() == 0 {
+            stream::empty().boxed()
+        } else {
+            file.part(file.place(&tensor.stored)).await?
+        };
+        let rows = Rows { merged, index, factors, stored, buffer: Vec::new(), row: 0 };
+        Ok::<_, ContentError>(stream::try_unfold(rows, Rows::next))
     };
-    let mut weight = Vec::from(weight);
-    merge_lora(&mut weight, float, [outputs, inputs], factors).map_err(|e| e.to_string())?;
-    Ok(weight.into())
+    stream::once(opened).try_flatten().boxed()
 }
 
-fn float_type(tensor: &TensorInfo) -> Option<FloatType> {
-    FloatType::parse(&tensor.dtype.to_string())
+/// A tensor that is computed a few rows at a time.
+struct Rows {
+    merged: Arc<Merged>,
+    index: usize,
+    factors: Option<Arc<Factors>>,
+    stored: BoxStream<'static, Result<Bytes, StoreError>>,
+    /// Bytes that have come and are not computed as yet.
+    buffer: Vec<u8>,
+    /// The first row in the buffer.
+    row: usize,
 }
 
-async fn read(objects: &Objects, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, StoreError> {
-    let mut content = Vec::with_capacity((range.end - range.start) as usize);
-    let mut stream = objects.get_range(key, range).await?.stream;
-    while let Some(piece) = stream.try_next().await? {
-        content.extend_from_slice(&piece);
+impl Rows {
+    async fn next(mut self) -> Result<Option<(Bytes, Self)>, ContentError> {
+        let tensor = &self.merged.tensors[self.index];
+        let failed = |reason: String| ContentError::Merge { name: tensor.name.clone(), reason };
+        let (stored, written) =
+            tensor.floats.ok_or_else(|| failed("it does not hold floats".to_owned()))?;
+        let columns = tensor.row();
+        let row_bytes = columns * stored.size();
+        while self.buffer.len() < PIECE_BYTES.max(row_bytes) {
+            let Some(piece) = self.stored.try_next().await? else { break };
+            self.buffer.extend_from_slice(&piece);
+        }
+        let rows = self.buffer.len() / row_bytes;
+        if rows == 0 {
+            return match self.buffer.len() {
+                0 => Ok(None),
+                rest => Err(failed(format!("it ends with {rest} bytes of a row of {row_bytes}"))),
+            };
+        }
+        let rest = self.buffer.split_off(rows * row_bytes);
+        let bytes = std::mem::replace(&mut self.buffer, rest);
+        let range = self.row..self.row + rows;
+        self.row = range.end;
+        let (factors, name) = (self.factors.clone(), tensor.name.clone());
+        let compute = move || {
+            let mut values = stored.decode(&bytes);
+            if let Some(factors) = factors {
+                merge_lora_rows(&mut values, columns, &factors.of_rows(range)).map_err(
+                    |error| ContentError::Merge { name: name.clone(), reason: error.to_string() },
+                )?;
+            }
+            written.encode(&values).map_err(|beyond| ContentError::Beyond { name, beyond })
+        };
+        let computed = tokio::task::spawn_blocking(compute).await;
+        let computed = computed.map_err(|error| failed(error.to_string()))??;
+        Ok(Some((computed.into(), self)))
     }
-    Ok(content.into())
 }

@@ -4,6 +4,7 @@ use actix_web::body::{BodySize, MessageBody, SizedStream};
 use bytes::Bytes;
 use futures::TryStreamExt as _;
 use futures::stream::BoxStream;
+use tunesmith_core::weights::BeyondType;
 use tunesmith_store::StoreError;
 
 /// Content in pieces.
@@ -20,6 +21,8 @@ pub(crate) enum ContentError {
     Hash { name: String, expected: String, found: String },
     #[error("{name} cannot be merged: {reason}")]
     Merge { name: String, reason: String },
+    #[error("{name} cannot be stored as asked for: {beyond}")]
+    Beyond { name: String, beyond: BeyondType },
 }
 
 /// A reply's body of exactly `bytes` bytes. `what` names it in the log if it breaks off: by then

@@ -8,7 +8,7 @@
 use crate::gguf::StorageType;
 use crate::ids::BaseModelId;
 use crate::serving::TunedWeights;
-use crate::weights::{FloatType, ManifestFile};
+use crate::weights::{FloatType, MAX_SHARD_SIZE, ManifestFile};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -23,10 +23,41 @@ pub const CHECK_PATH: &str = "/v1/check";
 pub enum ExportForm {
     /// A PEFT directory, for the base model.
     Adapter,
-    /// A Hugging Face directory of the whole model.
+    /// A Hugging Face directory of a model that was trained in full, as it is stored.
     Model,
+    /// The same of a model whose files are made for the export: an adapter is merged, or numbers
+    /// are of another type or in files of another size than what is stored.
+    Merged(MergedForm),
     /// A GGUF file of the whole model.
     Gguf(StorageType),
+}
+
+/// What is asked of a model whose files are made for the export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MergedForm {
+    /// The type of all numbers; each tensor has that of the weights that it is made from without it.
+    pub dtype: Option<FloatType>,
+    /// Bytes of tensors in a file, at most.
+    pub max_shard_size: u64,
+}
+
+impl Default for MergedForm {
+    fn default() -> Self {
+        Self { dtype: None, max_shard_size: MAX_SHARD_SIZE }
+    }
+}
+
+impl fmt::Display for MergedForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("merged")?;
+        if let Some(dtype) = self.dtype {
+            write!(f, " {dtype}")?;
+        }
+        if self.max_shard_size != MAX_SHARD_SIZE {
+            write!(f, " in files of {} bytes", self.max_shard_size)?;
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for ExportForm {
@@ -34,6 +65,7 @@ impl fmt::Display for ExportForm {
         match self {
             Self::Adapter => f.write_str("adapter"),
             Self::Model => f.write_str("model"),
+            Self::Merged(form) => form.fmt(f),
             Self::Gguf(storage) => write!(f, "gguf {}", storage.name()),
         }
     }
@@ -126,12 +158,13 @@ impl Bound {
         match (form, numbers) {
             (ExportForm::Gguf(StorageType::Q4_K_M), _) => relative(0.5),
             (ExportForm::Gguf(StorageType::Q8_0), _) => relative(0.1),
-            (ExportForm::Model, Some(FloatType::Bf16)) => relative(0.05),
-            (ExportForm::Model, Some(FloatType::F16)) | (ExportForm::Gguf(StorageType::F16), _) => {
-                relative(0.01)
-            }
+            // Each weight is rounded to 8 bits, and to 11 where it is f16: up to 1 part in 256 and
+            // in 2048.
+            (ExportForm::Model | ExportForm::Merged(_), Some(FloatType::Bf16)) => relative(0.05),
+            (ExportForm::Model | ExportForm::Merged(_), Some(FloatType::F16))
+            | (ExportForm::Gguf(StorageType::F16), _) => relative(0.01),
             // What an adapter has is added to the same numbers whatever it is stored as.
-            (ExportForm::Adapter | ExportForm::Model, _) => {
+            (ExportForm::Adapter | ExportForm::Model | ExportForm::Merged(_), _) => {
                 Self { max_abs_error: Some(1e-3), relative_error: None }
             }
         }
@@ -237,6 +270,17 @@ mod tests {
         let [f16, q8_0, q4_k_m] = StorageType::ALL.map(gguf);
         let bf16 = relative(ExportForm::Model, Some(FloatType::Bf16));
         assert!(f16 < bf16 && bf16 < q8_0 && q8_0 < q4_k_m);
+        let merged = ExportForm::Merged(MergedForm::default());
+        assert_eq!(relative(merged, Some(FloatType::Bf16)), bf16);
+        assert_eq!(Bound::of(merged, Some(FloatType::F32)), Bound::of(ExportForm::Adapter, None));
+    }
+
+    #[test]
+    fn each_form_has_a_name_of_its_own() {
+        let merged = |dtype, max_shard_size| MergedForm { dtype, max_shard_size }.to_string();
+        assert_eq!(merged(None, MAX_SHARD_SIZE), "merged");
+        assert_eq!(merged(Some(FloatType::Bf16), MAX_SHARD_SIZE), "merged bf16");
+        assert_eq!(merged(Some(FloatType::F32), 1000), "merged f32 in files of 1000 bytes");
     }
 
     #[test]

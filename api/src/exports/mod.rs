@@ -19,9 +19,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::export_check::{Bound, Comparison, ExportCheck, ExportForm, PassedCheck};
+use tunesmith_core::export_check::{
+    Bound, Comparison, ExportCheck, ExportForm, MergedForm, PassedCheck,
+};
 use tunesmith_core::gguf::StorageType;
-use tunesmith_core::hyperparameters::AdapterType;
+use tunesmith_core::weights::{BeyondType, FloatType};
 use tunesmith_store::Store;
 use tunesmith_store::export_checks::CheckedExport;
 use tunesmith_store::models::Model;
@@ -74,21 +76,18 @@ impl Export {
     /// # Errors
     /// What cannot be had in this form.
     pub(crate) async fn entries(&self, store: &Store) -> Result<Vec<Entry>, Failure> {
-        match (self.form, self.model.adapter.kind) {
-            (ExportForm::Gguf(storage), _) => gguf::entries(store, &self.model, storage).await,
-            (ExportForm::Model, AdapterType::Lora) => merged::entries(store, &self.model).await,
-            (ExportForm::Adapter, _) | (ExportForm::Model, AdapterType::Full) => {
-                stored::entries(store, &self.model).await
-            }
+        match self.form {
+            ExportForm::Gguf(storage) => gguf::entries(store, &self.model, storage).await,
+            ExportForm::Merged(form) => merged::entries(store, &self.model, form).await,
+            ExportForm::Adapter | ExportForm::Model => stored::entries(store, &self.model).await,
         }
     }
 
     /// Whether its files are objects of the store, and not made while they are sent.
     pub(crate) fn is_stored(&self) -> bool {
         match self.form {
-            ExportForm::Adapter => true,
-            ExportForm::Model => self.model.adapter.kind == AdapterType::Full,
-            ExportForm::Gguf(_) => false,
+            ExportForm::Adapter | ExportForm::Model => true,
+            ExportForm::Merged(_) | ExportForm::Gguf(_) => false,
         }
     }
 
@@ -112,11 +111,28 @@ impl Export {
                 "Ask for format=merged, or take this one as it is with check=none. If both are \
                  refused, the model's weights are damaged in the object store: restore them."
             }
-            ExportForm::Adapter | ExportForm::Model => {
+            ExportForm::Merged(MergedForm {
+                dtype: Some(FloatType::F16 | FloatType::Bf16),
+                ..
+            }) => {
+                "Ask for dtype=f32, or take this one as it is with check=none. If both are refused, \
+                 the model's weights are damaged in the object store: restore them."
+            }
+            ExportForm::Adapter | ExportForm::Model | ExportForm::Merged(_) => {
                 "The weights of the model, or of its base model, are probably damaged in the object \
                  store: restore them. With check=none the export comes as it is."
             }
         }
+    }
+
+    /// An export with a number that its type cannot hold.
+    fn beyond(&self, tensor: &str, beyond: BeyondType) -> ApiError {
+        let message = format!(
+            "'{}' cannot be given out in {}: the tensor {tensor} has a number that would become \
+             infinite ({beyond}). Ask for dtype=bf16 or dtype=f32.",
+            self.model.name, beyond.float
+        );
+        ApiError::new(ErrorCode::WeightsNotAvailable, message).with_param("dtype")
     }
 
     fn refused(&self, why: &str) -> ApiError {
@@ -146,6 +162,12 @@ enum Outcome {
 /// A check under way, which does not end when a request that waits for it does.
 type Running = Shared<BoxFuture<'static, Outcome>>;
 
+/// Whether an export fits its type, once it is known.
+type Fitting = Shared<BoxFuture<'static, Result<(), ApiError>>>;
+
+/// Exports that are known to fit, at most.
+const MAX_FITTING: usize = 10_000;
+
 /// What was found out about an export.
 pub(crate) struct Verdict {
     /// For its manifest.
@@ -164,6 +186,8 @@ struct Inner {
     running: Mutex<HashMap<Key, Running>>,
     /// Why a sampler could not check an export, and when.
     not_made: Mutex<HashMap<Key, (Instant, String)>>,
+    /// Exports in half precision that nobody compares: whether each number fits.
+    fitting: Mutex<HashMap<Key, Fitting>>,
 }
 
 impl ExportChecks {
@@ -175,6 +199,7 @@ impl ExportChecks {
             store,
             running: Mutex::default(),
             not_made: Mutex::default(),
+            fitting: Mutex::default(),
         })))
     }
 
@@ -190,6 +215,7 @@ impl ExportChecks {
         wanted: Wanted,
     ) -> Result<Verdict, Failure> {
         if wanted == Wanted::None {
+            self.require_fitting(export).await?;
             let check = ExportCheck::not_made("The download asked for no check.");
             return Ok(Verdict { check, files: None });
         }
@@ -220,7 +246,27 @@ impl ExportChecks {
             let error = ApiError::new(ErrorCode::ExportNotChecked, message).with_param("check");
             return Err(Failure::retry_after(error, COME_BACK));
         }
+        self.require_fitting(export).await?;
         Ok(Verdict { check: ExportCheck::not_made(reason), files: None })
+    }
+
+    /// Refuses an export with a number beyond half precision, which could not be said any more once
+    /// bytes are on their way. Its numbers are all computed for that, once.
+    async fn require_fitting(&self, export: &Export) -> Result<(), Failure> {
+        let ExportForm::Merged(form) = export.form else { return Ok(()) };
+        let fitting = {
+            let mut all = lock(&self.0.fitting);
+            if all.len() >= MAX_FITTING {
+                all.clear();
+            }
+            all.entry(export.key()).or_insert_with(|| self.0.fits(export.clone(), form)).clone()
+        };
+        let fits = tokio::time::timeout(PATIENCE, fitting).await;
+        let fits = fits.map_err(|_| being_checked(export))?;
+        if fits.is_err() {
+            lock(&self.0.fitting).remove(&export.key());
+        }
+        Ok(fits?)
     }
 
     /// The check of an export that runs already, or a new one.
@@ -267,10 +313,26 @@ impl ExportChecks {
 }
 
 impl Inner {
+    /// Begins to compute the numbers of an export in half precision.
+    fn fits(&self, export: Export, form: MergedForm) -> Fitting {
+        let store = self.store.clone();
+        let task = tokio::spawn(async move {
+            match merged::try_half_precision(&store, &export.model, form).await {
+                Ok(Err(ContentError::Beyond { name, beyond })) => Err(export.beyond(&name, beyond)),
+                // What else is wrong the download will find too, and say.
+                Ok(_) | Err(_) => Ok(()),
+            }
+        });
+        task.map(|ended| ended.unwrap_or(Ok(()))).boxed().shared()
+    }
+
     async fn check(&self, export: &Export) -> Outcome {
         let outcome = match self.upstream.compare(export).await {
             upstream::Reply::Compared(comparison, files) => {
                 self.judge(export, comparison, files).await
+            }
+            upstream::Reply::Beyond { name, beyond } => {
+                Outcome::Refused(export.beyond(&name, beyond))
             }
             upstream::Reply::Unfit(reason) => Outcome::Refused(export.refused(&reason)),
             upstream::Reply::NotMade(reason) => {

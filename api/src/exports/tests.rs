@@ -3,7 +3,7 @@ use bytes::Bytes;
 use reqwest::Method;
 use serde_json::{Value, json};
 use std::io::Read as _;
-use tunesmith_core::export_check::{CheckReply, Comparison, ExportForm};
+use tunesmith_core::export_check::{CheckReply, Comparison, ExportForm, MergedForm};
 use tunesmith_core::weights::FloatType;
 use tunesmith_store::objects::ObjectPrefix;
 
@@ -87,7 +87,8 @@ async fn an_export_is_checked_once_and_its_manifest_has_the_error_and_the_bound(
     assert!(second.body == first.body, "the same archive, byte by byte");
     assert_eq!(second.header("etag"), first.header("etag"));
     let [(order, archive)] = &sampler.checks()[..] else { panic!("checked once") };
-    assert_eq!((order.form, order.base_model.as_str().is_empty()), (ExportForm::Model, false));
+    let merged = ExportForm::Merged(MergedForm::default());
+    assert_eq!((order.form, order.base_model.as_str().is_empty()), (merged, false));
     assert!(order.prompts.iter().all(|ids| !ids.is_empty()) && !order.prompts.is_empty());
     let sent = |body: &Bytes| {
         let mut files = Vec::new();

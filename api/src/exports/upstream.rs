@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tunesmith_core::export_check::{CHECK_PATH, CheckOrder, CheckReply, Comparison, ExportCheck};
 use tunesmith_core::serving::TunedWeights;
-use tunesmith_core::weights::ManifestFile;
+use tunesmith_core::weights::{BeyondType, ManifestFile};
 use tunesmith_store::Store;
 use tunesmith_store::samplers::Sampler;
 
@@ -32,6 +32,8 @@ pub(super) enum Reply {
     Compared(Comparison, Vec<ManifestFile>),
     /// The export is not to be given out; the end of a sentence.
     Unfit(String),
+    /// A tensor has a number that the export's type cannot hold.
+    Beyond { name: String, beyond: BeyondType },
     /// It could not be compared; the end of a sentence.
     NotMade(String),
     /// Nobody is there to ask.
@@ -97,7 +99,7 @@ impl Upstream {
         for sampler in &samplers {
             reply = self.ask(sampler, export, &order).await?;
             match &reply {
-                Reply::Compared(..) | Reply::Unfit(_) => break,
+                Reply::Compared(..) | Reply::Unfit(_) | Reply::Beyond { .. } => break,
                 Reply::NotMade(reason) => {
                     tracing::info!(sampler = %sampler.id, reason, "a sampler does not check");
                 }
@@ -125,6 +127,9 @@ impl Upstream {
         let broke = Arc::clone(&broken);
         let content = archive.content.inspect_err(move |error| {
             *lock(&broke) = Some(match error {
+                ContentError::Beyond { name, beyond } => {
+                    Reply::Beyond { name: name.clone(), beyond: *beyond }
+                }
                 ContentError::Store(error) => {
                     tracing::error!(%error, "an export could not be read");
                     Reply::NotMade(FAULT.to_owned())

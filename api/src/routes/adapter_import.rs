@@ -3,14 +3,15 @@
 //! The form's fields come in any order; the weights stream into the object store as they come, and
 //! are checked against the base model's there.
 
+use crate::adapter_file::Adapter;
 use crate::auth::Authenticated;
 use crate::failure::{Failure, invalid_value, missing};
 use crate::form::{Form, announced_bytes, content_of, text_of};
 use crate::job_request::check_suffix;
-use crate::merged::{Adapter, TensorFile, Unusable, has_tensor};
 use crate::routes::job_create::base_model;
 use crate::routes::models::ModelObject;
 use crate::server::AppState;
+use crate::tensor_file::{TensorFile, Unusable, has_tensor};
 use crate::warnings;
 use actix_multipart::Field;
 use actix_web::{HttpRequest, HttpResponse, web};

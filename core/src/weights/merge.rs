@@ -3,66 +3,7 @@
 //!
 //! Works on the bytes of one tensor at a time, so that a model of any size merges as a stream.
 
-use half::{bf16, f16};
-use serde::{Deserialize, Serialize};
-
-/// How a tensor's numbers are stored, by safetensors' names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FloatType {
-    /// 4 bytes.
-    F32,
-    /// 2 bytes, the upper half of an f32.
-    Bf16,
-    /// 2 bytes, IEEE half precision.
-    F16,
-}
-
-impl FloatType {
-    /// The type that a safetensors header names; `None` for one that no adapter merges into.
-    #[must_use]
-    pub fn parse(name: &str) -> Option<Self> {
-        match name {
-            "F32" => Some(Self::F32),
-            "BF16" => Some(Self::Bf16),
-            "F16" => Some(Self::F16),
-            _ => None,
-        }
-    }
-
-    /// Bytes to one number.
-    #[must_use]
-    pub const fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
-        }
-    }
-
-    /// The little-endian numbers in `bytes`, widened; a rest shorter than one number is left out.
-    #[must_use]
-    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        bytes.chunks_exact(self.size()).map(|number| self.read(number)).collect()
-    }
-
-    fn read(self, number: &[u8]) -> f32 {
-        match (self, number) {
-            (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-            (Self::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
-            (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
-            _ => unreachable!("chunks are as long as one number"),
-        }
-    }
-
-    /// Stores `value`, rounded to the nearest number of the type, ties to the even one.
-    fn write(self, value: f32, number: &mut [u8]) {
-        match self {
-            Self::F32 => number.copy_from_slice(&value.to_le_bytes()),
-            Self::Bf16 => number.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
-            Self::F16 => number.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
-        }
-    }
-}
+use super::FloatType;
 
 /// The matrices of one adapted projection, row by row, and the factor on their product.
 #[derive(Debug, Clone, Copy)]
@@ -191,6 +132,7 @@ fn check(part: &'static str, found: usize, rows: usize, columns: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
     use rand::{RngExt as _, SeedableRng as _};
     use rand_chacha::ChaCha8Rng;
 

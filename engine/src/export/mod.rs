@@ -10,12 +10,17 @@ use std::path::Path;
 use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType};
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::metrics::BestStep;
-use tunesmith_core::weights::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig};
+use tunesmith_core::weights::{
+    ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, PeftConfig, set_dtype,
+};
 
 pub use merged::export_merged;
 
 use crate::error::EngineError;
-use crate::model_directory::{README, WEIGHTS, carry_over_all_but_weights, carry_over_tokenizer};
+use crate::model_directory::{
+    CONFIG, README, WEIGHTS, carry_over_all_but_weights, carry_over_tokenizer, read_json,
+    write_json,
+};
 use crate::models::config::ModelConfig;
 use crate::parameter::NamedTensor;
 
@@ -71,8 +76,20 @@ pub fn write_weights(
         AdapterType::Full => {
             safetensors::write(&dir.join(WEIGHTS), tensors)?;
             carry_over_all_but_weights(base_dir, dir)?;
+            say_f32(&dir.join(CONFIG))?;
         }
     }
     let path = dir.join(README);
     fs::write(&path, readme::readme(facts)).map_err(EngineError::io(&path))
+}
+
+/// Has the `config.json` at `path` say that the weights are f32, as they are written.
+fn say_f32(path: &Path) -> Result<(), EngineError> {
+    let mut config = read_json(path)?;
+    if set_dtype(&mut config, FloatType::F32) {
+        // It may be a link to the base model's.
+        fs::remove_file(path).map_err(EngineError::io(path))?;
+        write_json(path, &config)?;
+    }
+    Ok(())
 }

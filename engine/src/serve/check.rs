@@ -58,7 +58,7 @@ fn compare(files: &CheckFiles) -> Result<Comparison, Stopped> {
     let served = served_logits(files)?;
     let model = match files.form {
         ExportForm::Adapter => sample::load(&files.model_dir, Some(&files.export_dir), &cpu()?)?,
-        ExportForm::Model => {
+        ExportForm::Model | ExportForm::Merged(_) => {
             import_source(&files.export_dir, &files.scratch_dir)?;
             sample::load(&files.scratch_dir, None, &cpu()?)?
         }
@@ -74,7 +74,14 @@ fn compare(files: &CheckFiles) -> Result<Comparison, Stopped> {
         comparer.add(served, &export).map_err(Stopped::Unfit)?;
     }
     let numbers = match files.form {
-        ExportForm::Model => narrowest_floats(&files.export_dir)?,
+        ExportForm::Model => narrowest(&float_tensors(&files.export_dir)?),
+        ExportForm::Merged(form) => {
+            let tensors = float_tensors(&files.export_dir)?;
+            if let Some(dtype) = form.dtype {
+                require_type(&tensors, dtype)?;
+            }
+            narrowest(&tensors)
+        }
         ExportForm::Adapter | ExportForm::Gguf(_) => None,
     };
     Ok(comparer.finish(numbers))
@@ -126,19 +133,34 @@ fn gguf_file(dir: &Path) -> Result<PathBuf, EngineError> {
         .ok_or_else(|| EngineError::Model("there is no .gguf file in the export".to_owned()))
 }
 
-/// The narrowest type of a tensor in a Hugging Face directory.
-fn narrowest_floats(dir: &Path) -> Result<Option<FloatType>, EngineError> {
+/// The tensors of a Hugging Face directory that hold floats.
+fn float_tensors(dir: &Path) -> Result<Vec<(String, FloatType)>, EngineError> {
     let mut found = Vec::new();
     for name in weight_files(dir)? {
         let path = dir.join(name);
         let mut file = File::open(&path).map_err(EngineError::io(&path))?;
         let (_, metadata) = read_header(&path, &mut file)?;
-        let types = metadata.tensors().into_values().map(|tensor| tensor.dtype.to_string());
-        found.extend(types.filter_map(|name| FloatType::parse(&name)));
+        found.extend(metadata.tensors().into_iter().filter_map(|(name, tensor)| {
+            Some((name, FloatType::parse(&tensor.dtype.to_string())?))
+        }));
     }
+    Ok(found)
+}
+
+fn narrowest(tensors: &[(String, FloatType)]) -> Option<FloatType> {
     // Of the two short ones, bf16 keeps fewer digits.
-    let order = [FloatType::Bf16, FloatType::F16, FloatType::F32];
-    Ok(order.into_iter().find(|float| found.contains(float)))
+    let mut narrowest_first = FloatType::ALL.into_iter().rev();
+    narrowest_first.find(|float| tensors.iter().any(|(_, found)| found == float))
+}
+
+/// Fails where a tensor has another type than was asked for.
+fn require_type(tensors: &[(String, FloatType)], wanted: FloatType) -> Result<(), Stopped> {
+    match tensors.iter().find(|(_, found)| *found != wanted) {
+        Some((name, found)) => {
+            Err(Stopped::Unfit(format!("{name} is {found} where {wanted} was asked for")))
+        }
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -178,6 +200,17 @@ mod tests {
         let files = files("dora", other, ExportForm::Adapter, scratch.path());
         let CheckReply::Compared(found) = check(&files) else { panic!("another adapter loads") };
         assert!(Bound::of(ExportForm::Adapter, None).passed_by(&found).is_some(), "{found:?}");
+    }
+
+    #[test]
+    fn an_export_of_another_type_than_was_asked_for_is_unfit_and_names_the_tensor() {
+        let tensors = [("a".to_owned(), FloatType::F32), ("b".to_owned(), FloatType::Bf16)];
+        assert_eq!(narrowest(&tensors), Some(FloatType::Bf16));
+        assert!(require_type(&tensors[..1], FloatType::F32).is_ok());
+        let Err(Stopped::Unfit(reason)) = require_type(&tensors, FloatType::F32) else {
+            panic!("it is of two types")
+        };
+        assert_eq!(reason, "b is bf16 where f32 was asked for");
     }
 
     #[test]

@@ -217,6 +217,9 @@ fn full_fine_tuning_exports_a_whole_model_with_its_tied_embedding_once() {
         assert_eq!(tensors[&tensor.name].0, tensor.shape);
         assert_ne!(tensors[&tensor.name].1, tensor.data, "{} did not train", tensor.name);
     }
+    // Whatever the base model's numbers are, these are written in f32, and the base is left alone.
+    assert_eq!(json_file(&dir.join("config.json"))["torch_dtype"], "float32");
+    assert_eq!(json_file(&bench.base().join("config.json"))["torch_dtype"], Value::Null);
     // It opens as a model of its own.
     logits(&load(&dir, &AdapterConfig::full()));
 }

@@ -1,9 +1,12 @@
-use crate::testing::{ADAPTED, BASE, LORA_A, LORA_B, Reply, TestApi, WEIGHT};
+use crate::testing::{ADAPTED, BASE, FakeSampler, LORA_A, LORA_B, Reply, TestApi, WEIGHT};
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::io::Read as _;
+use tunesmith_core::weights::FloatType;
+use tunesmith_store::objects::ObjectPrefix;
 
 /// The files of a reply that must be an archive, after a look at its sums.
 fn files(reply: &Reply) -> BTreeMap<String, Vec<u8>> {
@@ -92,6 +95,131 @@ async fn a_merged_model_has_the_adapter_in_its_weights_and_all_else_of_the_base(
     assert_eq!(numbers(model, "model.norm.weight"), [1.0; 3]);
 }
 
+/// The tensors of a safetensors file: the type and the numbers of each.
+fn tensors(file: &[u8]) -> BTreeMap<String, (Dtype, Vec<f32>)> {
+    let file = SafeTensors::deserialize(file).expect("safetensors");
+    let numbers = |tensor: &TensorView<'_>| {
+        let float = FloatType::parse(&tensor.dtype().to_string()).expect("floats");
+        (tensor.dtype(), float.decode(tensor.data()))
+    };
+    file.tensors().into_iter().map(|(name, tensor)| (name, numbers(&tensor))).collect()
+}
+
+#[tokio::test]
+async fn a_merged_model_comes_in_the_type_that_is_asked_for_and_its_config_says_so() {
+    let api = TestApi::start().await.with_base_model().await;
+    let path = format!("{}/weights?format=merged", tuned(&api, lora()).await);
+    let auto = api.get(&path).await;
+    let exact = tensors(&files(&auto)["model.safetensors"]);
+    for (float, dtype) in
+        [(FloatType::F32, Dtype::F32), (FloatType::F16, Dtype::F16), (FloatType::Bf16, Dtype::BF16)]
+    {
+        let reply = api.get(&format!("{path}&dtype={float}")).await;
+        assert_ne!(reply.header("etag"), auto.header("etag"), "{float}");
+        let files = files(&reply);
+        let found = tensors(&files["model.safetensors"]);
+        assert_eq!(found.len(), exact.len());
+        for (name, (of_type, numbers)) in found {
+            let rounded = float.encode(&exact[&name].1).expect("fits");
+            assert_eq!((of_type, numbers), (dtype, float.decode(&rounded)), "{name}");
+        }
+        let config: Value = serde_json::from_slice(&files["config.json"]).expect("json");
+        assert_eq!(config, json!({"model_type": "llama", "torch_dtype": float.torch_name()}));
+    }
+    assert_eq!(exact[ADAPTED].0, Dtype::F32, "the base model's own");
+    assert_eq!(api.get(&format!("{path}&dtype=auto")).await.body, auto.body);
+}
+
+#[tokio::test]
+async fn a_merged_model_is_cut_into_files_and_the_index_says_where_each_tensor_lies() {
+    let api = TestApi::start().await.with_base_model().await;
+    let path = format!("{}/weights?format=merged", tuned(&api, lora()).await);
+    let whole = tensors(&files(&api.get(&path).await)["model.safetensors"]);
+    // 18, 12 and 6 bytes, of which the last two fit together.
+    let reply = api.get(&format!("{path}&dtype=bf16&max_shard_size=18")).await;
+    let files = files(&reply);
+    let index: Value =
+        serde_json::from_slice(&files["model.safetensors.index.json"]).expect("json");
+    assert_eq!(index["metadata"]["total_size"], 36);
+    let map = index["weight_map"].as_object().expect("a map");
+    assert_eq!(map.len(), whole.len());
+    assert!(!files.contains_key("model.safetensors"));
+    let mut found = BTreeMap::new();
+    for (name, content) in files.iter().filter(|(name, _)| name.ends_with(".safetensors")) {
+        for (tensor, numbers) in tensors(content) {
+            assert_eq!(map[&tensor], **name);
+            assert_eq!(numbers.1, whole[&tensor].1, "small numbers, which bf16 holds");
+            found.insert(tensor, ());
+        }
+    }
+    assert_eq!(found.len(), whole.len());
+    let count = files.keys().filter(|name| name.ends_with("-of-00002.safetensors")).count();
+    assert_eq!(count, 2, "{:?}", files.keys());
+
+    let error = api.get(&format!("{path}&max_shard_size=5TB")).await.error(400);
+    assert_eq!(
+        error["message"],
+        "Invalid value for 'max_shard_size': 5TB. It must be a whole number of bytes, or as in \
+         500MB or 5GB."
+    );
+}
+
+#[tokio::test]
+async fn a_number_beyond_half_precision_is_refused_before_the_first_byte_and_named() {
+    let api = TestApi::start().await.with_base_model().await;
+    let path = tuned(&api, lora()).await;
+    let name = path.strip_prefix("/v1/models/").expect("a name");
+    let model = api.store.model(&api.project, name).await.expect("model");
+    let key = ObjectPrefix::BaseModel(model.base_model_id).file("model.safetensors");
+    let objects = api.store.objects();
+    let weights = objects.read(&key).await.expect("read");
+    let tensor = SafeTensors::deserialize(&weights).expect("safetensors");
+    let norm = tensor.tensor("model.norm.weight").expect("norm").data();
+    let place = norm.as_ptr().addr() - weights.as_ptr().addr();
+    let mut weights = weights.to_vec();
+    weights[place..place + 4].copy_from_slice(&70000f32.to_le_bytes());
+    objects.delete(&key).await.expect("delete");
+    objects.put_bytes(&key, weights.into()).await.expect("put");
+
+    let path = format!("{path}/weights?format=merged");
+    for check in ["auto", "none"] {
+        let error = api.get(&format!("{path}&dtype=f16&check={check}")).await.error(400);
+        assert_eq!(
+            (&error["code"], &error["param"]),
+            (&json!("weights_not_available"), &json!("dtype"))
+        );
+        let message = error["message"].as_str().expect("a message");
+        for part in ["model.norm.weight", "70000 is beyond", "65504", "dtype=bf16 or dtype=f32"] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+    }
+    // A sampler that compares it is sent the numbers, and so it shows there.
+    let _sampler = FakeSampler::start(&api.store).await;
+    let error = api.get(&format!("{path}&dtype=f16")).await.error(400);
+    assert_eq!(error["code"], "weights_not_available");
+    let halves = files(&api.get(&format!("{path}&dtype=bf16&check=none")).await);
+    assert_eq!(tensors(&halves["model.safetensors"])["model.norm.weight"].1[0], 70144.0);
+}
+
+#[tokio::test]
+async fn what_belongs_to_a_merged_model_is_refused_of_other_formats() {
+    let api = TestApi::start().await.with_base_model().await;
+    let path = format!("{}/weights", tuned(&api, lora()).await);
+    for (query, part) in [
+        ("dtype=f16", "unless format=merged is asked for"),
+        ("format=adapter&dtype=auto", "unless format=merged is asked for"),
+        ("format=gguf&dtype=bf16", "said by 'type'"),
+        ("format=gguf&max_shard_size=1GB", "said by 'type'"),
+        ("format=merged&type=f16", "chosen by 'dtype'"),
+        ("format=merged&dtype=float16", "one of auto, f32, f16, bf16"),
+    ] {
+        let error = api.get(&format!("{path}?{query}")).await.error(400);
+        assert_eq!(error["code"], "invalid_value", "{query}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains(part), "{query}: {message}");
+    }
+}
+
 #[tokio::test]
 async fn a_checkpoint_downloads_by_its_name() {
     let api = TestApi::start().await.with_base_model().await;
@@ -114,6 +242,9 @@ async fn a_model_that_was_trained_in_full_comes_whole_in_either_format() {
         assert_eq!(numbers(&files(&reply)["model.safetensors"], ADAPTED), WEIGHT);
         assert_eq!(reply.header("x-tunesmith-warning").is_some(), warns, "{query}");
     }
+    let files = files(&api.get(&format!("{path}/weights?format=merged&dtype=bf16")).await);
+    assert_eq!(tensors(&files["model.safetensors"])[ADAPTED], (Dtype::BF16, WEIGHT.to_vec()));
+    assert_eq!(files["config.json"], b"{\n  \"torch_dtype\": \"bfloat16\"\n}\n");
 }
 
 #[tokio::test]

@@ -45,6 +45,19 @@ enum StorageType {
     Q4_K_M,
 }
 
+/// The type of a merged model's numbers
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    /// That of the base model; f32 of a model that was trained in full
+    Auto,
+    /// 4 bytes a number
+    F32,
+    /// 2 bytes, half precision
+    F16,
+    /// 2 bytes, as many digits as 8 bits hold and the range of f32
+    Bf16,
+}
+
 /// Whether the weights are compared with the served model before they are given out
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Check {
@@ -67,6 +80,12 @@ pub(crate) struct Args {
     /// How the matrices of a GGUF are stored; f16 without it
     #[arg(long = "type", value_name = "TYPE")]
     storage: Option<StorageType>,
+    /// The type of a merged model's numbers; that of the base model without it
+    #[arg(long)]
+    dtype: Option<Dtype>,
+    /// Bytes of tensors in each file of a merged model, at most; 5GB without it
+    #[arg(long, value_name = "SIZE")]
+    max_shard_size: Option<String>,
     /// Whether the server compares them with the served model first, which it does once
     #[arg(long, default_value = "auto")]
     check: Check,
@@ -92,6 +111,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     if let Some(storage) = args.storage.and_then(|storage| storage.to_possible_value()) {
         request = request.query(&[("type", storage.get_name())]);
+    }
+    if let Some(dtype) = args.dtype.and_then(|dtype| dtype.to_possible_value()) {
+        request = request.query(&[("dtype", dtype.get_name())]);
+    }
+    if let Some(size) = &args.max_shard_size {
+        request = request.query(&[("max_shard_size", size)]);
     }
     let download = checked(&client, &request).await?;
     let bar = bars::bytes(download.size());

@@ -6,7 +6,7 @@ use super::{MODELS, example, expires_in, of};
 use crate::exports::Wanted;
 use crate::page::Page;
 use crate::routes::models::ModelObject;
-use crate::routes::weights::{ADAPTER, GGUF, MERGED};
+use crate::routes::weights::{ADAPTER, DTYPES, GGUF, MERGED};
 use schemars::SchemaGenerator;
 use serde_json::json;
 use tunesmith_core::errors::ErrorCode;
@@ -54,6 +54,23 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 5] {
                 "default": StorageType::F16.name(),
             }),
             "How the matrices of a GGUF are stored; only with `format=gguf`.",
+        )
+        .query(
+            "dtype",
+            json!({ "type": "string", "enum": DTYPES, "default": DTYPES[0] }),
+            "The type of a merged model's numbers; only with `format=merged`. `auto` is that of the \
+             base model, and `f32` of a model that was trained in full.",
+        )
+        .query(
+            "max_shard_size",
+            json!({
+                "type": "string",
+                "pattern": "^[1-9][0-9]{0,8}([KMGkmg][Ii]?[Bb])?$",
+                "default": "5GB",
+            }),
+            "Bytes of tensors in each file of a merged model, at most, as in transformers' \
+             `save_pretrained`: a number, alone or with KB, MB or GB. Several files come with \
+             `model.safetensors.index.json`. Only with `format=merged`.",
         )
         .query(
             "check",
