@@ -13,7 +13,7 @@ test: start-python check-cuda test-rust test-black-box
 # The tests' packages come down while the compiler works; who needs them waits for them.
 start-python:
 	@scripts/packages.sh test
-	@{ scripts/test-python.sh; scripts/test-clients.sh; } >/dev/null 2>&1 &
+	@{ scripts/test-python.sh; scripts/test-clients.sh; scripts/test-s3.sh; } >/dev/null 2>&1 &
 
 test-rust:
 	scripts/packages.sh test
