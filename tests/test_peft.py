@@ -207,8 +207,19 @@ def test_an_adapter_that_peft_made_answers_as_in_peft_and_trains_further(service
     assert after < before - 0.02
 
     # A checkpoint is a place to start from like any other, also of a job that started elsewhere.
-    job = service.finish(service.create_job(sums(20), f"{job.fine_tuned_model}:ckpt-step-8", validation=held_out, **settings).id)
+    start = f"{job.fine_tuned_model}:ckpt-step-8"
+    job = service.finish(service.create_job(sums(20), start, validation=held_out, **settings).id)
     assert abs(loss_before_training(service, job.fine_tuned_model, tmp_path / "second") - after) < TOLERANCE
+
+    # And every weight may train from there.
+    settings |= {"learning_rate": 1e-3, "adapter": {"type": "full"}}
+    job = service.finish(service.create_job(sums(20), start, validation=held_out, **settings).id)
+    assert abs(loss_before_training(service, job.fine_tuned_model, tmp_path / "full") - after) < TOLERANCE
+    whole = base_model(tmp_path / "full").eval()
+    assert mean_loss(whole, tiny_dir, held_out) < after
+    answer = client.completions.create(model=job.fine_tuned_model, prompt=ids, max_tokens=8, temperature=0)
+    told = whole.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids):]
+    assert answer.choices[0].text == AutoTokenizer.from_pretrained(tiny_dir).decode(told, skip_special_tokens=True)
 
 
 def test_an_adapter_for_another_model_is_refused_by_the_tensor_that_does_not_fit(service, tiny_dir, tmp_path):

@@ -53,7 +53,8 @@ pub struct TrainRequest {
     pub spec: TrainSpec,
     /// A Hugging Face directory.
     pub base_model_dir: PathBuf,
-    /// The PEFT adapter that the run begins with, in place of a new one.
+    /// The PEFT adapter that the run begins with, in place of a new one; merged into the base model
+    /// where every weight trains.
     #[serde(default)]
     pub start_from: Option<PathBuf>,
     /// The training file as uploaded.

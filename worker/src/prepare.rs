@@ -10,7 +10,7 @@ use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::FileId;
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::protocol::{STATE_DIR, TrainRequest, WEIGHTS_DIR};
-use tunesmith_core::weights::CheckpointPlace;
+use tunesmith_core::weights::{ADAPTER_CONFIG_NAME, CheckpointPlace};
 use tunesmith_store::jobs::Job;
 use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
@@ -30,9 +30,9 @@ pub(crate) async fn prepare(
     let kind = hyperparameters.adapter.kind;
     let start = fetch_start(objects, job, kind, dir).await?;
     // A model that was tuned in full is its own base; an adapter goes on the base model.
-    let (base_model_dir, start_from) = match (start, kind) {
-        (Some(model), AdapterType::Full) => (model, None),
-        (adapter, _) => (context.cache.directory(objects, &model).await?, adapter),
+    let (base_model_dir, start_from) = match start {
+        Some(tuned) if !tuned.join(ADAPTER_CONFIG_NAME).exists() => (tuned, None),
+        adapter => (context.cache.directory(objects, &model).await?, adapter),
     };
     let store = &context.store;
     let training_file = fetch_file(store, &job.training_file, "training_file", dir).await?;

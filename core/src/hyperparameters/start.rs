@@ -18,6 +18,9 @@ impl Hyperparameters {
     /// # Errors
     /// `invalid_value` for a shape that is not that of `start`. `path` is where the hyperparameters
     /// stand in the request.
+    ///
+    /// A job that trains every weight may begin with an adapter: that is merged into the weights, so
+    /// nothing of its shape is left.
     pub fn start_from(
         &self,
         start: &AdapterConfig,
@@ -25,6 +28,9 @@ impl Hyperparameters {
         path: &str,
     ) -> Result<(), ApiError> {
         let start = start.exported();
+        if (self.adapter.kind, start.kind) == (AdapterType::Full, AdapterType::Lora) {
+            return Ok(());
+        }
         let given = asked.get(ADAPTER).and_then(Value::as_object).cloned().unwrap_or_default();
         let said = |name: &str| given.get(name).filter(|value| !value.is_null());
         let path = format!("{path}.{ADAPTER}");
@@ -34,12 +40,6 @@ impl Hyperparameters {
             match said(name) {
                 Some(value) if wanted != theirs => {
                     let rule = match (name, start.kind) {
-                        ("type", AdapterType::Lora) => {
-                            "\"lora\" or left out, since the model to start from is an adapter: to \
-                             train every weight, download the model merged, import that as a base \
-                             model, and start from it"
-                                .to_owned()
-                        }
                         ("type", AdapterType::Full) => {
                             "\"full\" or left out, since every weight of the model to start from was \
                              trained: to train an adapter beside them, download the model, import it \
@@ -148,13 +148,23 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_goes_on_as_an_adapter_and_a_full_model_as_a_full_model() {
+    fn a_full_model_goes_on_as_a_full_model() {
         let full = AdapterConfig::full();
         assert_eq!(started(&full, &json!({})).expect("valid").kind, AdapterType::Full);
-        for (start, other) in [(full, "lora"), (tuned(), "full")] {
-            let error = started(&start, &json!({"adapter": {"type": other}})).expect_err(other);
-            assert_eq!(error.param.as_deref(), Some("hyperparameters.adapter.type"));
-            assert!(error.message.contains("import"), "{}", error.message);
+        let error = started(&full, &json!({"adapter": {"type": "lora"}})).expect_err("lora");
+        assert_eq!(error.param.as_deref(), Some("hyperparameters.adapter.type"));
+        assert!(error.message.contains("import"), "{}", error.message);
+    }
+
+    #[test]
+    fn every_weight_may_train_from_an_adapter_and_nothing_of_its_shape_is_left() {
+        assert_eq!(started(&tuned(), &json!({})).expect("valid").kind, AdapterType::Lora);
+        for (asked, layers) in
+            [(json!({"type": "full"}), 0), (json!({"type": "full", "trainable_layers": 1}), 1)]
+        {
+            let adapter = started(&tuned(), &json!({"adapter": asked})).expect("valid");
+            let expected = AdapterConfig { trainable_layers: layers, ..AdapterConfig::full() };
+            assert_eq!(adapter, expected);
         }
     }
 

@@ -113,7 +113,7 @@ impl FloatType {
         Ok(bytes)
     }
 
-    pub(super) fn read(self, number: &[u8]) -> f32 {
+    fn read(self, number: &[u8]) -> f32 {
         match (self, number) {
             (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
             (Self::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
@@ -123,7 +123,7 @@ impl FloatType {
     }
 
     /// Stores `value`, rounded to the nearest number of the type, ties to the even one.
-    pub(super) fn write(self, value: f32, number: &mut [u8]) {
+    fn write(self, value: f32, number: &mut [u8]) {
         match self {
             Self::F32 => number.copy_from_slice(&value.to_le_bytes()),
             Self::Bf16 => number.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),

@@ -1,9 +1,7 @@
 //! Adds a LoRA adapter into the weight that it adapts: W ← W + scale · B·A (Hu et al. 2021), and
 //! with DoRA gives each row of that its magnitude for a length (Liu et al. 2024).
 //!
-//! Works on the bytes of one tensor at a time, so that a model of any size merges as a stream.
-
-use super::FloatType;
+//! Works on a few rows of one tensor at a time, so that a model of any size merges as a stream.
 
 /// The matrices of one adapted projection, row by row, and the factor on their product.
 #[derive(Debug, Clone, Copy)]
@@ -38,45 +36,10 @@ pub struct MergeError {
     pub columns: usize,
 }
 
-/// Adds scale · B·A to `weight`, the bytes of a `[outputs, inputs]` tensor of type `float`. With
-/// magnitudes each row of the sum is then brought to its magnitude.
+/// Adds scale · B·A to some rows of a weight, `[rows, inputs]`; `factors` has those rows of B and of
+/// the magnitude alone. With magnitudes each row of the sum is then brought to its magnitude.
 ///
-/// Sums run in f32, lengths of rows in f64, and each element is rounded once, at the end.
-///
-/// # Errors
-/// When a size differs from `[outputs, inputs]` and the rank; the weight is then untouched.
-pub fn merge_lora(
-    weight: &mut [u8],
-    float: FloatType,
-    [outputs, inputs]: [usize; 2],
-    factors: &LoraFactors<'_>,
-) -> Result<(), MergeError> {
-    let &LoraFactors { a, b, rank, scale, magnitude } = factors;
-    check("weight", weight.len() / float.size(), outputs, inputs)?;
-    check("adapter's A", a.len(), rank, inputs)?;
-    check("adapter's B", b.len(), outputs, rank)?;
-    if let Some(magnitude) = magnitude {
-        check("adapter's magnitude", magnitude.len(), outputs, 1)?;
-    }
-    if inputs == 0 || rank == 0 {
-        return Ok(());
-    }
-    let mut values = vec![0.0f32; inputs];
-    let rows = weight.chunks_exact_mut(inputs * float.size()).zip(b.chunks_exact(rank));
-    for (output, (row, b_row)) in rows.enumerate() {
-        for (value, number) in values.iter_mut().zip(row.chunks_exact(float.size())) {
-            *value = float.read(number);
-        }
-        merge_row(&mut values, a, b_row, scale, magnitude.map(|magnitude| magnitude[output]));
-        for (number, &value) in row.chunks_exact_mut(float.size()).zip(&values) {
-            float.write(value, number);
-        }
-    }
-    Ok(())
-}
-
-/// The same for some rows of the weight that are f32 already, and for those rows of B and of the
-/// magnitude alone.
+/// Sums run in f32, and lengths of rows in f64.
 ///
 /// # Errors
 /// When a size differs from `[rows, inputs]` and the rank; the weight is then untouched.
@@ -132,6 +95,7 @@ fn check(part: &'static str, found: usize, rows: usize, columns: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::FloatType;
     use half::{bf16, f16};
     use rand::{RngExt as _, SeedableRng as _};
     use rand_chacha::ChaCha8Rng;
@@ -158,16 +122,27 @@ mod tests {
             .collect()
     }
 
+    /// Merges into the stored numbers of a `[rows, inputs]` weight.
+    fn merge_stored(
+        bytes: &[u8],
+        float: FloatType,
+        inputs: usize,
+        factors: &LoraFactors<'_>,
+    ) -> Vec<f32> {
+        let mut values = float.decode(bytes);
+        merge_lora_rows(&mut values, inputs, factors).expect("sizes fit");
+        float.decode(&float.encode(&values).expect("small numbers"))
+    }
+
     /// Merges in `float` and returns the merged numbers beside the exact ones.
     fn merged(float: FloatType, encode: impl Fn(f32) -> Vec<u8>) -> (Vec<f32>, Vec<f64>) {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         let (a, b) = (numbers(&mut rng, RANK * INPUTS), numbers(&mut rng, OUTPUTS * RANK));
-        let mut bytes: Vec<u8> =
+        let bytes: Vec<u8> =
             numbers(&mut rng, OUTPUTS * INPUTS).into_iter().flat_map(encode).collect();
         let exact = naive(&float.decode(&bytes), &a, &b);
         let factors = LoraFactors { a: &a, b: &b, rank: RANK, scale: SCALE, magnitude: None };
-        merge_lora(&mut bytes, float, [OUTPUTS, INPUTS], &factors).expect("sizes fit");
-        (float.decode(&bytes), exact)
+        (merge_stored(&bytes, float, INPUTS, &factors), exact)
     }
 
     #[test]
@@ -195,26 +170,23 @@ mod tests {
         // 1 + 2⁻⁸ lies halfway between the bf16 numbers 1 and 1 + 2⁻⁷; 1 + 3·2⁻⁸ between
         // 1 + 2⁻⁷ and 1 + 2⁻⁶. The even ones are 1 and 1 + 2⁻⁶.
         for (added, expected) in [(1.0 / 256.0, 1.0), (3.0 / 256.0, 1.0 + 1.0 / 64.0)] {
-            let mut bytes = bf16::ONE.to_le_bytes();
+            let bytes = bf16::ONE.to_le_bytes();
             let factors =
                 LoraFactors { a: &[added], b: &[1.0], rank: 1, scale: 1.0, magnitude: None };
-            merge_lora(&mut bytes, FloatType::Bf16, [1, 1], &factors).expect("sizes fit");
-            assert_eq!(bf16::from_le_bytes(bytes).to_f32(), expected);
+            assert_eq!(merge_stored(&bytes, FloatType::Bf16, 1, &factors), [expected]);
         }
     }
 
     #[test]
     fn an_adapter_of_another_shape_is_refused_and_changes_nothing() {
-        let mut bytes = [0u8; 8];
+        let mut weight = [0.0f32; 2];
         let factors = LoraFactors { a: &[1.0; 3], b: &[1.0], rank: 1, scale: 1.0, magnitude: None };
-        let error =
-            merge_lora(&mut bytes, FloatType::F32, [1, 2], &factors).expect_err("3 is not 2");
+        let error = merge_lora_rows(&mut weight, 2, &factors).expect_err("3 is not 2");
         assert_eq!((error.part, error.found, error.columns), ("adapter's A", 3, 2));
         let factors = LoraFactors { a: &[1.0; 2], magnitude: Some(&[1.0; 2]), ..factors };
-        let error =
-            merge_lora(&mut bytes, FloatType::F32, [1, 2], &factors).expect_err("2 is not 1");
+        let error = merge_lora_rows(&mut weight, 2, &factors).expect_err("2 is not 1");
         assert_eq!((error.part, error.found, error.rows), ("adapter's magnitude", 2, 1));
-        assert_eq!(bytes, [0; 8]);
+        assert_eq!(weight, [0.0; 2]);
     }
 
     #[test]
@@ -224,11 +196,10 @@ mod tests {
         let weight = numbers(&mut rng, OUTPUTS * INPUTS);
         let magnitude = numbers(&mut rng, OUTPUTS);
         let sum = naive(&weight, &a, &b);
-        let mut bytes: Vec<u8> = weight.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut merged = weight;
         let factors =
             LoraFactors { a: &a, b: &b, rank: RANK, scale: SCALE, magnitude: Some(&magnitude) };
-        merge_lora(&mut bytes, FloatType::F32, [OUTPUTS, INPUTS], &factors).expect("sizes fit");
-        let merged = FloatType::F32.decode(&bytes);
+        merge_lora_rows(&mut merged, INPUTS, &factors).expect("sizes fit");
         for ((row, sum), m) in
             merged.chunks_exact(INPUTS).zip(sum.chunks_exact(INPUTS)).zip(magnitude)
         {

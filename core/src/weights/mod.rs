@@ -16,7 +16,7 @@ pub use lora_tensors::{
     projection_tensor_name,
 };
 pub use manifest::{MANIFEST_NAME, Manifest, ManifestFile};
-pub use merge::{LoraFactors, MergeError, merge_lora, merge_lora_rows};
+pub use merge::{LoraFactors, MergeError, merge_lora_rows};
 pub use peft::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig, PeftError};
 pub use place::{CheckpointPlace, WeightsPlace};
 pub use shards::{INDEX_NAME, MAX_SHARD_SIZE, Shard, Shards, TensorLayout, parse_shard_size};

@@ -2,19 +2,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, Read};
 use std::path::Path;
 
 use ::safetensors::tensor::{Metadata, TensorInfo};
 use tunesmith_core::weights::{
     ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FloatType, LoraFactors, LoraPair, PeftConfig,
-    merge_lora, pair_lora_tensors,
+    merge_lora_rows, pair_lora_tensors,
 };
 
-use super::safetensors::{read, read_header};
+use super::safetensors::{TensorShape, read, read_header, write_streamed};
+use super::say_f32;
 use crate::error::EngineError;
 use crate::model_directory::{
-    WEIGHTS_INDEX, carry_over_all_but_weights, carry_over_present, weight_files,
+    CONFIG, WEIGHTS_INDEX, carry_over_all_but_weights, carry_over_present, weight_files,
 };
 
 /// The adapter of a run, in memory.
@@ -26,8 +27,8 @@ struct Adapter {
 }
 
 /// Writes the model in `base_dir`, merged with the PEFT adapter in `adapter_dir`, into `out_dir`,
-/// which is made where it is missing. Files and number types are the base model's; one tensor is
-/// in memory at a time.
+/// which is made where it is missing. Numbers are f32, which loses nothing of either; files are the
+/// base model's, and one tensor is in memory at a time.
 ///
 /// # Errors
 /// [`EngineError::Adapter`] for an adapter of another model or of another kind than LoRA,
@@ -50,7 +51,8 @@ pub fn export_merged(
         adapter.merge_file(&base_dir.join(name), &out_dir.join(name))?;
     }
     carry_over_present(base_dir, out_dir, &[WEIGHTS_INDEX])?;
-    carry_over_all_but_weights(base_dir, out_dir)
+    carry_over_all_but_weights(base_dir, out_dir)?;
+    say_f32(&out_dir.join(CONFIG))
 }
 
 impl Adapter {
@@ -71,40 +73,44 @@ impl Adapter {
         Ok(Self { pairs, tensors, rank: adapter.r, scale: adapter.scale() })
     }
 
-    /// Copies a file of weights, adding B·A on the way. The header stays as it is.
+    /// Writes a file of weights anew, adding B·A on the way.
     fn merge_file(&self, from: &Path, to: &Path) -> Result<(), EngineError> {
         let file = File::open(from).map_err(EngineError::io(from))?;
         let mut reader = BufReader::with_capacity(1 << 20, file);
-        let (header, metadata) = read_header(from, &mut reader)?;
-        let file = File::create(to).map_err(EngineError::io(to))?;
-        let mut writer = BufWriter::with_capacity(1 << 20, file);
-        writer.write_all(&header).map_err(EngineError::io(to))?;
-        for (name, info) in in_file_order(&metadata) {
+        let (_, metadata) = read_header(from, &mut reader)?;
+        let tensors = in_file_order(&metadata);
+        let shapes: Vec<TensorShape> = tensors
+            .iter()
+            .map(|(name, info)| TensorShape { name: name.clone(), shape: info.shape.clone() })
+            .collect();
+        write_streamed(to, &shapes, |index| {
+            let (name, info) = &tensors[index];
             let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
             reader.read_exact(&mut bytes).map_err(EngineError::io(from))?;
-            if let Some(pair) = self.pairs.get(&name) {
-                self.merge(&name, &info, pair, &mut bytes)?;
+            let float = FloatType::parse(&info.dtype.to_string()).ok_or_else(|| {
+                EngineError::Model(format!(
+                    "tensor {name} is {}: only F32, BF16 and F16 can be trained",
+                    info.dtype
+                ))
+            })?;
+            let mut values = float.decode(&bytes);
+            if let Some(pair) = self.pairs.get(name) {
+                self.merge(name, &info.shape, pair, &mut values)?;
             }
-            writer.write_all(&bytes).map_err(EngineError::io(to))?;
-        }
-        let file = writer.into_inner().map_err(|error| EngineError::io(to)(error.into_error()))?;
-        file.sync_all().map_err(EngineError::io(to))
+            Ok(values)
+        })
     }
 
     fn merge(
         &self,
         name: &str,
-        info: &TensorInfo,
+        shape: &[usize],
         pair: &LoraPair,
-        bytes: &mut [u8],
+        values: &mut [f32],
     ) -> Result<(), EngineError> {
-        let float = FloatType::parse(&info.dtype.to_string());
-        let shape = <[usize; 2]>::try_from(info.shape.as_slice()).ok();
-        let (Some(float), Some(shape)) = (float, shape) else {
+        let &[_, inputs] = shape else {
             return Err(EngineError::Model(format!(
-                "tensor {name} is {} of shape {:?}: an adapter is merged into a matrix of F32, \
-                 BF16 or F16",
-                info.dtype, info.shape
+                "tensor {name} has the shape {shape:?}: an adapter is merged into a matrix"
             )));
         };
         let factors = LoraFactors {
@@ -114,7 +120,7 @@ impl Adapter {
             scale: self.scale as f32,
             magnitude: pair.magnitude.as_ref().map(|name| self.tensors[name].as_slice()),
         };
-        merge_lora(bytes, float, shape, &factors)
+        merge_lora_rows(values, inputs, &factors)
             .map_err(|error| EngineError::Adapter(format!("tensor {name}: {error}")))
     }
 }

@@ -20,11 +20,13 @@ use tunesmith_core::weights::ADAPTER_WEIGHTS_NAME;
 use super::TrainOptions;
 use super::preference::References;
 use crate::error::EngineError;
-use crate::export::{self, JobFacts, safetensors};
+use crate::export::{self, JobFacts, export_merged, safetensors};
 use crate::model::{OptimizerState, TrainableModel};
 use crate::model_directory::{CONFIG, WEIGHTS, read_json};
 use crate::parameter::NamedTensor;
 
+/// In the output directory: the base model with the adapter that a run of every weight begins with.
+const MERGED_DIR: &str = "merged";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const TRAINER_FILE: &str = "trainer.json";
 /// Raised when an older checkpoint can no longer be read.
@@ -210,15 +212,16 @@ pub(super) fn adapter_to_go_on(
 }
 
 /// Puts the adapter that the run begins with, if it is not a new one, in the place of `model`'s.
+/// Where every weight trains, the model has been loaded with it ([`start_dir`]).
 pub(super) fn begin(request: &TrainRequest, model: &mut TrainableModel) -> Result<(), EngineError> {
-    match &request.start_from {
-        Some(dir) => load_weights(&dir.join(ADAPTER_WEIGHTS_NAME), model),
-        None => Ok(()),
+    match (&request.start_from, request.spec.hyperparameters.adapter.kind) {
+        (Some(dir), AdapterType::Lora) => load_weights(&dir.join(ADAPTER_WEIGHTS_NAME), model),
+        _ => Ok(()),
     }
 }
 
 /// Brings `model` to where the checkpoint in `dir` was written. For full fine-tuning, whose
-/// checkpoints are whole models, `model` must have been loaded from [`model_dir`].
+/// checkpoints are whole models, `model` must have been loaded from [`start_dir`].
 pub(super) fn resume(
     dir: &Path,
     adapter: AdapterType,
@@ -274,13 +277,25 @@ fn read_trainer_file(dir: &Path, fingerprint: &str) -> Result<TrainerFile, Engin
     Ok(trainer)
 }
 
-/// The directory to load a model from: the base model's, or the checkpoint's own where a whole
-/// model is trained.
-pub(super) fn model_dir(request: &TrainRequest) -> PathBuf {
-    match (&request.resume_from, request.spec.hyperparameters.adapter.kind) {
-        (Some(checkpoint), AdapterType::Full) => checkpoint.join(WEIGHTS_DIR),
-        _ => request.base_model_dir.clone(),
+/// The directory to load a model from: the base model's, the checkpoint's own where a whole model is
+/// trained, or one that is made here where every weight trains from an adapter on.
+pub(super) fn start_dir(request: &TrainRequest) -> Result<PathBuf, EngineError> {
+    let kind = request.spec.hyperparameters.adapter.kind;
+    match (&request.resume_from, &request.start_from, kind) {
+        (Some(checkpoint), _, AdapterType::Full) => Ok(checkpoint.join(WEIGHTS_DIR)),
+        (None, Some(adapter), AdapterType::Full) => {
+            let dir = request.output_dir.join(MERGED_DIR);
+            export_merged(&request.base_model_dir, adapter, &dir)?;
+            Ok(dir)
+        }
+        _ => Ok(request.base_model_dir.clone()),
     }
+}
+
+/// Removes what [`start_dir`] has made, once it is loaded.
+pub(super) fn remove_merged(request: &TrainRequest) -> Result<(), EngineError> {
+    let dir = request.output_dir.join(MERGED_DIR);
+    if dir.exists() { fs::remove_dir_all(&dir).map_err(EngineError::io(&dir)) } else { Ok(()) }
 }
 
 /// Syncs every file under `dir`, and the directories themselves.

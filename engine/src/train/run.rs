@@ -105,8 +105,8 @@ impl<'a> Run<'a> {
             None => devices[0].precision(hyperparameters.precision),
         };
         let hyperparameters = &ResolvedHyperparameters { precision, ..hyperparameters.clone() };
-        let model_dir = checkpoint::model_dir(request);
-        let config = ModelConfig::read(&model_dir)?;
+        let start_dir = checkpoint::start_dir(request)?;
+        let config = ModelConfig::read(&start_dir)?;
         // What a GPU has free, nobody tells.
         let available = (devices[0] == Device::cpu()).then(memory::available).flatten();
         let replicas = devices.len();
@@ -120,7 +120,7 @@ impl<'a> Run<'a> {
             let data = scope.spawn(|| load_data(request));
             let model = checkpoint::adapter_to_go_on(request).and_then(|exported| {
                 TrainableModel::load_to_go_on(
-                    &model_dir,
+                    &start_dir,
                     &hyperparameters.adapter,
                     spec.seed,
                     &devices[0],
@@ -132,6 +132,7 @@ impl<'a> Run<'a> {
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.
         let ((data, pairs), mut model) = (data?, model?);
+        checkpoint::remove_merged(request)?;
         model.set_optimizer(hyperparameters.optimizer, hyperparameters.muon_adjust_lr_fn);
         model.set_neftune_noise_alpha(hyperparameters.neftune_noise_alpha);
         let mut progress = match &request.resume_from {

@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tunesmith_core::hyperparameters::{
-    AdapterConfig, AdapterType, DataFacts, Hyperparameters, Method,
-};
+use tunesmith_core::hyperparameters::{AdapterConfig, DataFacts, Hyperparameters, Method};
 use tunesmith_core::protocol::TrainRequest;
 use tunesmith_engine::EngineError;
 use tunesmith_engine::train::{Outcome, TrainOptions};
@@ -32,9 +30,10 @@ fn from(adapter: &AdapterConfig, fields: &Value, method: Method) -> Value {
 fn started(request: TrainRequest, dir: &Path) -> TrainRequest {
     let mut request = request;
     request.spec.start_from = Some("ft:tiny".to_owned());
-    match request.spec.hyperparameters.adapter.kind {
-        AdapterType::Lora => request.start_from = Some(dir.to_owned()),
-        AdapterType::Full => request.base_model_dir = dir.to_owned(),
+    if dir.join("adapter_config.json").exists() {
+        request.start_from = Some(dir.to_owned());
+    } else {
+        request.base_model_dir = dir.to_owned();
     }
     request
 }
@@ -79,6 +78,39 @@ fn an_adapter_that_began_with_pissa_goes_on_on_the_original_weights() {
     let begun = second.started().initial_valid_loss.expect("validation rows");
     // The weights were parted in two, and are added in another order.
     assert!((begun - ended).abs() < 1e-5, "{begun} {ended}");
+}
+
+#[test]
+fn every_weight_trains_from_where_an_adapter_ended_and_goes_on_bit_equal() {
+    for (adapter, full) in [
+        (json!({"r": 3}), json!({"type": "full"})),
+        (json!({"r": 3, "use_dora": true}), json!({"type": "full", "trainable_layers": 1})),
+    ] {
+        let bench = Bench::new(13);
+        let request = bench.request("tuned", &ten_steps(adapter));
+        let tuned = finish(&request);
+        let dir = weights(&tuned, 10);
+        let fields =
+            from(&request.spec.hyperparameters.adapter, &ten_steps(full), Method::Supervised);
+        let straight = finish(&started(bench.request("straight", &fields), &dir));
+        let ended = tuned.steps.last().expect("steps").full_valid_loss.expect("validation rows");
+        let begun = straight.started().initial_valid_loss.expect("validation rows");
+        // W·x + B·(A·x) and (W + B·A)·x add in another order.
+        assert!((begun - ended).abs() < 1e-5, "{begun} {ended}");
+        assert_ne!(tuned.started().initial_valid_loss, Some(ended));
+        let last = straight.steps.last().expect("steps").full_valid_loss.expect("validation rows");
+        assert!(last < ended, "{last} {ended}");
+        // A model of its own comes out, and nothing stays of what it was made from.
+        assert!(weights(&straight, 10).join("model.safetensors").exists());
+        let output = straight.checkpoint(10).parent().expect("the output directory");
+        assert!(!output.join("merged").exists());
+
+        let request = started(bench.request("first", &fields), &dir);
+        let (first, outcome) = run(&request, &TrainOptions::default(), Some(5));
+        assert_eq!(outcome.expect("stopped"), Outcome::Stopped);
+        let request = started(resumed(&bench, "second", &fields, first.checkpoint(4)), &dir);
+        check_equal(&straight, &first, &finish(&request), 4);
+    }
 }
 
 #[test]
