@@ -380,13 +380,9 @@ impl Decoder {
         let Some(lora) = &self.lora else { return Adaptation::default() };
         let updates = self.projections().filter_map(|(_, projection)| {
             let adapter = projection.adapter.as_ref()?;
-            let update = RowUpdate {
-                a: parameters[adapter.a].clone(),
-                b: parameters[adapter.b].clone(),
-                scale: lora.scale,
-                gain: None,
-                outputs: adapter.parts.iter().map(|part| part.outputs.clone()).collect(),
-            };
+            let [a, b] = [adapter.a, adapter.b].map(|id| parameters[id].clone());
+            let outputs = adapter.parts.iter().map(|part| part.outputs.clone()).collect();
+            let update = RowUpdate::new(a, b, lora.scale, outputs);
             let update = match adapter.magnitude {
                 Some(magnitude) => {
                     let weight = parameters.weight(projection.weight);

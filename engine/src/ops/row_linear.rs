@@ -27,7 +27,7 @@ use super::{cpu, on_cpu};
 pub(crate) struct RowUpdate {
     /// The Aᵢ one below the other, `[parts · r, in]`.
     pub(crate) a: Tensor<2>,
-    /// The Bᵢ one below the other, `[Σ |Oᵢ|, r]`.
+    /// The Bᵢᵀ side by side, `[r, Σ |Oᵢ|]`: as few rows go through them.
     pub(crate) b: Tensor<2>,
     /// s.
     pub(crate) scale: f32,
@@ -38,14 +38,26 @@ pub(crate) struct RowUpdate {
 }
 
 impl RowUpdate {
+    /// One without gain, of the Aᵢ `[parts · r, in]` and the Bᵢ `[Σ |Oᵢ|, r]`.
+    pub(crate) fn new(
+        a: Tensor<2>,
+        b: Tensor<2>,
+        scale: f32,
+        outputs: Arc<[Range<usize>]>,
+    ) -> Self {
+        let b = b.transpose();
+        let b = if on_cpu(&b) { cpu::row_linear::in_order(b) } else { b };
+        Self { a, b, scale, gain: None, outputs }
+    }
+
     /// DoRA's g of its magnitudes m `[Σ |Oᵢ|, 1]`.
     pub(crate) fn with_magnitude(mut self, magnitude: Tensor<2>, weight: &Tensor<2>) -> Self {
         let [_, inputs] = weight.dims();
-        let rank = self.b.dims()[1];
-        let lengths = self.parts().map(|(a_rows, b_rows, outputs)| {
+        let rank = self.b.dims()[0];
+        let lengths = self.parts().map(|(a_rows, b_columns, outputs)| {
             let weight = weight.clone().slice([outputs, 0..inputs]);
             let a = self.a.clone().slice([a_rows, 0..inputs]);
-            let b = self.b.clone().slice([b_rows, 0..rank]);
+            let b = self.b.clone().slice([0..rank, b_columns]).transpose();
             adapted_row_lengths(weight, a, b, self.scale)
         });
         let lengths = Tensor::cat(lengths.collect(), 0);
@@ -53,11 +65,11 @@ impl RowUpdate {
         self
     }
 
-    /// Each part's rows of A and of B, and its outputs.
+    /// Each part's rows of A, its columns of Bᵀ, and its outputs.
     pub(super) fn parts(
         &self,
     ) -> impl Iterator<Item = (Range<usize>, Range<usize>, Range<usize>)> + '_ {
-        let rank = self.b.dims()[1];
+        let rank = self.b.dims()[0];
         let mut end = 0;
         self.outputs.iter().enumerate().map(move |(i, outputs)| {
             let start = end;
@@ -100,16 +112,16 @@ fn portable(
     let [_, inputs] = x.dims();
     let mut y = super::bf16::matmul(x.clone(), weight.transpose());
     for (rows, update) in updates {
-        let rank = update.b.dims()[1];
+        let rank = update.b.dims()[0];
         let x = x.clone().slice([rows.clone(), 0..inputs]);
-        for (a_rows, b_rows, outputs) in update.parts() {
+        for (a_rows, b_columns, outputs) in update.parts() {
             let a = update.a.clone().slice([a_rows, 0..inputs]);
-            let b = update.b.clone().slice([b_rows.clone(), 0..rank]);
-            let low_rank = x.clone().matmul(a.transpose()).matmul(b.transpose());
+            let b = update.b.clone().slice([0..rank, b_columns.clone()]);
+            let low_rank = x.clone().matmul(a.transpose()).matmul(b);
             let place = [rows.clone(), outputs];
             let mut sum = y.clone().slice(place.clone()) + low_rank.mul_scalar(update.scale);
             if let Some(gain) = &update.gain {
-                sum = sum * gain.clone().slice([0..1, b_rows]);
+                sum = sum * gain.clone().slice([0..1, b_columns]);
             }
             y = y.slice_assign(place, sum);
         }
@@ -141,7 +153,7 @@ mod tests {
             magnitude: magnitude.clone(),
             parts: parts.collect(),
         };
-        let update = RowUpdate { a, b, scale: 0.5, gain: None, outputs };
+        let update = RowUpdate::new(a, b, 0.5, outputs);
         match magnitude {
             Some(magnitude) => (update.with_magnitude(magnitude, weight), low_rank),
             None => (update, low_rank),

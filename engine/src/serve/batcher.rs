@@ -1,11 +1,13 @@
 //! Many answers at a time over one base model.
 //!
 //! Each step computes one token of every running answer in one pass: the base model's matrices are
-//! read once for all, whichever adapter each answer is computed with. Between two steps a part of
-//! one waiting prompt is computed, so that a long prompt delays nobody for long, and an answer that
-//! ends makes room at once for the next request (continuous batching, Yu et al. 2022).
+//! read once for all, whichever adapter each answer is computed with. Between two steps short
+//! prompts, or a part of a long one, are computed in one pass, so that a long prompt delays nobody
+//! for long, and an answer that ends makes room at once for the next request (continuous batching,
+//! Yu et al. 2022).
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,8 +22,11 @@ use super::prefixes::{Prefixes, same};
 use crate::error::EngineError;
 use crate::models::decoder::{Adaptation, KeyValueCache, Sequence};
 
-/// Tokens of a prompt that are computed between two steps.
+/// Tokens of prompts that are computed between two steps.
 const PROMPT_PART: usize = 256;
+/// Fewer tokens of a prompt are computed alone: a product of very few rows is another one than of
+/// many, and an answer's digits must not depend on what is read beside it.
+const SHARED_PART: usize = 16;
 
 /// Answers requests over one base model.
 #[derive(Debug)]
@@ -30,7 +35,8 @@ pub struct Batcher {
     adapters: HashMap<String, Arc<Adaptation>>,
     /// Requests in the order of their arrival, those of low priority apart.
     waiting: [VecDeque<Waiting>; 2],
-    reading: Option<Reading>,
+    /// In the order in which they were admitted.
+    reading: VecDeque<Reading>,
     /// Neighbours share an adapter where any two do.
     answers: Vec<Answer>,
     prefixes: Prefixes,
@@ -57,6 +63,19 @@ struct Reading {
     constraint: Option<Constraint>,
     cache: KeyValueCache,
     cached_tokens: u32,
+}
+
+impl Reading {
+    /// What of the prompt the next pass computes.
+    fn part(&self) -> Range<usize> {
+        let done = self.cache.tokens();
+        done..self.request.prompt.len().min(done + PROMPT_PART)
+    }
+
+    /// Whether other prompts may be computed in the same pass.
+    fn is_shared(&self) -> bool {
+        self.part().len() >= SHARED_PART
+    }
 }
 
 /// An answer that grows.
@@ -102,6 +121,16 @@ impl Answer {
     }
 }
 
+/// Where among `others` one with an adapter belongs, so that neighbours share theirs where any two
+/// do and are multiplied by it together.
+fn place_beside<'a>(
+    others: impl ExactSizeIterator<Item = &'a Option<Arc<Adaptation>>> + DoubleEndedIterator,
+    adaptation: &Option<Arc<Adaptation>>,
+) -> usize {
+    let end = others.len();
+    others.rev().position(|other| same(other, adaptation)).map_or(end, |behind| end - behind)
+}
+
 /// What is said to the sampler.
 type Sink<'a> = &'a mut dyn FnMut(FromSampler);
 
@@ -116,7 +145,7 @@ impl Batcher {
             model,
             adapters: HashMap::new(),
             waiting: Default::default(),
-            reading: None,
+            reading: VecDeque::new(),
             answers: Vec::new(),
             prefixes: Prefixes::default(),
             constraints,
@@ -224,7 +253,7 @@ impl Batcher {
         for waiting in &mut self.waiting {
             waiting.retain(|waiting| waiting.request.id != id);
         }
-        self.reading.take_if(|reading| reading.request.id == id);
+        self.reading.retain(|reading| reading.request.id != id);
         let (ended, running) =
             std::mem::take(&mut self.answers).into_iter().partition(|answer| answer.id == id);
         self.answers = running;
@@ -237,56 +266,84 @@ impl Batcher {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.answers.is_empty()
-            && self.reading.is_none()
+            && self.reading.is_empty()
             && self.waiting.iter().all(VecDeque::is_empty)
     }
 
-    /// Computes a part of a waiting prompt and the next token of every running answer.
+    /// Computes waiting prompts, or a part of one, and the next token of every running answer.
     ///
     /// # Errors
     /// [`EngineError::Device`] when the device fails: nothing goes on then.
     pub fn step(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
-        if self.reading.is_none() {
-            self.admit();
-        }
-        self.read_prompt(sink)?;
+        while self.reading.iter().map(|reading| reading.part().len()).sum::<usize>() < PROMPT_PART
+            && self.admit()
+        {}
+        self.read_prompts(sink)?;
         self.extend_answers(sink)
     }
 
-    /// Begins with the next request where there is room for it.
-    fn admit(&mut self) {
-        let Some(queue) = self.waiting.iter().position(|queue| !queue.is_empty()) else { return };
+    /// Begins with the next request; false where there is none, or no room for it.
+    fn admit(&mut self) -> bool {
+        let Some(queue) = self.waiting.iter().position(|queue| !queue.is_empty()) else {
+            return false;
+        };
         let request = &self.waiting[queue][0].request;
+        let reading = self.reading.iter().map(|reading| &reading.request);
+        let answers: u32 = reading.clone().chain([request]).map(|request| request.n).sum();
         let running: usize = self.answers.iter().map(|answer| answer.limit).sum();
-        let tokens = running + self.tokens_of(request);
-        let has_room = self.answers.len() + request.n as usize <= self.max_answers
-            && tokens <= self.max_tokens;
-        if !has_room {
-            return;
+        let tokens = running
+            + reading.chain([request]).map(|request| self.tokens_of(request)).sum::<usize>();
+        if self.answers.len() + answers as usize > self.max_answers || tokens > self.max_tokens {
+            return false;
         }
         self.prefixes.shrink_to(self.max_tokens - tokens);
-        let Some(waiting) = self.waiting[queue].pop_front() else { return };
+        let Some(waiting) = self.waiting[queue].pop_front() else { return false };
         let Waiting { request, adaptation, constraint } = waiting;
         let cache = self.prefixes.find(&adaptation, &request.prompt);
         let cached_tokens = cache.tokens() as u32;
-        self.reading = Some(Reading { request, adaptation, constraint, cache, cached_tokens });
+        self.reading.push_back(Reading { request, adaptation, constraint, cache, cached_tokens });
+        true
     }
 
-    fn read_prompt(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
-        let Some(mut reading) = self.reading.take() else { return Ok(()) };
-        let prompt = &reading.request.prompt;
-        let done = reading.cache.tokens();
-        let part = &prompt[done..prompt.len().min(done + PROMPT_PART)];
-        let sequence = Sequence {
-            ids: part,
-            cache: &mut reading.cache,
-            adaptation: reading.adaptation.as_deref(),
-        };
-        let logits = self.model.extend(&mut [sequence])?.remove(0);
-        if reading.cache.tokens() < prompt.len() {
-            self.reading = Some(reading);
+    /// Computes the first prompts that go together, or the next part of the first one.
+    fn read_prompts(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
+        let mut tokens = 0;
+        let together = self.reading.iter().take_while(|reading| {
+            tokens += reading.part().len();
+            reading.is_shared() && tokens <= PROMPT_PART
+        });
+        let count = together.count().max(1).min(self.reading.len());
+        let mut readings: Vec<Reading> = Vec::with_capacity(count);
+        for reading in self.reading.drain(..count) {
+            let others = readings.iter().map(|other| &other.adaptation);
+            readings.insert(place_beside(others, &reading.adaptation), reading);
+        }
+        if readings.is_empty() {
             return Ok(());
         }
+        let mut sequences: Vec<Sequence<'_>> = readings
+            .iter_mut()
+            .map(|reading| {
+                let part = reading.part();
+                let Reading { request, adaptation, cache, .. } = reading;
+                let adaptation = adaptation.as_deref();
+                Sequence { ids: &request.prompt[part], cache, adaptation }
+            })
+            .collect();
+        let logits = self.model.extend(&mut sequences)?;
+        for (reading, logits) in readings.into_iter().zip(logits) {
+            if reading.part().is_empty() {
+                self.begin_answers(reading, logits, sink);
+            } else {
+                // It filled the pass.
+                self.reading.push_front(reading);
+            }
+        }
+        Ok(())
+    }
+
+    /// The answers to a prompt that was read, the logits after which are `logits`.
+    fn begin_answers(&mut self, reading: Reading, logits: Vec<f32>, sink: Sink<'_>) {
         let Reading { request, adaptation, constraint, cache, cached_tokens } = reading;
         let limit = self.limit_of(&request);
         // The last one takes the cache over, and with one answer nothing is copied.
@@ -308,7 +365,6 @@ impl Batcher {
                 break;
             }
         }
-        Ok(())
     }
 
     fn extend_answers(&mut self, sink: Sink<'_>) -> Result<(), EngineError> {
@@ -382,9 +438,8 @@ impl Batcher {
             self.keep(answer);
             return true;
         }
-        let is_alike = |other: &Answer| same(&other.adaptation, &answer.adaptation);
-        let place = self.answers.iter().rposition(is_alike).map_or(self.answers.len(), |i| i + 1);
-        self.answers.insert(place, answer);
+        let others = self.answers.iter().map(|other| &other.adaptation);
+        self.answers.insert(place_beside(others, &answer.adaptation), answer);
         true
     }
 

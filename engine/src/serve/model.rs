@@ -188,7 +188,7 @@ impl ServedModel {
         };
         let magnitude = lora.dora.then(|| tensor(magnitudes, 1));
         let (a, b) = (tensor(a, inputs), tensor(b, lora.rank));
-        let update = RowUpdate { a, b, scale: lora.scale, gain: None, outputs: outputs.into() };
+        let update = RowUpdate::new(a, b, lora.scale, outputs.into());
         Ok(Some((update, magnitude)))
     }
 }

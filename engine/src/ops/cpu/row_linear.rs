@@ -19,13 +19,15 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 use super::gemm::{Elements, MatRef, Threads, product};
-use super::isa::{Isa, Level};
+use super::isa::{Isa, Level, simd_kernels};
 use super::math::add_lanes;
 use super::step::{contiguous, dims, elements, from_values, values};
 use crate::ops::row_linear::{RowUpdate, Rows};
 
-/// Rows of W that a task handles.
-const BLOCK: usize = 48;
+/// Bytes of W that a task handles: these and the next ones lie in a second-level cache.
+const BLOCK_BYTES: usize = 128 << 10;
+/// Rows of W that a task handles are a multiple of this, so that whole tiles are.
+const BLOCK_ROWS: usize = 12;
 /// Below this many multiply-adds, handing work to other threads costs more than it saves.
 const PARALLEL_MIN_MULTIPLY_ADDS: usize = 1 << 16;
 /// Rows of x that are multiplied by rows of W at a time, at most.
@@ -71,6 +73,11 @@ fn on_flex(x: Tensor<2>) -> FlexTensor {
     contiguous(x.inner().try_into_primitive::<Flex>().expect("a tensor on the CPU"))
 }
 
+/// The same tensor with its values in order in memory.
+pub(in crate::ops) fn in_order(x: Tensor<2>) -> Tensor<2> {
+    Tensor::from_primitive::<Flex>(on_flex(x)).autodiff()
+}
+
 /// Adds what an adapter gives for the rows `x` to their outputs `y`.
 fn add_update(
     x: &[f32],
@@ -79,19 +86,46 @@ fn add_update(
     y: &mut [f32],
     [n, inputs, outputs]: [usize; 3],
 ) {
+    let isa = Isa::detect();
     let [a, b] = [&update.a, &update.b].map(|x| on_flex(x.clone()));
     let gain = update.gain.clone().map(on_flex);
-    let (z_width, rank) = (dims(&a)[0], dims(&b)[1]);
+    let ([z_width, _], [rank, b_width]) = (dims(&a), dims(&b));
     let z = times_transposed(x, elements(&a), [n, inputs, z_width], rows);
-    for (z_columns, b_rows, part) in update.parts() {
-        let z = z.chunks_exact(z_width).flat_map(|z| &z[z_columns.clone()]);
-        let z: Vec<f32> = z.copied().collect();
-        let b = Elements::F32(&values(&b)[b_rows.start * rank..b_rows.end * rank]);
-        let u = times_transposed(&z, b, [n, rank, part.len()], rows);
-        let gain = gain.as_ref().map(|gain| &values(gain)[b_rows]);
-        for (y, u) in y.chunks_exact_mut(outputs).zip(u.chunks_exact(part.len())) {
-            for (i, (y, u)) in y[part.clone()].iter_mut().zip(u).enumerate() {
-                *y = (*y + update.scale * u) * gain.map_or(1.0, |gain| gain[i]);
+    for (z_columns, b_columns, part) in update.parts() {
+        let width = part.len();
+        let u = match rows {
+            Rows::Few => {
+                let b: Vec<&[f32]> =
+                    values(&b).chunks_exact(b_width).map(|b| &b[b_columns.clone()]).collect();
+                let mut u = vec![0.0; n * width];
+                for (z, u) in z.chunks_exact(z_width).zip(u.chunks_exact_mut(width)) {
+                    sum_of_rows(isa, &z[z_columns.clone()], &b, u);
+                }
+                u
+            }
+            Rows::Many => {
+                let z = MatRef::new(&z, n, z_width).columns(z_columns);
+                let b = MatRef::new(values(&b), rank, b_width).columns(b_columns.clone());
+                product(1.0, z, b, Threads::Shared)
+            }
+        };
+        let gain = gain.as_ref().map(|gain| &values(gain)[b_columns]);
+        for (y, u) in y.chunks_exact_mut(outputs).zip(u.chunks_exact(width)) {
+            let y = &mut y[part.clone()];
+            y.iter_mut().zip(u).for_each(|(y, u)| *y += update.scale * u);
+            if let Some(gain) = gain {
+                y.iter_mut().zip(gain).for_each(|(y, gain)| *y *= gain);
+            }
+        }
+    }
+}
+
+simd_kernels! {
+    /// u += Σᵢ zᵢ·bᵢ, in the order of i.
+    fn sum_of_rows(z: &[f32], b: &[&[f32]], u: &mut [f32]) {
+        for (z, b) in z.iter().zip(b) {
+            for (u, b) in u.iter_mut().zip(*b) {
+                *u = M::mul_add(*z, *b, *u);
             }
         }
     }
@@ -110,10 +144,9 @@ fn times_transposed(
         (Rows::Many, Elements::Bf16(weight)) => {
             // A product over bf16 would round x as well.
             let mut widened = vec![0.0; weight.len()];
-            let blocks = widened.par_chunks_mut(BLOCK * inputs);
-            blocks
-                .zip(weight.par_chunks(BLOCK * inputs))
-                .for_each(|(y, x)| x.convert_to_f32_slice(y));
+            let block = block_rows::<f32>(inputs) * inputs;
+            let blocks = widened.par_chunks_mut(block);
+            blocks.zip(weight.par_chunks(block)).for_each(|(y, x)| x.convert_to_f32_slice(y));
             many_rows(x, Elements::F32(&widened), [n, inputs, outputs])
         }
         (_, weight) => many_rows(x, weight, [n, inputs, outputs]),
@@ -125,51 +158,76 @@ fn many_rows(x: &[f32], weight: Elements<'_>, [n, inputs, outputs]: [usize; 3]) 
     product(1.0, MatRef::new(x, n, inputs), weight.t(), Threads::Shared)
 }
 
+/// Rows of W, of `inputs` elements, that a task handles.
+fn block_rows<W>(inputs: usize) -> usize {
+    let rows = BLOCK_BYTES / (inputs * size_of::<W>()).max(1);
+    (rows / BLOCK_ROWS).clamp(1, 64) * BLOCK_ROWS
+}
+
 fn few_rows<W: Element>(x: &[f32], weight: &[W], [n, inputs, outputs]: [usize; 3]) -> Vec<f32> {
     let isa = Isa::detect();
-    // Output by output, `[outputs, n]`: each task writes what is its own.
-    let mut by_output = vec![0.0; outputs * n];
-    let task = |(y, weight): (&mut [f32], &[W])| W::inner_products(isa, x, weight, inputs, y);
-    if n * inputs * outputs < PARALLEL_MIN_MULTIPLY_ADDS {
-        task((&mut by_output, weight));
-    } else {
-        let blocks = by_output.par_chunks_mut(BLOCK * n);
-        blocks.zip(weight.par_chunks(BLOCK * inputs)).for_each(task);
-    }
-    if n == 1 {
-        return by_output;
-    }
     let mut y = vec![0.0; n * outputs];
-    for (output, values) in by_output.chunks_exact(n).enumerate() {
-        for (row, value) in values.iter().enumerate() {
-            y[row * outputs + output] = *value;
-        }
+    let block = block_rows::<W>(inputs);
+    // Block by block, what of each row of y it gives.
+    let mut rest: Vec<&mut [f32]> = y.chunks_exact_mut(outputs).collect();
+    let mut parts = Vec::with_capacity(outputs.div_ceil(block) * n);
+    for start in (0..outputs).step_by(block) {
+        let width = block.min(outputs - start);
+        parts.extend(rest.iter_mut().map(|row| row.split_off_mut(..width).expect("its outputs")));
+    }
+    let task = |(y, weight): (&mut [&mut [f32]], &[W])| {
+        W::inner_products(isa, x, weight, inputs, y);
+    };
+    if n * inputs * outputs < PARALLEL_MIN_MULTIPLY_ADDS {
+        parts.chunks_mut(n).zip(weight.chunks(block * inputs)).for_each(task);
+    } else {
+        parts.par_chunks_mut(n).zip(weight.par_chunks(block * inputs)).for_each(task);
     }
     y
 }
 
 /// A weight's element.
 trait Element: Copy + Sync {
-    /// `y` `[rows of weight, rows of x]`, each a row of `weight` times a row of `x`.
-    fn inner_products(isa: Isa, x: &[f32], weight: &[Self], inputs: usize, y: &mut [f32]);
+    /// `y`, a slice for each row of `x`: the row times all rows of `weight`.
+    fn inner_products(isa: Isa, x: &[f32], weight: &[Self], inputs: usize, y: &mut [&mut [f32]]);
 }
 
 impl Element for f32 {
-    fn inner_products(isa: Isa, x: &[f32], weight: &[f32], inputs: usize, y: &mut [f32]) {
-        inner_products_f32(isa, x, weight, inputs, y);
+    fn inner_products(isa: Isa, x: &[f32], weight: &[f32], inputs: usize, y: &mut [&mut [f32]]) {
+        inner_products_f32(isa, x, weight, inputs, y, Next::behind(weight));
     }
 }
 
 impl Element for bf16 {
-    fn inner_products(isa: Isa, x: &[f32], weight: &[bf16], inputs: usize, y: &mut [f32]) {
-        let n = x.len() / inputs;
-        if n <= GROUP {
-            return inner_products_bf16(isa, x, weight, inputs, y);
+    fn inner_products(isa: Isa, x: &[f32], weight: &[bf16], inputs: usize, y: &mut [&mut [f32]]) {
+        let next = Next::behind(weight);
+        if y.len() <= GROUP {
+            return inner_products_bf16(isa, x, weight, inputs, y, next);
         }
         // Widened once for all groups.
         let mut widened = vec![0.0; weight.len()];
         weight.convert_to_f32_slice(&mut widened);
-        inner_products_f32(isa, x, &widened, inputs, y);
+        inner_products_f32(isa, x, &widened, inputs, y, next);
+    }
+}
+
+/// Memory that will be read next: it is fetched while there is enough to compute with what is here.
+#[derive(Clone, Copy)]
+struct Next {
+    start: *const u8,
+    bytes: usize,
+}
+
+impl Next {
+    /// As much as `weight` is, behind it: mostly the block that the thread takes next.
+    fn behind<W>(weight: &[W]) -> Self {
+        Self { start: weight.as_ptr_range().end.cast(), bytes: size_of_val(weight) }
+    }
+
+    /// Part `index` of `count`.
+    fn part(self, index: usize, count: usize) -> Self {
+        let bytes = self.bytes / count.max(1);
+        Self { start: self.start.wrapping_add(index * bytes), bytes }
     }
 }
 
@@ -177,42 +235,59 @@ impl Element for bf16 {
 /// sum is made in the same order, however many rows of x there are.
 macro_rules! inner_products {
     ($name:ident, $element:ty, $load:ident, $widen:expr) => {
-        fn $name(isa: Isa, x: &[f32], weight: &[$element], inputs: usize, y: &mut [f32]) {
-            let n = x.len() / inputs;
-            assert_eq!(y.len() * inputs, weight.len() * n, "rows of W times rows of x");
+        fn $name(
+            isa: Isa,
+            x: &[f32],
+            weight: &[$element],
+            inputs: usize,
+            mut y: &mut [&mut [f32]],
+            next: Next,
+        ) {
+            assert_eq!(x.len(), y.len() * inputs, "a row of y for each row of x");
+            let groups = y.len() / GROUP;
             // Group by group: its rows stay in the nearest cache, those of W in the next one.
             let mut first = 0;
-            while first < n {
+            while !y.is_empty() {
+                let next = next.part(first / GROUP, groups);
                 let x = &x[first * inputs..];
                 // So many products at a time as there are registers for their sums.
-                first += match n - first {
-                    GROUP.. => group::<GROUP, 3>(isa, x, weight, inputs, &mut y[first..], n),
-                    2.. => group::<2, 4>(isa, x, weight, inputs, &mut y[first..], n),
-                    _ => group::<1, 4>(isa, x, weight, inputs, &mut y[first..], n),
+                let rows = match y.len() {
+                    GROUP.. => group::<GROUP, 3>(isa, x, weight, inputs, y, next),
+                    2.. => group::<2, 4>(isa, x, weight, inputs, y, next),
+                    _ => group::<1, 4>(isa, x, weight, inputs, y, next),
                 };
+                y = &mut y[rows..];
+                first += rows;
             }
 
             /// The first `N` rows of x times all rows of W, `M` of these at a time, into the first
-            /// `N` of each `stride` places of y. Gives `N`.
+            /// `N` of y. Gives `N`.
             fn group<const N: usize, const M: usize>(
                 isa: Isa,
                 x: &[f32],
                 weight: &[$element],
                 inputs: usize,
-                y: &mut [f32],
-                stride: usize,
+                y: &mut [&mut [f32]],
+                next: Next,
             ) -> usize {
                 let (x, tiles) = (&x[..N * inputs], weight.chunks_exact(M * inputs));
                 let rest = tiles.remainder().chunks_exact(inputs);
-                let mut y = y.chunks_mut(stride);
-                for weight in tiles {
-                    for (products, y) in tile::<N, M>(isa, x, weight).iter().zip(&mut y) {
-                        y[..N].copy_from_slice(products);
+                let count = tiles.len();
+                let mut output = 0;
+                for (index, weight) in tiles.enumerate() {
+                    for products in tile::<N, M>(isa, x, weight, next.part(index, count)) {
+                        for (y, product) in y.iter_mut().zip(products) {
+                            y[output] = product;
+                        }
+                        output += 1;
                     }
                 }
-                for (weight, y) in rest.zip(y) {
-                    let [products] = tile::<N, 1>(isa, x, weight);
-                    y[..N].copy_from_slice(&products);
+                for weight in rest {
+                    let [products] = tile::<N, 1>(isa, x, weight, next.part(0, count));
+                    for (y, product) in y.iter_mut().zip(products) {
+                        y[output] = product;
+                    }
+                    output += 1;
                 }
                 N
             }
@@ -222,11 +297,12 @@ macro_rules! inner_products {
                 isa: Isa,
                 x: &[f32],
                 weight: &[$element],
+                next: Next,
             ) -> [[f32; N]; M] {
                 match isa.level() {
                     // SAFETY: an `Isa` of these levels is made only where the CPU has AVX2 and FMA.
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx512 | Level::Avx2 => unsafe { avx2(x, weight) },
+                    Level::Avx512 | Level::Avx2 => unsafe { avx2(x, weight, next) },
                     Level::Portable => portable(x, weight),
                 }
             }
@@ -256,6 +332,7 @@ macro_rules! inner_products {
             fn avx2<const N: usize, const M: usize>(
                 x: &[f32],
                 weight: &[$element],
+                next: Next,
             ) -> [[f32; N]; M] {
                 use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_setzero_ps};
 
@@ -271,13 +348,17 @@ macro_rules! inner_products {
                 }
                 // Their addresses are not taken, or they would lie in memory.
                 let mut lanes = [[_mm256_setzero_ps(); N]; M];
+                let step = next.bytes / blocks.max(1);
                 for block in 0..blocks {
+                    if N == GROUP {
+                        fetch_near(next.start.wrapping_add(block * step));
+                    }
                     let mut w = [_mm256_setzero_ps(); M];
                     for m in 0..M {
                         w[m] = $load(&w_blocks[m][block]);
-                        if N == 1 {
+                        if N < GROUP {
                             // Then memory is waited for, and its rows are short.
-                            prefetch(w_blocks[m][block].as_ptr().wrapping_add(M * inputs));
+                            fetch_nearest(w_blocks[m][block].as_ptr().wrapping_add(M * inputs));
                         }
                     }
                     for row in 0..N {
@@ -319,14 +400,14 @@ inner_products!(inner_products_f32, f32, load_f32, |w: f32| w);
 inner_products!(inner_products_bf16, bf16, load_bf16, |w: bf16| w.to_f32());
 
 #[cfg(target_arch = "x86_64")]
-use x86::{load_bf16, load_f32, prefetch, sum};
+use x86::{fetch_near, fetch_nearest, load_bf16, load_f32, sum};
 
 /// The lanes of an inner product in a register.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, _MM_HINT_T0, _mm_add_ps, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps,
-        _mm_movehl_ps, _mm_prefetch, _mm256_castps256_ps128, _mm256_castsi256_ps,
+        __m256, _MM_HINT_T0, _MM_HINT_T1, _mm_add_ps, _mm_cvtss_f32, _mm_loadu_si128,
+        _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm256_castps256_ps128, _mm256_castsi256_ps,
         _mm256_cvtepu16_epi32, _mm256_extractf128_ps, _mm256_loadu_ps, _mm256_slli_epi32,
     };
 
@@ -350,11 +431,18 @@ mod x86 {
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
     }
 
-    /// Fetches what will be read soon, wherever it is.
+    /// Fetches what will be read at once into the first-level cache, wherever it is.
     #[inline]
-    pub(super) fn prefetch<T>(place: *const T) {
+    pub(super) fn fetch_nearest<T>(place: *const T) {
         // SAFETY: a hint alone, which reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
+    }
+
+    /// Fetches what will be read soon into the second-level cache.
+    #[inline]
+    pub(super) fn fetch_near<T>(place: *const T) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(place.cast()) };
     }
 
     /// As [`add_lanes`](super::add_lanes).
@@ -383,10 +471,13 @@ mod tests {
             let halves: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
             for isa in Isa::available() {
                 let (mut y, mut y_of_halves) = (vec![0.0; n * outputs], vec![0.0; n * outputs]);
-                inner_products_f32(isa, &x, &weight, inputs, &mut y);
-                inner_products_bf16(isa, &x, &halves, inputs, &mut y_of_halves);
+                let mut rows: Vec<&mut [f32]> = y.chunks_mut(outputs).collect();
+                inner_products_f32(isa, &x, &weight, inputs, &mut rows, Next::behind(&weight));
+                let mut rows: Vec<&mut [f32]> = y_of_halves.chunks_mut(outputs).collect();
+                let next = Next::behind(&halves);
+                inner_products_bf16(isa, &x, &halves, inputs, &mut rows, next);
                 for (index, (y, of_halves)) in y.iter().zip(&y_of_halves).enumerate() {
-                    let (output, row) = (index / n, index % n);
+                    let (row, output) = (index / outputs, index % outputs);
                     let x = &x[row * inputs..(row + 1) * inputs];
                     let exact = |weight: &dyn Fn(usize) -> f32| -> f64 {
                         let weights = (output * inputs..(output + 1) * inputs).map(weight);

@@ -1,8 +1,9 @@
 //! CPU form of [`crate::ops::cached_attention`].
 //!
-//! Keys and values lie token by token, so that a new one is appended. One query of a sequence is
-//! multiplied by its keys one after the other, in whose order its sums are made; the queries of a
-//! prompt are products of matrices, as in training.
+//! Each head's keys and values lie token by token, so that a new one is appended and what one unit
+//! of work reads is one stream of memory. The one query of a sequence is multiplied by its keys one
+//! after the other, in whose order its sums are made; the queries of a prompt are products of
+//! matrices, as in training.
 
 use burn::backend::Flex;
 use burn::tensor::Tensor;
@@ -17,33 +18,44 @@ use crate::ops::cpu::gemm::{MatMut, MatRef, Threads, gemm};
 use crate::ops::cpu::isa::{Isa, simd_kernels};
 use crate::ops::cpu::math::{dot, exp, max, sum, tanh};
 
-/// k̂ and v, each `[tokens, K·D]`.
-#[derive(Debug, Clone, Default)]
+/// Those of each head of keys.
+#[derive(Debug, Clone)]
 pub(crate) struct KeyValues {
+    heads: Vec<Head>,
+    /// D.
+    dim: usize,
+}
+
+/// k̂ and v of a head, each `[tokens, D]`.
+#[derive(Debug, Clone, Default)]
+struct Head {
     keys: Vec<f32>,
     values: Vec<f32>,
-    /// K·D.
-    width: usize,
 }
 
 impl KeyValues {
+    fn new(heads: Heads) -> Self {
+        Self { heads: vec![Head::default(); heads.key_value], dim: heads.dim }
+    }
+
     /// Those of the first `tokens` tokens.
     pub(crate) fn prefix(&self, tokens: usize) -> Self {
-        let first = |x: &[f32]| x[..tokens * self.width].to_vec();
-        Self { keys: first(&self.keys), values: first(&self.values), width: self.width }
+        let first = |x: &[f32]| x[..tokens * self.dim].to_vec();
+        let heads = self.heads.iter();
+        let heads = heads.map(|head| Head { keys: first(&head.keys), values: first(&head.values) });
+        Self { heads: heads.collect(), dim: self.dim }
     }
 
     /// Appends a row's keys and values.
     fn push(&mut self, isa: Isa, row: &[f32], heads: Heads, (cos, sin): (&[f32], &[f32])) {
-        self.width = heads.key_value_width();
-        let (keys, values) = row[heads.query_width()..].split_at(self.width);
-        let start = self.keys.len();
-        self.keys.resize(start + self.width, 0.0);
-        let rotated = self.keys[start..].chunks_exact_mut(heads.dim);
-        for (key, rotated) in keys.chunks_exact(heads.dim).zip(rotated) {
-            rotate(isa, key, cos, sin, rotated);
+        let (keys, values) = row[heads.query_width()..].split_at(heads.key_value_width());
+        let rows = keys.chunks_exact(heads.dim).zip(values.chunks_exact(heads.dim));
+        for (head, (key, value)) in self.heads.iter_mut().zip(rows) {
+            let start = head.keys.len();
+            head.keys.resize(start + heads.dim, 0.0);
+            rotate(isa, key, cos, sin, &mut head.keys[start..]);
+            head.values.extend_from_slice(value);
         }
-        self.values.extend_from_slice(values);
     }
 }
 
@@ -58,7 +70,7 @@ pub(in crate::ops) fn cached_attention(
     let qkv = contiguous(qkv.inner().try_into_primitive::<Flex>().expect("a tensor on the CPU"));
     let rows: Vec<&[f32]> = values(&qkv).chunks_exact(heads.qkv_width()).collect();
     for extension in extensions.iter_mut() {
-        let cache = extension.cache.get_or_insert_with(|| Cache::Rows(KeyValues::default()));
+        let cache = extension.cache.get_or_insert_with(|| Cache::Rows(KeyValues::new(heads)));
         let Cache::Rows(cache) = cache else { unreachable!("a cache stays with its form") };
         for (i, row) in rows[extension.rows.clone()].iter().enumerate() {
             cache.push(isa, row, heads, rotary.row(extension.first_position + i));
@@ -123,14 +135,12 @@ impl Shared<'_> {
     /// Output of the query heads of key head `head` for a sequence's one row.
     fn one_query(&self, sequence: &Sequence<'_>, row: &[f32], head: usize) -> Vec<f32> {
         let Heads { dim, .. } = self.heads;
-        let (group, width) = (self.heads.group(), self.heads.key_value_width());
+        let group = self.heads.group();
         let position = sequence.first_position;
-        let seen = self.scores.first_key(position)..position + 1;
-        let KeyValues { keys, values, .. } = sequence.cache;
-        let strided =
-            |values| Strided { values, start: seen.start * width + head * dim, stride: width };
-        let (keys, values) = (strided(keys), strided(values));
-        let (mut q, mut scores) = (vec![0.0; dim], vec![0.0; seen.len()]);
+        let seen = self.scores.first_key(position) * dim..(position + 1) * dim;
+        let Head { keys, values } = &sequence.cache.heads[head];
+        let (keys, values) = (&keys[seen.clone()], &values[seen]);
+        let (mut q, mut scores) = (vec![0.0; dim], vec![0.0; keys.len() / dim]);
         let mut output = vec![0.0; group * dim];
         for (i, output) in output.chunks_exact_mut(dim).enumerate() {
             self.rotated(row, head * group + i, position, &mut q);
@@ -142,11 +152,10 @@ impl Shared<'_> {
     /// Output of the query heads of key head `head`, `[n, group · D]`.
     fn queries(&self, sequence: &Sequence<'_>, head: usize) -> Vec<f32> {
         let Heads { dim, .. } = self.heads;
-        let (group, width) = (self.heads.group(), self.heads.key_value_width());
+        let group = self.heads.group();
         let (n, first) = (sequence.rows.len(), sequence.first_position);
-        let columns = head * dim..(head + 1) * dim;
-        let matrix = |x| MatRef::new(x, first + n, width).columns(columns.clone());
-        let (keys, values) = (matrix(&sequence.cache.keys), matrix(&sequence.cache.values));
+        let Head { keys, values } = &sequence.cache.heads[head];
+        let [keys, values] = [keys, values].map(|x| MatRef::new(x, first + n, dim));
         let mut q = vec![0.0; n * dim];
         let (mut scores, mut log_sum) = (Vec::new(), Vec::new());
         let mut output = vec![0.0; n * group * dim];
@@ -182,30 +191,14 @@ impl Shared<'_> {
     }
 }
 
-/// One head's keys or values: vectors `stride` apart.
-#[derive(Clone, Copy)]
-struct Strided<'a> {
-    values: &'a [f32],
-    start: usize,
-    stride: usize,
-}
-
-impl<'a> Strided<'a> {
-    #[inline(always)]
-    fn row(self, token: usize, dim: usize) -> &'a [f32] {
-        &self.values[self.start + token * self.stride..][..dim]
-    }
-}
-
 simd_kernels! {
     /// o = softmax(Ŝ)·v of one query, of as many keys as there are `scores`.
     fn attend_one(
-        how: Scores, q: &[f32], keys: Strided<'_>, values: Strided<'_>, scores: &mut [f32],
+        how: Scores, q: &[f32], keys: &[f32], values: &[f32], scores: &mut [f32],
         output: &mut [f32],
     ) {
-        let dim = q.len();
-        for (token, score) in scores.iter_mut().enumerate() {
-            *score = how.scale * dot::<M>(q, keys.row(token, dim));
+        for (key, score) in keys.chunks_exact(q.len()).zip(scores.iter_mut()) {
+            *score = how.scale * dot::<M>(q, key);
         }
         if let Some(cap) = how.softcap {
             for score in scores.iter_mut() {
@@ -217,15 +210,30 @@ simd_kernels! {
             *score = exp::<M>(*score - greatest);
         }
         let inverse = 1.0 / sum(scores);
-        output.fill(0.0);
-        for (token, p) in scores.iter().enumerate() {
-            let value = values.row(token, dim);
-            for i in 0..dim {
-                output[i] = M::mul_add(*p, value[i], output[i]);
+        // So many sums stay in registers while all values are read.
+        const WIDTH: usize = 32;
+        let dim = q.len();
+        for first in (0..dim).step_by(WIDTH) {
+            let output = &mut output[first..dim.min(first + WIDTH)];
+            let columns = values.chunks_exact(dim).map(|value| &value[first..first + output.len()]);
+            let mut sums = [0f32; WIDTH];
+            if output.len() == WIDTH {
+                for (value, p) in columns.zip(scores.iter()) {
+                    let value = &value[..WIDTH];
+                    for i in 0..WIDTH {
+                        sums[i] = M::mul_add(*p, value[i], sums[i]);
+                    }
+                }
+            } else {
+                for (value, p) in columns.zip(scores.iter()) {
+                    for (sum, value) in sums.iter_mut().zip(value) {
+                        *sum = M::mul_add(*p, *value, *sum);
+                    }
+                }
             }
-        }
-        for value in output.iter_mut() {
-            *value *= inverse;
+            for (output, sum) in output.iter_mut().zip(sums) {
+                *output = sum * inverse;
+            }
         }
     }
 }
