@@ -26,6 +26,7 @@ mod ops;
 pub mod optim;
 pub mod parallel;
 pub mod parameter;
+mod pool;
 pub mod preference;
 pub mod sample;
 pub mod serve;

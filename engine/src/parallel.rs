@@ -16,6 +16,7 @@ use std::thread;
 use crate::device::Device;
 use crate::error::EngineError;
 use crate::model::TrainableModel;
+use crate::pool::on_pool;
 
 /// A model on each of several devices. It derefs to the lead, whose values are everyone's.
 #[derive(Debug)]
@@ -58,7 +59,9 @@ impl Replicas {
     ) -> Result<Vec<T>, (usize, EngineError)> {
         if self.others.is_empty() {
             return (0..owners.len())
-                .map(|index| work(&mut self.lead, index).map_err(|error| (index, error)))
+                .map(|index| {
+                    on_pool(|| work(&mut self.lead, index)).map_err(|error| (index, error))
+                })
                 .collect();
         }
         let work = &work;

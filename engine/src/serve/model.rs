@@ -14,6 +14,7 @@ use crate::models::decoder::{Adaptation, Decoder, KeyValueCache, RotaryTables, S
 use crate::models::load::load_frozen;
 use crate::ops::row_linear::RowUpdate;
 use crate::parameter::{NamedRows, NamedSource, Parameters, read};
+use crate::pool::on_pool;
 
 use burn::tensor::{Tensor, TensorData};
 
@@ -116,8 +117,10 @@ impl ServedModel {
         if self.rotary.positions < longest {
             self.rotary = self.decoder.rotary_tables(longest.next_power_of_two());
         }
-        let hidden = self.decoder.extend(&self.parameters, sequences, &self.rotary);
-        let logits = read(self.decoder.next_logits(&self.parameters, hidden, positions))?;
+        let logits = on_pool(|| {
+            let hidden = self.decoder.extend(&self.parameters, sequences, &self.rotary);
+            read(self.decoder.next_logits(&self.parameters, hidden, positions))
+        })?;
         Ok(logits.chunks_exact(self.vocab_size()).map(<[f32]>::to_vec).collect())
     }
 
