@@ -111,6 +111,13 @@ impl From<StoreError> for Failure {
                 "This Idempotency-Key was used for another request. Send the first request's \
                  body again, or choose a new key.",
             ),
+            StoreError::SecretShown { key } => ApiError::new(
+                ErrorCode::SecretAlreadyShown,
+                format!(
+                    "This request has made {key} before. Its secret was shown then and is not kept. If \
+                     it is lost, delete {key} and make another key with a new Idempotency-Key."
+                ),
+            ),
             StoreError::FileInUse { file, job } => ApiError::new(
                 ErrorCode::FileInUse,
                 format!(
@@ -217,6 +224,7 @@ fn is_permanent_conflict(code: ErrorCode) -> bool {
             | ErrorCode::InvalidBatchState
             | ErrorCode::FileInUse
             | ErrorCode::IdempotencyConflict
+            | ErrorCode::SecretAlreadyShown
             | ErrorCode::InsufficientQuota
     )
 }

@@ -17,6 +17,7 @@ mod file_reports;
 mod form;
 mod gguf;
 mod head;
+mod idempotency;
 mod job_request;
 mod limits;
 mod live;

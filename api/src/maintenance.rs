@@ -22,6 +22,9 @@ pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
         if let Err(error) = store.purge_deliveries().await {
             tracing::warn!(%error, "old webhook deliveries could not be forgotten");
         }
+        if let Err(error) = store.purge_creations().await {
+            tracing::warn!(%error, "old requests could not be forgotten");
+        }
         let _ = tokio::time::timeout(EVERY, stopped.changed()).await;
     }
 }

@@ -76,6 +76,8 @@ error_table! {
     FileInUse = "file_in_use", 400, "invalid_request_error";
     /// The same idempotency key came with another body.
     IdempotencyConflict = "idempotency_conflict", 400, "invalid_request_error";
+    /// The same idempotency key has made an API key before, whose secret was shown then alone.
+    SecretAlreadyShown = "secret_already_shown", 400, "invalid_request_error";
     /// The body passes the size that the service takes.
     PayloadTooLarge = "payload_too_large", 413, "invalid_request_error";
     /// The range lies outside the content.

@@ -1,7 +1,7 @@
 //! Batches: a file of requests in, a file of answers out.
 
 use crate::files::{self, FileFacts, Purpose, is_there};
-use crate::jobs::Idempotency;
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::notify::Channel;
 use crate::objects::Stored;
 use crate::page::{Page, PageRequest};
@@ -21,8 +21,6 @@ use tunesmith_core::ids::{BatchId, FileId, ProjectId};
 const WINDOW: &str = "24 hours";
 /// How long one who works on a batch has it to itself; renew it in time.
 const CLAIM: &str = "60 seconds";
-/// How long after a request another with the same body, marked as its retry, makes no second batch.
-const RETRY_WINDOW: &str = "1 hour";
 
 words! {
     /// Where a batch stands.
@@ -191,7 +189,8 @@ impl Store {
     /// before.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] for a file that is not in the caller's project (any more).
+    /// [`StoreError::NotFound`] for a file that is not in the caller's project (any more),
+    /// [`StoreError::IdempotencyConflict`].
     pub async fn create_batch(
         &self,
         caller: &Caller,
@@ -199,29 +198,10 @@ impl Store {
         idempotency: &Idempotency,
     ) -> Result<Batch, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
-        sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
-            .bind(format!(
-                "batch {} {}",
-                caller.api_key_id,
-                hex::encode(idempotency.request_sha256)
-            ))
-            .execute(&mut *transaction)
-            .await?;
-        if idempotency.is_retry {
-            let made = sqlx::query_as(
-                "SELECT * FROM batches
-                 WHERE api_key_id = $1 AND request_sha256 = $2
-                   AND created_at > now() - $3::interval
-                 ORDER BY sequence DESC LIMIT 1",
-            )
-            .bind(caller.api_key_id.as_str())
-            .bind(idempotency.request_sha256.as_slice())
-            .bind(RETRY_WINDOW)
-            .fetch_optional(&mut *transaction)
-            .await?;
-            if let Some(made) = made {
-                return Ok(made);
-            }
+        let request = Request::new(Creation::Batch, caller.api_key_id.as_str(), idempotency);
+        if let Some(made) = request.made_before(&mut transaction).await? {
+            drop(transaction);
+            return self.batch(&caller.project_id, &BatchId::from(made)).await;
         }
         sqlx::query(concat!(
             "SELECT 1 FROM files WHERE id = $1 AND project_id = $2 AND ",
@@ -233,16 +213,15 @@ impl Store {
         .fetch_optional(&mut *transaction)
         .await?
         .ok_or_else(|| StoreError::not_found("file", &new.input_file))?;
-        let made = sqlx::query_as(
-            "WITH woken AS (SELECT pg_notify($9, ''))
-             INSERT INTO batches (id, project_id, api_key_id, request_sha256, endpoint, input_file,
-                 metadata, output_lifetime_seconds, expires_at)
-             SELECT $1, $2, $3, $4, $5, $6, $7, $8, now() + $10::interval FROM woken RETURNING *",
+        let made: Batch = sqlx::query_as(
+            "WITH woken AS (SELECT pg_notify($8, ''))
+             INSERT INTO batches (id, project_id, api_key_id, endpoint, input_file, metadata,
+                 output_lifetime_seconds, expires_at)
+             SELECT $1, $2, $3, $4, $5, $6, $7, now() + $9::interval FROM woken RETURNING *",
         )
         .bind(BatchId::generate(&mut rand::rng()).as_str())
         .bind(caller.project_id.as_str())
         .bind(caller.api_key_id.as_str())
-        .bind(idempotency.request_sha256.as_slice())
         .bind(&new.endpoint)
         .bind(new.input_file.as_str())
         .bind(Json(&new.metadata))
@@ -251,6 +230,7 @@ impl Store {
         .bind(WINDOW)
         .fetch_one(&mut *transaction)
         .await?;
+        request.remember(&mut transaction, made.id.as_str()).await?;
         transaction.commit().await?;
         Ok(made)
     }

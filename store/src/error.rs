@@ -31,6 +31,12 @@ pub enum StoreError {
     /// An idempotency key came again with another request.
     #[error("the idempotency key was used for another request")]
     IdempotencyConflict,
+    /// A request that came again has made a key, the secret of which was shown then and is not kept.
+    #[error("the secret of key {key} was shown when it was made")]
+    SecretShown {
+        /// The key.
+        key: String,
+    },
     /// The project has as many unfinished jobs as it may.
     #[error("the project has {limit} unfinished jobs")]
     TooManyJobs {

@@ -1,8 +1,10 @@
 //! Files: uploaded by clients, or produced by jobs.
 
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::notify::Channel;
 use crate::objects::{ObjectKey, Stored};
 use crate::page::{Order, Page, PageRequest};
+use crate::tenants::Caller;
 use crate::words::words;
 use crate::{Store, StoreError, database, rows};
 use sqlx::postgres::PgRow;
@@ -135,17 +137,35 @@ impl Store {
         Ok(id)
     }
 
-    /// Makes a file whole whose content is stored, and asks for a report on one to train on.
+    /// Makes a file whole whose content is stored, and asks for a report on one to train on. Of a
+    /// request that has made a file before it is that file, and what came again goes.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if it is not one that is being uploaded.
+    /// [`StoreError::NotFound`] if it is not one that is being uploaded, or the one that was made
+    /// before is gone; [`StoreError::IdempotencyConflict`].
     pub async fn finish_file(
         &self,
+        caller: &Caller,
         id: &FileId,
         facts: &FileFacts,
         stored: &Stored,
+        idempotency: &Idempotency,
     ) -> Result<File, StoreError> {
-        finish(&self.pool, id, facts, stored).await
+        let mut transaction = database::begin(&self.pool).await?;
+        let request = Request::new(Creation::File, caller.api_key_id.as_str(), idempotency);
+        let made = match request.made_before(&mut transaction).await {
+            Ok(None) => {
+                let file = finish(&mut *transaction, id, facts, stored).await?;
+                request.remember(&mut transaction, id.as_str()).await?;
+                transaction.commit().await?;
+                return Ok(file);
+            }
+            Ok(Some(made)) => Ok(FileId::from(made)),
+            Err(error) => Err(error),
+        };
+        drop(transaction);
+        self.abandon_file(id).await?;
+        self.file(&caller.project_id, &made?).await
     }
 
     /// Forgets a file whose upload failed, and its content if there is any.
@@ -349,7 +369,7 @@ impl Store {
     }
 }
 
-/// [`Store::finish_file`], in a transaction or not.
+/// Makes a file whole, in the transaction of what it belongs to.
 pub(crate) async fn finish(
     executor: impl PgExecutor<'_>,
     id: &FileId,

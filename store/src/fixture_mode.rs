@@ -135,12 +135,11 @@ async fn jobs(connection: &mut PgConnection) -> Result<(), StoreError> {
     let queued = [JOB, AFTER].map(|job| (job.to_owned(), format!("model of {job}")));
     for (job, model) in owners.iter().chain(&queued) {
         sqlx::query(
-            "INSERT INTO jobs (id, project_id, api_key_id, request_sha256, model, base_model_id,
-                 training_file, seed, metadata, hyperparameters, model_name, status, resolved)
-             VALUES ($1, 'project_id', 'key', $2, $3, $3, $4, 0, $5, '{}', $6, 'queued', $7)",
+            "INSERT INTO jobs (id, project_id, api_key_id, model, base_model_id, training_file, seed,
+                 metadata, hyperparameters, model_name, status, resolved)
+             VALUES ($1, 'project_id', 'key', $2, $2, $3, 0, $4, '{}', $5, 'queued', $6)",
         )
         .bind(job)
-        .bind(Sha256::digest(job).to_vec())
         .bind(BASE_MODELS[0])
         .bind(FILES[0])
         .bind(Json(json!({"foo": "string"})))
@@ -198,13 +197,12 @@ async fn jobs(connection: &mut PgConnection) -> Result<(), StoreError> {
 async fn batches(connection: &mut PgConnection) -> Result<(), StoreError> {
     for batch in ["batch_id", AFTER] {
         sqlx::query(
-            "INSERT INTO batches (id, project_id, api_key_id, request_sha256, endpoint, input_file,
-                 metadata, expires_at, status, claimed_until)
-             VALUES ($1, 'project_id', 'key', $2, '/v1/chat/completions', 'input_file_id', '{}',
+            "INSERT INTO batches (id, project_id, api_key_id, endpoint, input_file, metadata, expires_at,
+                 status, claimed_until)
+             VALUES ($1, 'project_id', 'key', '/v1/chat/completions', 'input_file_id', '{}',
                  now() + interval '1 day', 'in_progress', now() + interval '1 day')",
         )
         .bind(batch)
-        .bind(Sha256::digest(batch).to_vec())
         .execute(&mut *connection)
         .await?;
     }

@@ -4,7 +4,8 @@ use crate::Store;
 use crate::base_models::NewBaseModel;
 use crate::events::NewEvent;
 use crate::files::{File, FileFacts, Purpose};
-use crate::jobs::{Idempotency, Job, NewJob};
+use crate::idempotency::Idempotency;
+use crate::jobs::{Job, NewJob};
 use crate::lease::{ClaimedJob, Completed, NewCheckpoint};
 use crate::objects::ObjectKey;
 use crate::page::PageRequest;
@@ -146,7 +147,7 @@ pub(crate) async fn upload(store: &Store, caller: &Caller, filename: &str) -> Fi
         purpose: Purpose::FineTune,
         expires_after: None,
     };
-    store.finish_file(&id, &facts, &stored).await.expect("finished")
+    store.finish_file(caller, &id, &facts, &stored, &once(0)).await.expect("finished")
 }
 
 /// A request that was not sent before; `body` stands for its content.

@@ -18,6 +18,7 @@ pub mod files;
 mod fixture_mode;
 #[cfg(test)]
 mod fixtures;
+pub mod idempotency;
 pub mod jobs;
 pub mod lease;
 pub mod metrics;

@@ -4,7 +4,8 @@ mod admin;
 
 pub use admin::{AdminKey, Administrator, ApiKey, NewAdminKey, Project};
 
-use crate::{Store, StoreError, rows};
+use crate::idempotency::{Creation, Idempotency, Request};
+use crate::{Store, StoreError, database, rows};
 use sha2::{Digest as _, Sha256};
 use sqlx::PgExecutor;
 use tunesmith_core::ids::{ApiKeyId, OrganizationId, ProjectId, generate_api_key};
@@ -65,22 +66,32 @@ impl Store {
         project: &ProjectId,
         name: &str,
     ) -> Result<NewApiKey, StoreError> {
-        let key = NewApiKey {
-            id: ApiKeyId::generate(&mut rand::rng()),
-            secret: generate_api_key(&mut rand::rng()),
-        };
-        sqlx::query(
-            "INSERT INTO api_keys (id, project_id, name, secret_sha256, redacted)
-             VALUES ($1, $2, $3, $4, $5)",
-        )
-        .bind(key.id.as_str())
-        .bind(project.as_str())
-        .bind(name)
-        .bind(hash(&key.secret))
-        .bind(redacted("sk-", &key.secret))
-        .execute(&self.pool)
-        .await?;
-        Ok(key)
+        Ok(insert_api_key(&self.pool, project, name).await?)
+    }
+
+    /// The same for an administrator's request. One that comes again with its key is refused: what it
+    /// was to show is not kept. Without a key it makes another, as the first secret may be lost.
+    ///
+    /// # Errors
+    /// [`StoreError::SecretShown`], [`StoreError::IdempotencyConflict`].
+    pub async fn create_api_key_of_request(
+        &self,
+        administrator: &Administrator,
+        project: &ProjectId,
+        name: &str,
+        idempotency: &Idempotency,
+    ) -> Result<NewApiKey, StoreError> {
+        let mut transaction = database::begin(&self.pool).await?;
+        let idempotency = idempotency.by_key_alone();
+        let caller = administrator.admin_key_id.as_str();
+        let request = Request::new(Creation::ApiKey, caller, &idempotency);
+        if let Some(key) = request.made_before(&mut transaction).await? {
+            return Err(StoreError::SecretShown { key });
+        }
+        let made = insert_api_key(&mut *transaction, project, name).await?;
+        request.remember(&mut transaction, made.id.as_str()).await?;
+        transaction.commit().await?;
+        Ok(made)
     }
 
     /// Whose key `secret` is, if it is one that was not revoked, to a project that is not archived.
@@ -104,6 +115,29 @@ impl Store {
             api_key_id: rows::text(&row, "id")?,
         }))
     }
+}
+
+async fn insert_api_key(
+    executor: impl PgExecutor<'_>,
+    project: &ProjectId,
+    name: &str,
+) -> sqlx::Result<NewApiKey> {
+    let key = NewApiKey {
+        id: ApiKeyId::generate(&mut rand::rng()),
+        secret: generate_api_key(&mut rand::rng()),
+    };
+    sqlx::query(
+        "INSERT INTO api_keys (id, project_id, name, secret_sha256, redacted)
+         VALUES ($1, $2, $3, $4, $5)",
+    )
+    .bind(key.id.as_str())
+    .bind(project.as_str())
+    .bind(name)
+    .bind(hash(&key.secret))
+    .bind(redacted("sk-", &key.secret))
+    .execute(executor)
+    .await?;
+    Ok(key)
 }
 
 /// What is kept of a key's secret.

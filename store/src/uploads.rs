@@ -4,7 +4,9 @@
 //! breaks, and the client sends only what is missing.
 
 use crate::files::{self, File, FileFacts, Purpose};
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::objects::{ObjectPrefix, Stored};
+use crate::tenants::Caller;
 use crate::words::words;
 use crate::{Store, StoreError, database, rows};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
@@ -112,17 +114,24 @@ pub struct UploadPart {
 }
 
 impl Store {
-    /// Begins an upload, which takes parts for an hour.
+    /// Begins an upload, which takes parts for an hour, or finds the one that the same request has
+    /// begun before.
     ///
     /// # Errors
-    /// Those of the database.
+    /// [`StoreError::IdempotencyConflict`], or those of the database.
     pub async fn create_upload(
         &self,
-        project: &ProjectId,
+        caller: &Caller,
         new: &NewUpload,
+        idempotency: &Idempotency,
     ) -> Result<Upload, StoreError> {
+        let mut transaction = database::begin(&self.pool).await?;
+        let request = Request::new(Creation::Upload, caller.api_key_id.as_str(), idempotency);
+        if let Some(made) = request.made_before(&mut transaction).await? {
+            return find(&mut *transaction, &caller.project_id, &UploadId::from(made)).await;
+        }
         let id = UploadId::generate(&mut rand::rng());
-        Ok(sqlx::query_as(concat!(
+        let begun = sqlx::query_as(concat!(
             "INSERT INTO uploads
                  (id, project_id, filename, purpose, mime_type, bytes, file_lifetime_seconds,
                   expires_at)
@@ -131,15 +140,18 @@ impl Store {
             upload_columns!()
         ))
         .bind(id.as_str())
-        .bind(project.as_str())
+        .bind(caller.project_id.as_str())
         .bind(&new.file.filename)
         .bind(new.file.purpose.as_str())
         .bind(&new.mime_type)
         .bind(rows::bigint(new.bytes))
         .bind(new.file.expires_after.map(|duration| rows::bigint(duration.as_secs())))
         .bind(LIFETIME)
-        .fetch_one(&self.pool)
-        .await?)
+        .fetch_one(&mut *transaction)
+        .await?;
+        request.remember(&mut transaction, id.as_str()).await?;
+        transaction.commit().await?;
+        Ok(begun)
     }
 
     /// An upload of `project`.

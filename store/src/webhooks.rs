@@ -4,9 +4,11 @@
 //! Whoever delivers claims one for a minute; if it dies, another takes it up: an event arrives at
 //! least once, always with the same id.
 
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::page::{Page, PageRequest};
+use crate::tenants::Caller;
 use crate::words::words;
-use crate::{Store, StoreError, rows};
+use crate::{Store, StoreError, database, rows};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row as _};
 use std::time::Duration;
@@ -144,28 +146,43 @@ fn event_words(events: &[WebhookEvent]) -> Vec<&'static str> {
 }
 
 impl Store {
-    /// A new endpoint of `project`.
+    /// A new endpoint of the caller's project, or the one that the same request has made before,
+    /// as it is now.
     ///
     /// # Errors
-    /// Those of the database.
+    /// [`StoreError::NotFound`] for one that was made before and is gone,
+    /// [`StoreError::IdempotencyConflict`].
     pub async fn create_webhook_endpoint(
         &self,
-        project: &ProjectId,
+        caller: &Caller,
         new: &NewWebhookEndpoint,
+        idempotency: &Idempotency,
     ) -> Result<WebhookEndpoint, StoreError> {
-        Ok(sqlx::query_as(concat!(
+        let mut transaction = database::begin(&self.pool).await?;
+        let caller_key = caller.api_key_id.as_str();
+        let request = Request::new(Creation::WebhookEndpoint, caller_key, idempotency);
+        if let Some(made) = request.made_before(&mut transaction).await? {
+            drop(transaction);
+            let id = WebhookEndpointId::from(made);
+            return self.webhook_endpoint(&caller.project_id, &id).await;
+        }
+        let id = WebhookEndpointId::generate(&mut rand::rng());
+        let made = sqlx::query_as(concat!(
             "INSERT INTO webhook_endpoints (id, project_id, name, url, event_types, secret)
              VALUES ($1, $2, $3, $4, $5, $6) RETURNING ",
             endpoint_columns!()
         ))
-        .bind(WebhookEndpointId::generate(&mut rand::rng()).as_str())
-        .bind(project.as_str())
+        .bind(id.as_str())
+        .bind(caller.project_id.as_str())
         .bind(&new.name)
         .bind(&new.url)
         .bind(event_words(&new.event_types))
         .bind(&new.secret)
-        .fetch_one(&self.pool)
-        .await?)
+        .fetch_one(&mut *transaction)
+        .await?;
+        request.remember(&mut transaction, id.as_str()).await?;
+        transaction.commit().await?;
+        Ok(made)
     }
 
     /// An endpoint of `project`.

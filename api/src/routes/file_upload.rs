@@ -4,15 +4,19 @@
 use crate::auth::Authenticated;
 use crate::failure::{Failure, invalid_value, missing};
 use crate::form::{Form, announced_bytes, content_of, text_of};
+use crate::idempotency::idempotency;
 use crate::routes::files::FileObject;
 use crate::server::AppState;
 use crate::warnings;
 use actix_multipart::Field;
 use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use std::time::Duration;
 use tunesmith_core::errors::ApiError;
 use tunesmith_core::ids::FileId;
 use tunesmith_store::files::{FileFacts, Purpose};
+use tunesmith_store::idempotency::Idempotency;
 use tunesmith_store::objects::{ObjectKey, Stored};
 
 /// The name that the SDKs send for raw bytes; also that of a part without one.
@@ -39,11 +43,15 @@ pub(crate) async fn create(
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
     let mut form = Form::of(&request, payload, "the fields 'file' and 'purpose'")?;
+    // What the file is to be is known at its end; whether the header is in order, now.
+    let asked = idempotency(&request, [0; 32])?;
     state.require_storage(&caller.project_id, announced_bytes(&request)).await?;
     let mut upload = Upload { id: state.store.begin_file(&caller.project_id).await?, stored: None };
     match upload.receive(&state, &mut form).await {
         Ok((facts, stored, unknown)) => {
-            let file = state.store.finish_file(&upload.id, &facts, &stored).await?;
+            let asked = Idempotency { request_sha256: sha256(&facts, &stored), ..asked };
+            let id = &upload.id;
+            let file = state.store.finish_file(&caller, id, &facts, &stored, &asked).await?;
             let mut reply = HttpResponse::Ok();
             warnings::add(&mut reply, unknown.as_slice());
             Ok(reply.json(FileObject::from(&file)))
@@ -57,6 +65,14 @@ pub(crate) async fn create(
             Err(failure)
         }
     }
+}
+
+/// Tells one wish for a file from another. A form's bytes do not: what parts it is another each time.
+fn sha256(facts: &FileFacts, stored: &Stored) -> [u8; 32] {
+    let FileFacts { filename, purpose, expires_after } = facts;
+    let seconds = expires_after.map(|duration| duration.as_secs());
+    let asked = json!([stored.sha256, filename, purpose.as_str(), seconds]);
+    Sha256::digest(asked.to_string()).into()
 }
 
 /// A file that is on its way.

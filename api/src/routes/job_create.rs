@@ -3,6 +3,7 @@
 use crate::auth::Authenticated;
 use crate::body::read_json;
 use crate::failure::{Failure, invalid_value, no_such_file};
+use crate::idempotency::idempotency;
 use crate::job_request::JobRequest;
 use crate::routes::jobs;
 use crate::server::AppState;
@@ -14,15 +15,9 @@ use tunesmith_store::StoreError;
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::events::{Level, NewEvent};
 use tunesmith_store::files::Purpose;
-use tunesmith_store::jobs::{Idempotency, NewJob};
+use tunesmith_store::jobs::NewJob;
 use tunesmith_store::models::Model;
 use tunesmith_store::tenants::Caller;
-
-/// The standard header of a client that names its own request.
-pub(super) const IDEMPOTENCY_KEY: &str = "idempotency-key";
-/// How often the OpenAI SDKs have sent the request before; they send no idempotency key.
-const X_STAINLESS_RETRY_COUNT: &str = "x-stainless-retry-count";
-pub(super) const MAX_IDEMPOTENCY_KEY: usize = 255;
 
 /// Makes a job, once, however often the client asks.
 pub(crate) async fn create(
@@ -71,34 +66,6 @@ pub(crate) async fn create(
     let mut reply = HttpResponse::Ok();
     warnings::add(&mut reply, &warnings);
     Ok(reply.json(jobs::shown(&state, &created.job).await?))
-}
-
-/// What tells the request from its own retry.
-///
-/// # Errors
-/// `invalid_value` for an `Idempotency-Key` that is none.
-pub(crate) fn idempotency(
-    request: &HttpRequest,
-    request_sha256: [u8; 32],
-) -> Result<Idempotency, ApiError> {
-    let header = |name: &str| request.headers().get(name);
-    let key = match header(IDEMPOTENCY_KEY) {
-        None => None,
-        Some(value) => Some(
-            value
-                .to_str()
-                .ok()
-                .filter(|key| (1..=MAX_IDEMPOTENCY_KEY).contains(&key.len()))
-                .ok_or_else(|| {
-                    let rule = format!("1 to {MAX_IDEMPOTENCY_KEY} characters of ASCII");
-                    invalid_value("Idempotency-Key", "the header", &rule)
-                })?
-                .to_owned(),
-        ),
-    };
-    let retries = header(X_STAINLESS_RETRY_COUNT).and_then(|value| value.to_str().ok());
-    let is_retry = retries.and_then(|text| text.parse::<u32>().ok()).is_some_and(|count| count > 0);
-    Ok(Idempotency { key, is_retry, request_sha256 })
 }
 
 /// What a job starts from: a base model, or the tuned model or checkpoint that the caller calls

@@ -5,6 +5,7 @@ use crate::body::read_json;
 use crate::failure::{Failure, invalid_value, missing};
 use crate::fields::{self, given, required, text};
 use crate::form::{Form, content_of};
+use crate::idempotency::idempotency;
 use crate::routes::file_upload::{self, EXPIRES_AFTER_SECONDS};
 use crate::routes::files::FileObject;
 use crate::server::AppState;
@@ -86,14 +87,16 @@ async fn shown(state: &AppState, caller: &Caller, upload: Upload) -> Result<Uplo
 
 /// `POST /v1/uploads`
 pub(crate) async fn create(
+    request: HttpRequest,
     state: web::Data<AppState>,
     caller: Authenticated,
     payload: web::Payload,
 ) -> Result<HttpResponse, Failure> {
     let body = read_json(payload).await?;
     let new = new_upload(&body.fields)?;
+    let idempotency = idempotency(&request, body.sha256)?;
     state.require_storage(&caller.project_id, new.bytes).await?;
-    let upload = state.store.create_upload(&caller.project_id, &new).await?;
+    let upload = state.store.create_upload(&caller, &new, &idempotency).await?;
     Ok(body.reply(&FIELDS).json(shown(&state, &caller, upload).await?))
 }
 

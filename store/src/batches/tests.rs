@@ -1,5 +1,6 @@
 use super::*;
 use crate::fixtures::{World, once, tenant};
+use crate::idempotency::Idempotency;
 use crate::objects::ObjectKey;
 use bytes::Bytes;
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::fixtures::{World, tenant, upload};
+use crate::fixtures::{World, once, tenant, upload};
 use bytes::Bytes;
 
 #[tokio::test]
@@ -19,11 +19,15 @@ async fn a_file_is_there_only_when_it_is_whole() {
         purpose: Purpose::Evals,
         expires_after: Some(Duration::from_secs(3600)),
     };
-    let file = store.finish_file(&id, &facts, &stored).await.expect("finish");
+    let file =
+        store.finish_file(&world.caller, &id, &facts, &stored, &once(0)).await.expect("finish");
     assert_eq!(store.file(project, &id).await.expect("whole"), file);
     assert_eq!((file.bytes, file.purpose), (3, Purpose::Evals));
     assert_eq!(file.expires_at, Some(file.created_at + Duration::from_secs(3600)));
-    let again = store.finish_file(&id, &facts, &stored).await.expect_err("finished already");
+    let again = store
+        .finish_file(&world.caller, &id, &facts, &stored, &once(0))
+        .await
+        .expect_err("finished already");
     assert!(matches!(again, StoreError::NotFound { .. }));
 }
 

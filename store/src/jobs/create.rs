@@ -3,6 +3,7 @@
 use super::{Job, job_columns};
 use crate::events::{self, NewEvent};
 use crate::files::is_there;
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::notify::Channel;
 use crate::tenants::Caller;
 use crate::{Store, StoreError, database, models, tenants};
@@ -14,11 +15,6 @@ use tunesmith_core::hyperparameters::Method;
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, tuned_model_name};
 use tunesmith_core::state::JobStatus;
 use tunesmith_core::weights::WeightsPlace;
-
-/// How long an idempotency key is remembered.
-const KEY_LIFETIME: &str = "24 hours";
-/// How long after a request another with the same body, marked as its retry, makes no second job.
-const RETRY_WINDOW: &str = "1 hour";
 
 /// A job that passed the checks of the request.
 #[derive(Debug, Clone)]
@@ -51,17 +47,6 @@ pub struct NewJob {
     pub events: Vec<NewEvent>,
 }
 
-/// What tells a request from its own retry.
-#[derive(Debug, Clone)]
-pub struct Idempotency {
-    /// The client's `Idempotency-Key`.
-    pub key: Option<String>,
-    /// Whether the client says that it has sent this request before, as the OpenAI SDKs do.
-    pub is_retry: bool,
-    /// The SHA-256 of the request's body.
-    pub request_sha256: [u8; 32],
-}
-
 /// The job of a request.
 #[derive(Debug, Clone)]
 pub struct CreatedJob {
@@ -86,20 +71,16 @@ impl Store {
         idempotency: &Idempotency,
     ) -> Result<CreatedJob, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
-        lock_request(&mut transaction, caller, idempotency).await?;
-        let made = match &idempotency.key {
-            Some(key) => made_by_key(&mut transaction, caller, key, idempotency).await?,
-            None if idempotency.is_retry => {
-                made_by_body(&mut transaction, caller, idempotency).await?
-            }
-            None => None,
-        };
+        let request = Request::new(Creation::Job, caller.api_key_id.as_str(), idempotency);
+        let made = request.made_before(&mut transaction).await?.map(JobId::from);
         let is_new = made.is_none();
         let id = match made {
             Some(id) => id,
             None => {
                 require_room(&mut transaction, caller, new).await?;
-                insert(&mut transaction, caller, new, idempotency).await?
+                let id = insert(&mut transaction, caller, new).await?;
+                request.remember(&mut transaction, id.as_str()).await?;
+                id
             }
         };
         let job = sqlx::query_as(concat!(
@@ -113,23 +94,6 @@ impl Store {
         transaction.commit().await?;
         Ok(CreatedJob { job, is_new })
     }
-}
-
-/// Requests that could be one another's retry wait for each other until the transaction ends.
-async fn lock_request(
-    connection: &mut PgConnection,
-    caller: &Caller,
-    idempotency: &Idempotency,
-) -> Result<(), StoreError> {
-    let request = match &idempotency.key {
-        Some(key) => format!("key {key}"),
-        None => format!("body {}", hex::encode(idempotency.request_sha256)),
-    };
-    sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
-        .bind(format!("{} {request}", caller.api_key_id))
-        .execute(connection)
-        .await?;
-    Ok(())
 }
 
 /// Fails if the project has as many unfinished jobs as it may. Jobs that are being made at the same
@@ -156,52 +120,10 @@ async fn require_room(
     Ok(())
 }
 
-async fn made_by_key(
-    connection: &mut PgConnection,
-    caller: &Caller,
-    key: &str,
-    idempotency: &Idempotency,
-) -> Result<Option<JobId>, StoreError> {
-    let seen: Option<(String, Vec<u8>)> = sqlx::query_as(
-        "SELECT job_id, request_sha256 FROM idempotency_keys
-         WHERE api_key_id = $1 AND key = $2 AND created_at > now() - $3::interval",
-    )
-    .bind(caller.api_key_id.as_str())
-    .bind(key)
-    .bind(KEY_LIFETIME)
-    .fetch_optional(connection)
-    .await?;
-    match seen {
-        Some((_, hash)) if hash != idempotency.request_sha256 => {
-            Err(StoreError::IdempotencyConflict)
-        }
-        seen => Ok(seen.map(|(id, _)| JobId::from(id))),
-    }
-}
-
-async fn made_by_body(
-    connection: &mut PgConnection,
-    caller: &Caller,
-    idempotency: &Idempotency,
-) -> Result<Option<JobId>, StoreError> {
-    let id: Option<String> = sqlx::query_scalar(
-        "SELECT id FROM jobs
-         WHERE api_key_id = $1 AND request_sha256 = $2 AND created_at > now() - $3::interval
-         ORDER BY sequence DESC LIMIT 1",
-    )
-    .bind(caller.api_key_id.as_str())
-    .bind(idempotency.request_sha256.as_slice())
-    .bind(RETRY_WINDOW)
-    .fetch_optional(connection)
-    .await?;
-    Ok(id.map(JobId::from))
-}
-
 async fn insert(
     connection: &mut PgConnection,
     caller: &Caller,
     new: &NewJob,
-    idempotency: &Idempotency,
 ) -> Result<JobId, StoreError> {
     require_files(connection, caller, new).await?;
     if new.start.is_some() {
@@ -212,15 +134,14 @@ async fn insert(
     let suffix = new.suffix.as_deref();
     let model_name = tuned_model_name(&new.base_model, &organization, suffix, &mut rand::rng());
     sqlx::query(
-        "INSERT INTO jobs (id, project_id, api_key_id, request_sha256, model, base_model_id,
-             training_file, validation_file, suffix, seed, metadata, hyperparameters, model_name,
-             status, method, start)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
+        "INSERT INTO jobs (id, project_id, api_key_id, model, base_model_id, training_file,
+             validation_file, suffix, seed, metadata, hyperparameters, model_name, status, method,
+             start)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
     )
     .bind(id.as_str())
     .bind(caller.project_id.as_str())
     .bind(caller.api_key_id.as_str())
-    .bind(idempotency.request_sha256.as_slice())
     .bind(&new.model)
     .bind(new.base_model_id.as_str())
     .bind(new.training_file.as_str())
@@ -235,22 +156,6 @@ async fn insert(
     .bind(new.start.as_ref().map(Json))
     .execute(&mut *connection)
     .await?;
-    if let Some(key) = &idempotency.key {
-        // A key that was forgotten may still have its row.
-        sqlx::query(
-            "INSERT INTO idempotency_keys (api_key_id, key, request_sha256, job_id)
-             VALUES ($1, $2, $3, $4)
-             ON CONFLICT (api_key_id, key) DO UPDATE SET
-                 request_sha256 = EXCLUDED.request_sha256, job_id = EXCLUDED.job_id,
-                 created_at = now()",
-        )
-        .bind(caller.api_key_id.as_str())
-        .bind(key)
-        .bind(idempotency.request_sha256.as_slice())
-        .bind(id.as_str())
-        .execute(&mut *connection)
-        .await?;
-    }
     let validating = match &new.validation_file {
         Some(validation) => NewEvent::validating_both_files(&new.training_file, validation),
         None => NewEvent::validating_training_file(&new.training_file),

@@ -5,7 +5,7 @@ mod create;
 mod looks;
 
 pub(crate) use control::{Departure, depart};
-pub use create::{CreatedJob, Idempotency, NewJob};
+pub use create::{CreatedJob, NewJob};
 pub(crate) use looks::Looks;
 
 use crate::page::{Page, PageRequest};

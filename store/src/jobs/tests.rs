@@ -1,5 +1,6 @@
 use super::*;
 use crate::fixtures::{World, once, tenant, upload};
+use crate::idempotency::Idempotency;
 use std::collections::BTreeSet;
 
 #[tokio::test]
@@ -72,7 +73,7 @@ async fn an_idempotency_key_is_forgotten_after_a_day() {
     let keyed = |body| Idempotency { key: Some("k".to_owned()), ..once(body) };
     let new = world.new_job();
     store.create_job(&world.caller, &new, &keyed(1)).await.expect("first");
-    sqlx::query("UPDATE idempotency_keys SET created_at = now() - interval '25 hours'")
+    sqlx::query("UPDATE creations SET created_at = now() - interval '25 hours'")
         .execute(&store.pool)
         .await
         .expect("age");
@@ -97,7 +98,7 @@ async fn a_retry_finds_its_job_and_a_second_wish_makes_a_second_one() {
     // The first try never arrived.
     assert!(store.create_job(&world.caller, &new, &retry(2)).await.expect("lost try").is_new);
     // Too long ago to be the same wish.
-    sqlx::query("UPDATE jobs SET created_at = now() - interval '61 minutes'")
+    sqlx::query("UPDATE creations SET created_at = now() - interval '61 minutes'")
         .execute(&store.pool)
         .await
         .expect("age");

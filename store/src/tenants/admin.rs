@@ -1,10 +1,11 @@
 //! Looking after projects and keys.
 
 use super::{hash, redacted};
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::page::{Page, PageRequest};
-use crate::{Store, StoreError, rows};
+use crate::{Store, StoreError, database, rows};
 use sqlx::postgres::{PgQueryResult, PgRow};
-use sqlx::{FromRow, Row as _};
+use sqlx::{FromRow, PgExecutor, Row as _};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tunesmith_core::ids::{
@@ -343,22 +344,33 @@ impl Store {
         name: &str,
         lifetime: Option<Duration>,
     ) -> Result<NewAdminKey, StoreError> {
-        let secret = generate_admin_key(&mut rand::rng());
-        let key = sqlx::query_as(
-            "INSERT INTO admin_keys
-                 (id, organization_id, name, secret_sha256, redacted, expires_at)
-             VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))
-             RETURNING id, name, redacted, created_at, expires_at",
-        )
-        .bind(AdminKeyId::generate(&mut rand::rng()).as_str())
-        .bind(organization.as_str())
-        .bind(name)
-        .bind(hash(&secret))
-        .bind(redacted(ADMIN_KEY_PREFIX, &secret))
-        .bind(lifetime.map(|duration| duration.as_secs_f64()))
-        .fetch_one(&self.pool)
-        .await?;
-        Ok(NewAdminKey { key, secret })
+        Ok(insert_admin_key(&self.pool, organization, name, lifetime).await?)
+    }
+
+    /// The same for an administrator's request, once by its idempotency key, as
+    /// [`create_api_key_of_request`](Self::create_api_key_of_request).
+    ///
+    /// # Errors
+    /// [`StoreError::SecretShown`], [`StoreError::IdempotencyConflict`].
+    pub async fn create_admin_key_of_request(
+        &self,
+        administrator: &Administrator,
+        name: &str,
+        lifetime: Option<Duration>,
+        idempotency: &Idempotency,
+    ) -> Result<NewAdminKey, StoreError> {
+        let mut transaction = database::begin(&self.pool).await?;
+        let idempotency = idempotency.by_key_alone();
+        let caller = administrator.admin_key_id.as_str();
+        let request = Request::new(Creation::AdminKey, caller, &idempotency);
+        if let Some(key) = request.made_before(&mut transaction).await? {
+            return Err(StoreError::SecretShown { key });
+        }
+        let organization = &administrator.organization_id;
+        let made = insert_admin_key(&mut *transaction, organization, name, lifetime).await?;
+        request.remember(&mut transaction, made.key.id.as_str()).await?;
+        transaction.commit().await?;
+        Ok(made)
     }
 
     /// The admin keys of an organisation, or of all, newest first, without those that were revoked.
@@ -441,6 +453,29 @@ impl Store {
             admin_key_id: rows::text(&row, "id")?,
         }))
     }
+}
+
+async fn insert_admin_key(
+    executor: impl PgExecutor<'_>,
+    organization: &OrganizationId,
+    name: &str,
+    lifetime: Option<Duration>,
+) -> sqlx::Result<NewAdminKey> {
+    let secret = generate_admin_key(&mut rand::rng());
+    let key = sqlx::query_as(
+        "INSERT INTO admin_keys (id, organization_id, name, secret_sha256, redacted, expires_at)
+         VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))
+         RETURNING id, name, redacted, created_at, expires_at",
+    )
+    .bind(AdminKeyId::generate(&mut rand::rng()).as_str())
+    .bind(organization.as_str())
+    .bind(name)
+    .bind(hash(&secret))
+    .bind(redacted(ADMIN_KEY_PREFIX, &secret))
+    .bind(lifetime.map(|duration| duration.as_secs_f64()))
+    .fetch_one(executor)
+    .await?;
+    Ok(NewAdminKey { key, secret })
 }
 
 fn require_revoked(revoked: &PgQueryResult, id: impl ToString) -> Result<(), StoreError> {

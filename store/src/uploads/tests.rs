@@ -1,5 +1,5 @@
 use super::*;
-use crate::fixtures::{World, tenant};
+use crate::fixtures::{World, once, tenant};
 use crate::objects::ObjectKey;
 use bytes::Bytes;
 
@@ -26,7 +26,7 @@ async fn part(
 }
 
 async fn begin(world: &World, bytes: u64) -> Upload {
-    world.store().create_upload(&world.caller.project_id, &new_upload(bytes)).await.expect("begun")
+    world.store().create_upload(&world.caller, &new_upload(bytes), &once(0)).await.expect("begun")
 }
 
 async fn parts_stored(world: &World, upload: &Upload) -> usize {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::fixtures::{World, tenant, trainer_failed};
+use crate::fixtures::{World, once, tenant, trainer_failed};
 use crate::jobs::Job;
 use serde_json::Value;
 
@@ -10,7 +10,7 @@ async fn endpoint(world: &World, events: &[WebhookEvent]) -> WebhookEndpoint {
         event_types: events.to_vec(),
         secret: "whsec_AAAA".to_owned(),
     };
-    world.store().create_webhook_endpoint(&world.caller.project_id, &new).await.expect("made")
+    world.store().create_webhook_endpoint(&world.caller, &new, &once(0)).await.expect("made")
 }
 
 async fn due(world: &World) -> Vec<Delivery> {
@@ -45,7 +45,7 @@ async fn the_end_of_a_job_is_noted_once_for_each_endpoint_that_wants_to_hear_of_
         event_types: ends.to_vec(),
         secret: "whsec_BBBB".to_owned(),
     };
-    world.store().create_webhook_endpoint(&stranger.project_id, &foreign).await.expect("made");
+    world.store().create_webhook_endpoint(&stranger, &foreign, &once(0)).await.expect("made");
 
     let job = cancelled(&world).await;
     let told = due(&world).await;

@@ -16,7 +16,8 @@ use tunesmith_store::Store;
 use tunesmith_store::base_models::NewBaseModel;
 use tunesmith_store::events::{Event, EventType};
 use tunesmith_store::files::{FileFacts, Purpose};
-use tunesmith_store::jobs::{Idempotency, Job, NewJob};
+use tunesmith_store::idempotency::Idempotency;
+use tunesmith_store::jobs::{Job, NewJob};
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::ObjectKey;
 use tunesmith_store::page::PageRequest;
@@ -38,6 +39,11 @@ pub(crate) struct World {
     training_file: FileId,
     /// For files that a script waits for or writes.
     pub(crate) dir: TempDir,
+}
+
+/// A request that was not sent before.
+fn once() -> Idempotency {
+    Idempotency { key: None, is_retry: false, request_sha256: [0; 32] }
 }
 
 impl World {
@@ -63,7 +69,7 @@ impl World {
             purpose: Purpose::FineTune,
             expires_after: None,
         };
-        store.finish_file(&training_file, &facts, &stored).await.expect("finish");
+        store.finish_file(&caller, &training_file, &facts, &stored, &once()).await.expect("finish");
         Self { db, store, project, caller, base_model, training_file, dir }
     }
 
@@ -93,8 +99,7 @@ impl World {
             most_unfinished: None,
             events: Vec::new(),
         };
-        let idempotency = Idempotency { key: None, is_retry: false, request_sha256: [0; 32] };
-        let created = self.store.create_job(&self.caller, &new, &idempotency).await.expect("job");
+        let created = self.store.create_job(&self.caller, &new, &once()).await.expect("job");
         let facts = DataFacts { examples: 12, context_length: 64 };
         let resolved = Hyperparameters::default().resolve(&facts);
         let validated = Validated { resolved, events: Vec::new() };

@@ -1,5 +1,6 @@
 //! One operation of the API as the document describes it.
 
+use crate::idempotency::{IDEMPOTENCY_KEY, MAX_IDEMPOTENCY_KEY};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use tunesmith_core::errors::ErrorCode;
@@ -119,6 +120,13 @@ impl Operation {
             "name": name, "in": "header", "description": description, "schema": schema,
         }));
         self
+    }
+
+    /// An operation that makes something once, however often the client asks.
+    pub(super) fn once(self, repeated: &str) -> Self {
+        let key = json!({ "type": "string", "minLength": 1, "maxLength": MAX_IDEMPOTENCY_KEY });
+        let description = format!("For a day, the same key with the same body {repeated}.");
+        self.header(IDEMPOTENCY_KEY, key, &description).errors([ErrorCode::IdempotencyConflict])
     }
 
     /// `limit` and `after`.

@@ -5,10 +5,11 @@ use crate::auth::Admin;
 use crate::body::read_json;
 use crate::failure::Failure;
 use crate::fields;
+use crate::idempotency::idempotency;
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, web};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -63,6 +64,7 @@ impl From<&AdminKey> for KeyObject {
 
 /// `POST /v1/organization/admin_api_keys`
 pub(crate) async fn create(
+    request: HttpRequest,
     state: web::Data<AppState>,
     admin: Admin,
     payload: web::Payload,
@@ -71,7 +73,9 @@ pub(crate) async fn create(
     let lifetime = fields::integer(&body.fields, "expires_in_seconds", 1..=MAX_LIFETIME_SECONDS)?;
     let lifetime = lifetime.map(Duration::from_secs);
     let name = name(&body.fields)?;
-    let made = state.store.create_admin_key(&admin.organization_id, &name, lifetime).await?;
+    let idempotency = idempotency(&request, body.sha256)?;
+    let made =
+        state.store.create_admin_key_of_request(&admin, &name, lifetime, &idempotency).await?;
     let key = KeyObject { value: Some(made.secret), ..KeyObject::from(&made.key) };
     Ok(body.reply(&["name", "expires_in_seconds"]).json(key))
 }

@@ -5,13 +5,15 @@ use super::{DEFAULT_LIST, MAX_LIST, name};
 use crate::auth::Admin;
 use crate::body::read_json;
 use crate::failure::Failure;
+use crate::idempotency::idempotency;
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, web};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
 use tunesmith_core::ids::{ApiKeyId, ProjectId};
 use tunesmith_store::tenants::ApiKey;
 
@@ -58,6 +60,7 @@ impl From<&ApiKey> for KeyObject {
 
 /// `POST …/service_accounts`: a key, whose secret is shown here and never again.
 pub(crate) async fn create(
+    request: HttpRequest,
     state: web::Data<AppState>,
     admin: Admin,
     project: web::Path<String>,
@@ -67,7 +70,10 @@ pub(crate) async fn create(
     let name = name(&body.fields)?;
     let project = ProjectId::from(project.into_inner());
     state.store.project(&admin.organization_id, &project).await?;
-    let made = state.store.create_api_key(&project, &name).await?;
+    // The path is a part of what is asked for.
+    let asked = Sha256::new().chain_update(body.sha256).chain_update(project.as_str());
+    let idempotency = idempotency(&request, asked.finalize().into())?;
+    let made = state.store.create_api_key_of_request(&admin, &project, &name, &idempotency).await?;
     let created_at = state.store.api_key(&project, &made.id).await?.created_at.unix_timestamp();
     Ok(body.reply(&["name"]).json(json!({
         "id": made.id,

@@ -4,13 +4,14 @@ use crate::auth::Authenticated;
 use crate::body::read_json;
 use crate::failure::{Failure, invalid_value, missing};
 use crate::fields::{self, given};
+use crate::idempotency::idempotency;
 use crate::page::Page;
 use crate::query::Query;
 use crate::routes::path;
 use crate::server::AppState;
 use crate::webhooks::{Message, new_secret, send};
-use actix_web::HttpResponse;
 use actix_web::web::{self, ServiceConfig};
+use actix_web::{HttpRequest, HttpResponse};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -86,6 +87,7 @@ pub(crate) async fn event_types(_: Authenticated) -> HttpResponse {
 
 /// `POST /v1/webhook_endpoints`
 pub(crate) async fn create(
+    request: HttpRequest,
     state: web::Data<AppState>,
     caller: Authenticated,
     payload: web::Payload,
@@ -98,7 +100,8 @@ pub(crate) async fn create(
         event_types: change.event_types.ok_or_else(|| missing("event_types"))?,
         secret: new_secret(),
     };
-    let made = state.store.create_webhook_endpoint(&caller.project_id, &new).await?;
+    let idempotency = idempotency(&request, body.sha256)?;
+    let made = state.store.create_webhook_endpoint(&caller, &new, &idempotency).await?;
     Ok(body.reply(&FIELDS).json(with_secret(made)))
 }
 

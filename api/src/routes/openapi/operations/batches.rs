@@ -2,10 +2,9 @@
 
 use super::super::operation::Operation;
 use super::super::requests;
-use super::{BATCHES, IDEMPOTENCY, example, idempotency_key, of};
+use super::{AS_BEFORE, BATCHES, example, of};
 use crate::page::Page;
 use crate::routes::batches::{self, BatchObject};
-use crate::routes::job_create::IDEMPOTENCY_KEY;
 use schemars::SchemaGenerator;
 use serde_json::json;
 use tunesmith_core::errors::ErrorCode;
@@ -20,7 +19,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 4] {
             .page(batches::DEFAULT_LIST, batches::MAX_LIST)
             .reply(of::<Page<BatchObject>>(generator)),
         Operation::post("/v1/batches", (BATCHES, "createBatch"), "Create a batch")
-            .header(IDEMPOTENCY_KEY, idempotency_key(), IDEMPOTENCY)
+            .once(AS_BEFORE)
             .body(
                 requests::batch(),
                 json!({
@@ -29,7 +28,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 4] {
                     "completion_window": batches::WINDOW,
                 }),
             )
-            .errors([ErrorCode::FileNotFound, ErrorCode::IdempotencyConflict])
+            .errors([ErrorCode::FileNotFound])
             .reply(batch.clone()),
         at(Operation::get("/v1/batches/{id}", (BATCHES, "retrieveBatch"), "Retrieve a batch"))
             .reply(batch.clone()),

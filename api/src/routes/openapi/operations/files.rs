@@ -2,7 +2,7 @@
 
 use super::super::operation::Operation;
 use super::super::requests::{self, deleted};
-use super::{FILES, example, expires_in, flag, of, order};
+use super::{AS_BEFORE, FILES, example, expires_in, flag, of, order};
 use crate::page::Page;
 use crate::routes::files::{self, FileObject};
 use schemars::{JsonSchema as _, SchemaGenerator};
@@ -54,6 +54,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 6] {
             .page(files::MAX_LIST, files::MAX_LIST)
             .reply(of::<Page<FileObject>>(generator)),
         Operation::post("/v1/files", (FILES, "createFile"), "Upload a file")
+            .once(AS_BEFORE)
             .form(requests::file())
             .errors([ErrorCode::InsufficientQuota])
             .reply(of::<FileObject>(generator)),

@@ -2,9 +2,8 @@
 
 use super::super::operation::Operation;
 use super::super::requests::reference;
-use super::{IDEMPOTENCY, JOBS, example, idempotency_key, of};
+use super::{AS_BEFORE, JOBS, example, of};
 use crate::page::Page;
-use crate::routes::job_create::IDEMPOTENCY_KEY;
 use crate::routes::job_preview::Preview;
 use crate::routes::jobs::{self, JobObject};
 use schemars::SchemaGenerator;
@@ -54,12 +53,11 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 7] {
                 "The reply comes before the files are read: the job ends as `failed` when they \
                  break a rule. What is allowed and rarely meant is named in `x-tunesmith-warning`.",
             )
-            .header(IDEMPOTENCY_KEY, idempotency_key(), IDEMPOTENCY)
+            .once(AS_BEFORE)
             .body(reference("CreateJob"), example_job())
             .errors([
                 ErrorCode::ModelNotFound,
                 ErrorCode::FileNotFound,
-                ErrorCode::IdempotencyConflict,
                 ErrorCode::InsufficientQuota,
             ])
             .reply(job.clone()),

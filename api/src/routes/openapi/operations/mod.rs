@@ -15,7 +15,6 @@ mod webhook_endpoints;
 
 use super::operation::Operation;
 use crate::redirect;
-use crate::routes::job_create::MAX_IDEMPOTENCY_KEY;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Value, json};
 
@@ -94,11 +93,10 @@ fn flag() -> Value {
     json!({ "type": "string", "enum": ["true", "false"], "default": "false" })
 }
 
-const IDEMPOTENCY: &str = "The same key with the same body gives what was made the first time.";
-
-fn idempotency_key() -> Value {
-    json!({ "type": "string", "minLength": 1, "maxLength": MAX_IDEMPOTENCY_KEY })
-}
+/// What a request that is repeated is answered with.
+const AS_BEFORE: &str = "gives what was made the first time";
+/// The same where a secret is shown once.
+const REFUSED: &str = "is refused, since the secret is shown once";
 
 /// The schema of how long a signed address is good for.
 fn expires_in() -> Value {

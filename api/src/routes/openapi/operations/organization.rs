@@ -2,7 +2,7 @@
 
 use super::super::operation::{Access, Operation};
 use super::super::requests::{self, deleted};
-use super::{ORGANIZATION, example, flag, of};
+use super::{ORGANIZATION, REFUSED, example, flag, of};
 use crate::page::Page;
 use crate::routes::organization;
 use crate::routes::organization::admin_keys::KeyObject as AdminKeyObject;
@@ -62,6 +62,8 @@ pub(super) fn of_projects(generator: &mut SchemaGenerator) -> [Operation; 9] {
             "Make a key to a project",
         ))
         .text("The secret is shown here and never again.")
+        .once(REFUSED)
+        .errors([ErrorCode::SecretAlreadyShown])
         .body(requests::name(), json!({ "name": "ci" }))
         .reply(json!({
             "type": "object",
@@ -113,6 +115,8 @@ pub(super) fn of_admin_keys(generator: &mut SchemaGenerator) -> [Operation; 4] {
             .reply(of::<Page<AdminKeyObject>>(generator)),
         admin(Operation::post(KEYS, (ORGANIZATION, "createAdminKey"), "Make an admin key"))
             .text("The secret is shown here and never again.")
+            .once(REFUSED)
+            .errors([ErrorCode::SecretAlreadyShown])
             .body(requests::admin_key(), json!({ "name": "ops", "expires_in_seconds": 86_400 }))
             .reply(of::<AdminKeyObject>(generator)),
         at(Operation::get(KEY, (ORGANIZATION, "retrieveAdminKey"), "Retrieve an admin key"))

@@ -2,7 +2,7 @@
 
 use super::super::operation::Operation;
 use super::super::requests;
-use super::{UPLOADS, example, of};
+use super::{AS_BEFORE, UPLOADS, example, of};
 use crate::routes::uploads::{PartObject, UploadObject};
 use schemars::SchemaGenerator;
 use serde_json::json;
@@ -17,6 +17,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 4] {
     [
         Operation::post("/v1/uploads", (UPLOADS, "createUpload"), "Begin an upload")
             .text("An upload that is not completed within an hour ends by itself.")
+            .once(AS_BEFORE)
             .body(
                 requests::upload(),
                 json!({

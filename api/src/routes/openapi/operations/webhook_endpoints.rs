@@ -2,7 +2,7 @@
 
 use super::super::operation::Operation;
 use super::super::requests::{self, deleted};
-use super::{WEBHOOKS, example, of};
+use super::{AS_BEFORE, WEBHOOKS, example, of};
 use crate::page::Page;
 use crate::routes::webhook_endpoints::{self, EndpointObject};
 use schemars::SchemaGenerator;
@@ -30,7 +30,10 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 8] {
             .page(webhook_endpoints::DEFAULT_LIST, webhook_endpoints::MAX_LIST)
             .reply(of::<Page<EndpointObject>>(generator)),
         Operation::post(ENDPOINTS, (WEBHOOKS, "createWebhookEndpoint"), "Make an endpoint")
-            .text("The secret is shown here and never again.")
+            .text(
+                "The secret is shown here and never again, but to this request if it is repeated.",
+            )
+            .once(AS_BEFORE)
             .body(
                 requests::webhook_endpoint(&["name", "url", "event_types"]),
                 json!({

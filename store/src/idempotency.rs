@@ -1,0 +1,176 @@
+//! Retries: a request that makes something makes it once, however often it comes.
+//!
+//! A request is known by the `Idempotency-Key` that its client sends. Where there is none, one that
+//! its client marks as a retry is known by its body, as the OpenAI SDKs send a retry.
+
+use crate::StoreError;
+use crate::words::words;
+use sqlx::PgConnection;
+
+/// How long an idempotency key is remembered.
+const KEY_LIFETIME: &str = "24 hours";
+/// How long after a request another with the same body, marked as its retry, makes nothing more.
+const RETRY_WINDOW: &str = "1 hour";
+
+/// What tells a request from its own retry.
+#[derive(Debug, Clone)]
+pub struct Idempotency {
+    /// The client's `Idempotency-Key`.
+    pub key: Option<String>,
+    /// Whether the client says that it has sent this request before, as the OpenAI SDKs do.
+    pub is_retry: bool,
+    /// The SHA-256 of what was asked for.
+    pub request_sha256: [u8; 32],
+}
+
+impl Idempotency {
+    /// The same without regard to a client that marks a retry and sends no key.
+    pub(crate) fn by_key_alone(&self) -> Self {
+        Self { is_retry: false, ..self.clone() }
+    }
+}
+
+words! {
+    /// What a request makes. Its key is good for nothing else.
+    Creation {
+        /// A job.
+        Job = "job",
+        /// A batch.
+        Batch = "batch",
+        /// A file that came whole.
+        File = "file",
+        /// An upload.
+        Upload = "upload",
+        /// A webhook endpoint.
+        WebhookEndpoint = "webhook_endpoint",
+        /// A key to a project.
+        ApiKey = "api_key",
+        /// A key to an organisation.
+        AdminKey = "admin_key",
+    }
+}
+
+/// A request, within the transaction that makes what it asks for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request<'a> {
+    creation: Creation,
+    /// The id of the caller's key: the same idempotency key of another caller is another.
+    caller: &'a str,
+    idempotency: &'a Idempotency,
+}
+
+impl<'a> Request<'a> {
+    pub(crate) fn new(creation: Creation, caller: &'a str, idempotency: &'a Idempotency) -> Self {
+        Self { creation, caller, idempotency }
+    }
+
+    /// The id of what this request has made before, if it has. Requests that could be one another's
+    /// retry wait for each other until the transaction ends.
+    ///
+    /// # Errors
+    /// [`StoreError::IdempotencyConflict`] for a key that came with another request.
+    pub(crate) async fn made_before(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<Option<String>, StoreError> {
+        self.lock(connection).await?;
+        match &self.idempotency.key {
+            Some(key) => self.made_by_key(connection, key).await,
+            None if self.idempotency.is_retry => self.made_by_body(connection).await,
+            None => Ok(None),
+        }
+    }
+
+    async fn lock(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
+        let Self { creation, caller, idempotency } = self;
+        let request = match &idempotency.key {
+            Some(key) => format!("key {key}"),
+            None => format!("{} {}", creation.as_str(), hex::encode(idempotency.request_sha256)),
+        };
+        sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
+            .bind(format!("{caller} {request}"))
+            .execute(connection)
+            .await?;
+        Ok(())
+    }
+
+    async fn made_by_key(
+        &self,
+        connection: &mut PgConnection,
+        key: &str,
+    ) -> Result<Option<String>, StoreError> {
+        let seen: Option<(String, Vec<u8>, String)> = sqlx::query_as(
+            "SELECT creation, request_sha256, made FROM creations
+             WHERE caller = $1 AND key = $2 AND created_at > now() - $3::interval",
+        )
+        .bind(self.caller)
+        .bind(key)
+        .bind(KEY_LIFETIME)
+        .fetch_optional(connection)
+        .await?;
+        let Some((creation, request_sha256, made)) = seen else { return Ok(None) };
+        if creation != self.creation.as_str() || request_sha256 != self.idempotency.request_sha256 {
+            return Err(StoreError::IdempotencyConflict);
+        }
+        Ok(Some(made))
+    }
+
+    async fn made_by_body(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<Option<String>, StoreError> {
+        Ok(sqlx::query_scalar(
+            "SELECT made FROM creations
+             WHERE caller = $1 AND request_sha256 = $2 AND creation = $3
+               AND created_at > now() - $4::interval
+             ORDER BY created_at DESC LIMIT 1",
+        )
+        .bind(self.caller)
+        .bind(self.idempotency.request_sha256.as_slice())
+        .bind(self.creation.as_str())
+        .bind(RETRY_WINDOW)
+        .fetch_optional(connection)
+        .await?)
+    }
+
+    /// Notes the id of what the request made.
+    pub(crate) async fn remember(
+        &self,
+        connection: &mut PgConnection,
+        made: &str,
+    ) -> Result<(), StoreError> {
+        // A key that was forgotten may still have its row.
+        sqlx::query(
+            "INSERT INTO creations (caller, key, creation, request_sha256, made)
+             VALUES ($1, $2, $3, $4, $5)
+             ON CONFLICT (caller, key) WHERE key IS NOT NULL DO UPDATE SET
+                 creation = EXCLUDED.creation, request_sha256 = EXCLUDED.request_sha256,
+                 made = EXCLUDED.made, created_at = now()",
+        )
+        .bind(self.caller)
+        .bind(self.idempotency.key.as_deref())
+        .bind(self.creation.as_str())
+        .bind(self.idempotency.request_sha256.as_slice())
+        .bind(made)
+        .execute(connection)
+        .await?;
+        Ok(())
+    }
+}
+
+impl crate::Store {
+    /// Forgets requests whose keys are not remembered any more. To be called from time to time.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn purge_creations(&self) -> Result<u64, StoreError> {
+        let gone = sqlx::query("DELETE FROM creations WHERE created_at < now() - $1::interval")
+            .bind(KEY_LIFETIME)
+            .execute(&self.pool)
+            .await?;
+        Ok(gone.rows_affected())
+    }
+}
+
+#[cfg(test)]
+mod tests;
