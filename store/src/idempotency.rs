@@ -115,6 +115,7 @@ impl<'a> Request<'a> {
         Ok(Some(made))
     }
 
+    /// What was deleted since was another wish: a retry of this one is to make it.
     async fn made_by_body(
         &self,
         connection: &mut PgConnection,
@@ -123,6 +124,12 @@ impl<'a> Request<'a> {
             "SELECT made FROM creations
              WHERE caller = $1 AND request_sha256 = $2 AND creation = $3
                AND created_at > now() - $4::interval
+               AND CASE creation
+                   WHEN 'file' THEN EXISTS (
+                       SELECT FROM files WHERE id = made AND deleted_at IS NULL)
+                   WHEN 'webhook_endpoint' THEN EXISTS (
+                       SELECT FROM webhook_endpoints WHERE id = made)
+                   ELSE true END
              ORDER BY created_at DESC LIMIT 1",
         )
         .bind(self.caller)

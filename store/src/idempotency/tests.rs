@@ -114,6 +114,23 @@ async fn a_marked_retry_finds_what_the_same_body_made() {
 }
 
 #[tokio::test]
+async fn what_was_deleted_since_is_made_anew_by_a_marked_retry() {
+    let world = World::new().await;
+    let (store, caller) = (world.store(), &world.caller);
+    let (id, made) = file(&world, &once(1)).await;
+    made.expect("file");
+    store.delete_file(&caller.project_id, &id).await.expect("deleted");
+    let (anew, made) = file(&world, &retry(1)).await;
+    assert_eq!(made.expect("its first try was lost").id, anew);
+
+    let new = new_endpoint("one");
+    let first = store.create_webhook_endpoint(caller, &new, &once(2)).await.expect("endpoint");
+    store.delete_webhook_endpoint(&caller.project_id, &first.id).await.expect("deleted");
+    let anew = store.create_webhook_endpoint(caller, &new, &retry(2)).await.expect("anew");
+    assert_ne!(anew.id, first.id);
+}
+
+#[tokio::test]
 async fn of_a_file_that_came_again_nothing_stays() {
     let world = World::new().await;
     let store = world.store();
