@@ -65,7 +65,8 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 5] {
             "max_shard_size",
             json!({
                 "type": "string",
-                "pattern": "^[1-9][0-9]{0,8}([KMGkmg][Ii]?[Bb])?$",
+                // Empty is as left out.
+                "pattern": "^([1-9][0-9]{0,8}([KMGkmg][Ii]?[Bb])?)?$",
                 "default": "5GB",
             }),
             "Bytes of tensors in each file of a merged model, at most, as in transformers' \
