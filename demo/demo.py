@@ -44,7 +44,7 @@ def stage(number, text):
 
 
 def build():
-    stage(1, "Building tunesmith in release: about ten minutes the first time, then seconds.")
+    stage(1, "Building tunesmith in release: about twelve minutes the first time, then seconds.")
     subprocess.run(["cargo", "build", "--release", "-p", "tunesmith"], cwd=ROOT, check=True)
 
 
@@ -129,7 +129,7 @@ def train(server, gguf):
     training = server.read("files", "upload", TRAINING)
     validation = server.read("files", "upload", VALIDATION)
 
-    stage(5, "Training a LoRA adapter on 48 support answers: about two minutes on 2 cores.")
+    stage(5, "Training a LoRA adapter on 48 support answers: about four minutes on 2 cores.")
     job = server.call(
         "/fine_tuning/jobs",
         {
