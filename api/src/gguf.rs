@@ -4,16 +4,16 @@
 use crate::adapter_file::{Adapter, Factors};
 use crate::archive::Entry;
 use crate::failure::Failure;
+use crate::model_source::ModelSource;
 use crate::stored::{entry, manifest};
 use crate::streaming::{Content, ContentError};
-use crate::tensor_file::{TensorFile, has_tensor};
+use crate::tensor_file::TensorFile;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use std::ops::Range;
 use std::sync::Arc;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::gguf::{ModelFiles, Plan, PlannedTensor, Source, StorageType};
-use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::weights::{LoraPair, Manifest, merge_lora_rows};
 use tunesmith_store::Store;
 use tunesmith_store::models::Model;
@@ -33,22 +33,8 @@ pub(crate) async fn entries(
 ) -> Result<Vec<Entry>, Failure> {
     let objects = store.objects();
     let weights = model.weights();
-    let is_adapter = model.adapter.kind == AdapterType::Lora;
-    let (directory, files) = if is_adapter {
-        let base = store.base_model_by_id(&model.base_model_id).await?;
-        (ObjectPrefix::BaseModel(base.id), base.manifest)
-    } else {
-        (model.weights(), manifest(objects, &weights).await?)
-    };
-    let tensors = TensorFile::all(objects, &directory, &files).await?;
-    let adapter = if is_adapter {
-        let base_has = |name: &str| has_tensor(&tensors, name);
-        let adapter = Adapter::open(objects, &weights, base_has).await?;
-        adapter.check_fit_of_all(&tensors)?;
-        Some(adapter)
-    } else {
-        None
-    };
+    let ModelSource { directory, manifest: files, files: tensors, adapter } =
+        ModelSource::open(store, model).await?;
 
     let small = SmallFiles::read(objects, &directory, &files).await?;
     let shapes: Vec<(String, Vec<usize>)> = tensors

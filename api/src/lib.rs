@@ -23,6 +23,7 @@ mod limits;
 mod live;
 mod maintenance;
 mod merged;
+mod model_source;
 mod observe;
 mod page;
 mod query;

@@ -7,9 +7,10 @@
 use crate::adapter_file::{Adapter, Factors};
 use crate::archive::Entry;
 use crate::failure::Failure;
+use crate::model_source::ModelSource;
 use crate::stored::{entry, manifest};
 use crate::streaming::{Content, ContentError};
-use crate::tensor_file::{TensorFile, float_type, has_tensor};
+use crate::tensor_file::{TensorFile, float_type};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
 use safetensors::tensor::TensorInfo;
@@ -149,25 +150,8 @@ struct Tensor {
 
 impl Opened {
     async fn open(store: &Store, model: &Model, form: MergedForm) -> Result<Self, Failure> {
-        let objects = store.objects();
-        let weights = model.weights();
-        let is_adapter = model.adapter.kind == AdapterType::Lora;
-        let (directory, manifest) = if is_adapter {
-            let base = store.base_model_by_id(&model.base_model_id).await?;
-            (ObjectPrefix::BaseModel(base.id), base.manifest)
-        } else {
-            let manifest = manifest(objects, &weights).await?;
-            (weights.clone(), manifest)
-        };
-        let files = TensorFile::all(objects, &directory, &manifest).await?;
-        let adapter = if is_adapter {
-            let base_has = |name: &str| has_tensor(&files, name);
-            let adapter = Adapter::open(objects, &weights, base_has).await?;
-            adapter.check_fit_of_all(&files)?;
-            Some(adapter)
-        } else {
-            None
-        };
+        let ModelSource { directory, manifest, files, adapter } =
+            ModelSource::open(store, model).await?;
         let tensors = tensors(&files, adapter.as_ref(), form.dtype);
         Ok(Self { directory, files: manifest, merged: Merged { files, adapter, tensors } })
     }
