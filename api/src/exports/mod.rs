@@ -291,28 +291,34 @@ impl ExportChecks {
         started
     }
 
-    /// `content`, which forgets the check if it turns out to be of other files.
+    /// `content`, which forgets the check if it turns out to be of other files. It breaks off only
+    /// after that, so that whoever asks again is not held to the old sums.
     pub(crate) fn watched(&self, content: Content, export: &Export) -> Content {
         let (inner, export) = (Arc::clone(&self.0), export.clone());
         content
-            .inspect_err(move |error| {
-                if !matches!(error, ContentError::Hash { .. }) {
-                    return;
-                }
-                let (inner, export) = (Arc::clone(&inner), export.clone());
-                tokio::spawn(async move {
-                    let forgotten =
-                        inner.store.forget_checked_export(&export.model.name, export.form);
-                    if let Err(error) = forgotten.await {
-                        tracing::warn!(%error, "the check of a changed export stays");
+            .or_else(move |error| {
+                // A task of its own: a client that goes away does not stop it.
+                let forgotten = matches!(error, ContentError::Hash { .. })
+                    .then(|| tokio::spawn(Arc::clone(&inner).forget(export.clone())));
+                async move {
+                    if let Some(forgotten) = forgotten {
+                        let _ = forgotten.await;
                     }
-                });
+                    Err(error)
+                }
             })
             .boxed()
     }
 }
 
 impl Inner {
+    async fn forget(self: Arc<Self>, export: Export) {
+        let forgotten = self.store.forget_checked_export(&export.model.name, export.form);
+        if let Err(error) = forgotten.await {
+            tracing::warn!(%error, "the check of a changed export stays");
+        }
+    }
+
     /// Begins to compute the numbers of an export in half precision.
     fn fits(&self, export: Export, form: MergedForm) -> Fitting {
         let store = self.store.clone();
