@@ -7,7 +7,9 @@ use rand::RngExt as _;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{AdapterConfig, Auto, Hyperparameters, Method};
+use tunesmith_core::hyperparameters::{
+    AdapterConfig, AdapterType, Auto, Hyperparameters, Method,
+};
 
 /// OpenAI's method that is not offered: a known word, so that its sub-object draws no warning.
 const OTHER_METHODS: [&str; 1] = ["reinforcement"];
@@ -92,17 +94,18 @@ impl JobRequest {
         })
     }
 
-    /// Makes it a job that goes on with the weights of a tuned model, which `adapter` describes.
+    /// Makes it a job that goes on with the weights of a tuned model, which `adapter` describes; says
+    /// what it trains.
     ///
     /// # Errors
     /// `invalid_value` for an adapter of another shape.
-    pub(crate) fn start_from(&mut self, adapter: &AdapterConfig) -> Result<(), ApiError> {
+    pub(crate) fn start_from(&mut self, adapter: &AdapterConfig) -> Result<AdapterType, ApiError> {
         let (method, path) = (self.method, self.hyperparameters_path);
         let (asked, _) = Hyperparameters::parse_for(method, &self.hyperparameters, path)?;
         asked.start_from(adapter, &mut self.hyperparameters, path)?;
         let (started, _) = Hyperparameters::parse_for(method, &self.hyperparameters, path)?;
         self.hyperparameter_warnings = started.warnings();
-        Ok(())
+        Ok(started.adapter.kind)
     }
 
     /// Every warning, for the reply's header.

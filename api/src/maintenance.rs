@@ -6,7 +6,7 @@ use tunesmith_store::Store;
 
 const EVERY: Duration = Duration::from_secs(600);
 
-/// Removes the content of expired files and of uploads that broke off, until `stopped` turns true.
+/// Removes what nobody needs any more, expired files first of all, until `stopped` turns true.
 pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
     while !*stopped.borrow() {
         match store.purge_files().await {
@@ -18,6 +18,11 @@ pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
             Ok(0) => {}
             Ok(uploads) => tracing::info!(uploads, "ended uploads cleared away"),
             Err(error) => tracing::warn!(%error, "ended uploads could not be cleared away"),
+        }
+        match store.purge_weights().await {
+            Ok(0) => {}
+            Ok(models) => tracing::info!(models, "weights of deleted models removed"),
+            Err(error) => tracing::warn!(%error, "weights of deleted models could not be removed"),
         }
         if let Err(error) = store.purge_deliveries().await {
             tracing::warn!(%error, "old webhook deliveries could not be forgotten");

@@ -34,7 +34,7 @@ impl ModelSource {
             return Ok(Self { directory: weights, manifest, files, adapter: None });
         }
         let base = store.base_model_by_id(&model.base_model_id).await?;
-        let directory = ObjectPrefix::BaseModel(base.id);
+        let directory = base.prefix();
         let files = TensorFile::all(objects, &directory, &base.manifest).await?;
         let base_has = |name: &str| has_tensor(&files, name);
         let adapter = Adapter::open(objects, &weights, base_has).await?;

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct TrainSpec {
     /// The base model's name, as the client gave it.
     pub model: String,
+    /// Whether the base model of an adapter is itself a tuned model, whose weights were all trained.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub base_is_tuned: bool,
     /// The tuned model whose weights the run begins with, where it is not the base model alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_from: Option<String>,

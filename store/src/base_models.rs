@@ -1,4 +1,9 @@
-//! Base models: what there is to tune, for every project of the installation.
+//! Base models: what there is to tune, for every project of the installation, and the models that
+//! were tuned in full and that adapters go on ([`tuned`]).
+
+mod tuned;
+
+pub use tuned::TunedBase;
 
 use crate::objects::{ObjectKey, ObjectPrefix};
 use crate::{Store, StoreError, rows};
@@ -27,13 +32,30 @@ pub struct BaseModel {
     pub manifest: Manifest,
     /// When it was imported.
     pub created_at: OffsetDateTime,
+    /// What it is where it was not imported.
+    pub tuned: Option<TunedBase>,
 }
 
 impl BaseModel {
+    /// Its objects.
+    #[must_use]
+    pub fn prefix(&self) -> ObjectPrefix {
+        match &self.tuned {
+            Some(tuned) => tuned.weights.clone().into(),
+            None => ObjectPrefix::BaseModel(self.id.clone()),
+        }
+    }
+
     /// The object of one of its files.
     #[must_use]
     pub fn file(&self, name: &str) -> ObjectKey {
-        ObjectPrefix::BaseModel(self.id.clone()).file(name)
+        self.prefix().file(name)
+    }
+
+    /// What the names of models that are tuned from it begin with: the imported model's name.
+    #[must_use]
+    pub fn origin_name(&self) -> &str {
+        self.tuned.as_ref().map_or(&self.name, |tuned| &tuned.origin_name)
     }
 
     /// How many decoder layers its config.json says that it has.
@@ -58,9 +80,20 @@ impl FromRow<'_, PgRow> for BaseModel {
             config: rows::json(row, "config")?,
             manifest: rows::json(row, "manifest")?,
             created_at: row.try_get("created_at")?,
+            tuned: TunedBase::from_row(row)?,
         })
     }
 }
+
+/// Selects base models, as `base`.
+macro_rules! base_models {
+    () => {
+        "SELECT base.id, base.name, base.context_length, base.config, base.manifest, base.created_at,
+             base.weights, base.origin_id, origin.name AS origin_name
+         FROM base_models AS base LEFT JOIN base_models AS origin ON origin.id = base.origin_id"
+    };
+}
+use base_models;
 
 /// A base model to be imported.
 #[derive(Debug, Clone)]
@@ -126,7 +159,7 @@ impl Store {
         Ok(sqlx::query_as(
             "INSERT INTO base_models (id, name, context_length, config, manifest)
              VALUES ($1, $2, $3, $4, $5)
-             RETURNING id, name, context_length, config, manifest, created_at",
+             RETURNING *, NULL AS origin_name",
         )
         .bind(id.as_str())
         .bind(&new.name)
@@ -137,28 +170,25 @@ impl Store {
         .await?)
     }
 
-    /// Every base model, by name.
+    /// Every base model that was imported, by name.
     ///
     /// # Errors
     /// Those of the database.
     pub async fn list_base_models(&self) -> Result<Vec<BaseModel>, StoreError> {
-        Ok(sqlx::query_as(
-            "SELECT id, name, context_length, config, manifest, created_at
-             FROM base_models ORDER BY name",
-        )
+        Ok(sqlx::query_as(concat!(
+            base_models!(),
+            " WHERE base.weights IS NULL ORDER BY base.name"
+        ))
         .fetch_all(&self.pool)
         .await?)
     }
 
-    /// The base model `name`.
+    /// The base model that was imported as `name`.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn base_model(&self, name: &str) -> Result<BaseModel, StoreError> {
-        sqlx::query_as(
-            "SELECT id, name, context_length, config, manifest, created_at
-             FROM base_models WHERE name = $1",
-        )
+        sqlx::query_as(concat!(base_models!(), " WHERE base.name = $1 AND base.weights IS NULL"))
         .bind(name)
         .fetch_optional(&self.pool)
         .await?
@@ -170,10 +200,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`].
     pub async fn base_model_by_id(&self, id: &BaseModelId) -> Result<BaseModel, StoreError> {
-        sqlx::query_as(
-            "SELECT id, name, context_length, config, manifest, created_at
-             FROM base_models WHERE id = $1",
-        )
+        sqlx::query_as(concat!(base_models!(), " WHERE base.id = $1"))
         .bind(id.as_str())
         .fetch_optional(&self.pool)
         .await?

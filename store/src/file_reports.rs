@@ -180,10 +180,11 @@ impl Store {
     /// # Errors
     /// Those of the database.
     pub async fn default_base_model(&self) -> Result<Option<BaseModelId>, StoreError> {
-        let id: Option<String> =
-            sqlx::query_scalar("SELECT id FROM base_models ORDER BY created_at, id LIMIT 1")
-                .fetch_optional(&self.pool)
-                .await?;
+        let id: Option<String> = sqlx::query_scalar(
+            "SELECT id FROM base_models WHERE weights IS NULL ORDER BY created_at, id LIMIT 1",
+        )
+        .fetch_optional(&self.pool)
+        .await?;
         Ok(id.map(BaseModelId::from))
     }
 }

@@ -385,8 +385,8 @@ pub(crate) async fn finish(
         file_columns!(),
         "), report AS (
             INSERT INTO file_reports (file_id, base_model_id)
-            SELECT id, coalesce(
-                (SELECT id FROM base_models ORDER BY created_at, id LIMIT 1), '')
+            SELECT id, coalesce((SELECT id FROM base_models WHERE weights IS NULL
+                                 ORDER BY created_at, id LIMIT 1), '')
             FROM finished WHERE purpose = $9
             RETURNING file_id
          ) SELECT finished.*, (SELECT pg_notify($10, '')::text FROM report) FROM finished"

@@ -54,6 +54,7 @@ impl World {
     pub(crate) fn new_job(&self) -> NewJob {
         NewJob {
             model: "smol".to_owned(),
+            is_tuned: false,
             base_model_id: self.base_model.clone(),
             base_model: "smol".to_owned(),
             start: None,

@@ -37,6 +37,7 @@ pub mod uploads;
 pub mod validation;
 pub mod watch;
 pub mod webhooks;
+mod weights;
 mod words;
 
 pub use error::StoreError;

@@ -35,7 +35,8 @@ const RECENT_JOBS: i64 = 5;
 
 impl Store {
     /// How fast the last jobs on `base_model` trained that had the method and the kind of adapter
-    /// of `like`, whoever's they were; `None` if there was none.
+    /// of `like`, whoever's they were; `None` if there was none. Models that were tuned in full from one
+    /// imported model are as fast as that.
     ///
     /// # Errors
     /// Those of the database.
@@ -45,12 +46,16 @@ impl Store {
         like: &ResolvedHyperparameters,
     ) -> Result<Option<TrainingSpeed>, StoreError> {
         let row = sqlx::query(
-            "SELECT count(*) AS jobs, sum(tokens)::double precision / sum(elapsed_seconds) AS speed
+            "WITH alike AS (
+                SELECT alike.id FROM base_models AS base JOIN base_models AS alike
+                  ON coalesce(alike.origin_id, alike.id) = coalesce(base.origin_id, base.id)
+                WHERE base.id = $1)
+             SELECT count(*) AS jobs, sum(tokens)::double precision / sum(elapsed_seconds) AS speed
              FROM (
                 SELECT job_metrics.tokens, job_metrics.elapsed_seconds
                 FROM jobs JOIN job_metrics
                   ON job_metrics.job_id = jobs.id AND job_metrics.step = jobs.last_step
-                WHERE jobs.base_model_id = $1 AND jobs.method = $2 AND jobs.status = $3
+                WHERE jobs.base_model_id IN (SELECT id FROM alike) AND jobs.method = $2 AND jobs.status = $3
                   AND jobs.resolved #> '{adapter,type}' = $4
                   AND job_metrics.elapsed_seconds > 0
                 ORDER BY jobs.sequence DESC LIMIT $5) AS recent",

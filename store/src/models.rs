@@ -3,7 +3,7 @@
 use crate::base_models::BaseModel;
 use crate::objects::ObjectPrefix;
 use crate::tenants::Caller;
-use crate::{Store, StoreError, database, export_checks, rows, tenants};
+use crate::{Store, StoreError, database, export_checks, rows, tenants, weights};
 use sqlx::postgres::PgRow;
 use sqlx::types::Json;
 use sqlx::{FromRow, PgConnection, Row as _};
@@ -38,6 +38,8 @@ pub struct NewImportedAdapter {
     pub id: ImportedAdapterId,
     /// What it goes on.
     pub base_model_id: BaseModelId,
+    /// The tuned model that this is, where it was not imported; it must still be there.
+    pub tuned: Option<String>,
     /// The base model's name in the adapter's.
     pub base_model: String,
     /// The client's part of the name.
@@ -158,13 +160,17 @@ impl Store {
     /// Registers an adapter, whose objects are there, as a tuned model of the caller's project.
     ///
     /// # Errors
-    /// Those of the database.
+    /// [`StoreError::NotFound`] for a tuned model to go on that is gone, and those of the database.
     pub async fn import_adapter(
         &self,
         caller: &Caller,
         new: &NewImportedAdapter,
     ) -> Result<Model, StoreError> {
-        let organization = tenants::organization_name(&self.pool, caller).await?;
+        let mut transaction = database::begin(&self.pool).await?;
+        if let Some(tuned) = &new.tuned {
+            hold(&mut transaction, tuned).await?;
+        }
+        let organization = tenants::organization_name(&mut *transaction, caller).await?;
         let suffix = new.suffix.as_deref();
         let name = tuned_model_name(&new.base_model, &organization, suffix, &mut rand::rng());
         let created_at = sqlx::query_scalar(
@@ -176,8 +182,9 @@ impl Store {
         .bind(caller.project_id.as_str())
         .bind(new.base_model_id.as_str())
         .bind(Json(&new.adapter))
-        .fetch_one(&self.pool)
+        .fetch_one(&mut *transaction)
         .await?;
+        transaction.commit().await?;
         Ok(Model {
             name,
             organization_id: caller.organization_id.clone(),
@@ -189,9 +196,10 @@ impl Store {
     }
 
     /// Deletes a tuned model, with the checkpoint that has the same weights, one checkpoint, or an
-    /// imported adapter. Weights that something else still needs stay: a checkpoint's that a model has
-    /// too, that its job may resume from, or that may turn out as the job's best, and any that an
-    /// unfinished job starts from.
+    /// imported adapter. Weights that something else still needs stay until nothing does: a
+    /// checkpoint's that a model has too, that its job may resume from, or that may turn out as the
+    /// job's best, any that an unfinished job starts from, and those of a model that was tuned in full
+    /// while an adapter goes on it.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
@@ -221,18 +229,20 @@ impl Store {
             .fetch_optional(&mut *transaction)
             .await?,
         };
-        let (place, needed) = match (model, imported) {
-            (Some(model), _) => (checkpoint_place(&model)?.into(), false),
-            (None, Some(id)) => (WeightsPlace::Imported(id.into()), false),
+        let place = match (model, imported) {
+            (Some(model), _) => checkpoint_place(&model)?.into(),
+            (None, Some(id)) => WeightsPlace::Imported(id.into()),
             (None, None) => {
-                let gone = delete_checkpoint(&mut transaction, project, name).await?;
-                (checkpoint_place(&gone)?.into(), gone.try_get("needed")?)
+                checkpoint_place(&delete_checkpoint(&mut transaction, project, name).await?)?.into()
             }
         };
         export_checks::forget_model(&mut transaction, name).await?;
-        let starts_a_job = starts_a_job(&mut transaction, &place).await?;
+        let needed = weights::are_needed(&mut transaction, &place).await?;
+        if needed {
+            weights::delete_later(&mut transaction, &place).await?;
+        }
         transaction.commit().await?;
-        if needed || starts_a_job {
+        if needed {
             return Ok(());
         }
         // The name is gone, which is what counts for the client: objects that stay are only litter.
@@ -243,7 +253,7 @@ impl Store {
     }
 }
 
-/// Deletes the checkpoint `name`: its place, and whether something else needs its weights.
+/// Deletes the checkpoint `name`; gives its place.
 async fn delete_checkpoint(
     connection: &mut PgConnection,
     project: &ProjectId,
@@ -252,37 +262,17 @@ async fn delete_checkpoint(
     // The job's row is locked so that it cannot succeed with these weights meanwhile.
     sqlx::query(
         "WITH job AS (
-             SELECT jobs.id, finished_at, resume_attempt, resume_step,
-                 resolved -> 'load_best_model_at_end' = 'true' AS may_be_best
-             FROM jobs JOIN checkpoints ON checkpoints.job_id = jobs.id
+             SELECT jobs.id FROM jobs JOIN checkpoints ON checkpoints.job_id = jobs.id
              WHERE checkpoints.name = $1 AND jobs.project_id = $2 FOR UPDATE OF jobs
-         ), gone AS (
-             UPDATE checkpoints SET deleted_at = now() FROM job
-             WHERE name = $1 AND job_id = job.id AND deleted_at IS NULL
-             RETURNING job_id, attempt, step
-         ) SELECT gone.job_id, gone.attempt, gone.step,
-             (job.finished_at IS NULL AND (job.may_be_best
-                 OR job.resume_attempt = gone.attempt
-                 AND job.resume_step = gone.step)) IS TRUE
-             OR EXISTS (SELECT 1 FROM models WHERE models.job_id = gone.job_id
-                 AND models.attempt = gone.attempt AND models.step = gone.step)
-             AS needed
-         FROM gone, job",
+         ) UPDATE checkpoints SET deleted_at = now() FROM job
+         WHERE name = $1 AND job_id = job.id AND deleted_at IS NULL
+         RETURNING job_id, attempt, step",
     )
     .bind(name)
     .bind(project.as_str())
     .fetch_optional(connection)
     .await?
     .ok_or_else(|| StoreError::not_found("model", name))
-}
-
-/// Whether a job that has not ended begins with these weights.
-async fn starts_a_job(
-    connection: &mut PgConnection,
-    place: &WeightsPlace,
-) -> Result<bool, StoreError> {
-    let query = "SELECT EXISTS (SELECT 1 FROM jobs WHERE start = $1 AND finished_at IS NULL)";
-    Ok(sqlx::query_scalar(query).bind(Json(place)).fetch_one(connection).await?)
 }
 
 /// Keeps the tuned model or checkpoint `name` from being deleted until the transaction ends.

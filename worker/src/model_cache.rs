@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::fs;
 use tunesmith_core::weights::Manifest;
 use tunesmith_store::base_models::BaseModel;
-use tunesmith_store::objects::{ObjectPrefix, Objects};
+use tunesmith_store::objects::Objects;
 
 /// How often one who waits for a lock looks. A blocking wait could not be given up on a drain.
 const LOCK_POLL: Duration = Duration::from_millis(200);
@@ -72,8 +72,7 @@ impl ModelCache {
         // A directory that is there but not whole is damaged.
         remove(dir).await?;
         fs::create_dir(&incoming).await.map_err(TransferError::disk(&incoming))?;
-        let prefix = ObjectPrefix::BaseModel(model.id.clone());
-        transfer::download_dir(objects, &prefix, &model.manifest, &incoming).await?;
+        transfer::download_dir(objects, &model.prefix(), &model.manifest, &incoming).await?;
         for file in &model.manifest.files {
             let path = incoming.join(&file.name);
             let synced = async { fs::File::open(&path).await?.sync_all().await };
@@ -143,6 +142,7 @@ mod tests {
                 config: serde_json::json!({}),
                 manifest: Manifest::default(),
                 created_at: time::OffsetDateTime::UNIX_EPOCH,
+                tuned: None,
             };
             let objects = Objects::open("memory:///").expect("memory store");
             for (name, content) in FILES {

@@ -48,6 +48,7 @@ pub(crate) async fn prepare(
         job_id: job.id.clone(),
         spec: TrainSpec {
             model: model.name.clone(),
+            base_is_tuned: model.tuned.is_some(),
             start_from: job.start.as_ref().map(|_| job.model.clone()),
             seed: job.seed,
             hyperparameters,

@@ -74,6 +74,7 @@ mod tests {
             spec: tunesmith_core::job::TrainSpec {
                 start_from: None,
                 model: "tiny".to_owned(),
+                base_is_tuned: false,
                 seed: 1,
                 hyperparameters,
             },

@@ -8,7 +8,7 @@ use crate::auth::Authenticated;
 use crate::failure::{Failure, invalid_value, missing};
 use crate::form::{Form, announced_bytes, content_of, text_of};
 use crate::job_request::check_suffix;
-use crate::routes::job_create::base_model;
+use crate::routes::job_create::start_model;
 use crate::routes::models::ModelObject;
 use crate::server::AppState;
 use crate::tensor_file::{TensorFile, Unusable, has_tensor};
@@ -17,6 +17,7 @@ use actix_multipart::Field;
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::ImportedAdapterId;
 use tunesmith_core::weights::{
     ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, MANIFEST_NAME, Manifest, ManifestFile, PeftConfig,
@@ -123,7 +124,7 @@ impl Import<'_> {
         let config = config.as_ref().ok_or_else(|| missing(CONFIG))?;
         let weights = weights.as_ref().ok_or_else(|| missing(WEIGHTS))?;
         let suffix = suffix.as_deref().map(check_suffix).transpose()?;
-        let base = base_model(self.state, name).await?;
+        let (base, tuned) = self.base(caller, name).await?;
         let config = PeftConfig::parse(config).map_err(|error| refused(CONFIG, error))?;
         self.check(&base, &config, weights).await.map_err(|unusable| match unusable {
             Unusable::Broken(reason) => refused(WEIGHTS, reason).into(),
@@ -134,12 +135,36 @@ impl Import<'_> {
         self.store_manifest(&config, weights).await?;
         let new = NewImportedAdapter {
             id: self.id.clone(),
+            base_model: match &tuned {
+                Some(_) => base.origin_name().to_owned(),
+                // An alias too.
+                None => name.to_owned(),
+            },
+            tuned,
             base_model_id: base.id,
-            base_model: name.to_owned(),
             suffix,
             adapter: config.adapter,
         };
         Ok(self.state.store.import_adapter(caller, &new).await?)
+    }
+
+    /// What the adapter is to go on, and the tuned model's name where it is one.
+    async fn base(
+        &self,
+        caller: &Caller,
+        name: &str,
+    ) -> Result<(BaseModel, Option<String>), Failure> {
+        match start_model(self.state, caller, name).await? {
+            (base, None) => Ok((base, None)),
+            (_, Some(tuned)) if tuned.adapter.kind == AdapterType::Full => {
+                Ok((self.state.store.tuned_base(&tuned).await?, Some(tuned.name)))
+            }
+            (_, Some(_)) => {
+                let rule = "a base model, or a tuned model of which every weight was trained: an \
+                            adapter goes on no other adapter";
+                Err(invalid_value(MODEL, name, rule).into())
+            }
+        }
     }
 
     /// Whether the adapter goes on `base`, tensor by tensor.
@@ -150,8 +175,7 @@ impl Import<'_> {
         weights: &Stored,
     ) -> Result<(), Unusable> {
         let objects = self.state.store.objects();
-        let directory = ObjectPrefix::BaseModel(base.id.clone());
-        let files = TensorFile::all(objects, &directory, &base.manifest).await?;
+        let files = TensorFile::all(objects, &base.prefix(), &base.manifest).await?;
         let file = TensorFile::open(objects, self.prefix.file(ADAPTER_WEIGHTS_NAME), weights.bytes)
             .await?;
         let adapter = Adapter::new(&config.adapter, file, |name| has_tensor(&files, name))?;

@@ -10,14 +10,16 @@ use crate::server::AppState;
 use crate::warnings;
 use actix_web::{HttpRequest, HttpResponse, web};
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::FileId;
-use tunesmith_store::StoreError;
+use tunesmith_core::weights::WeightsPlace;
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::events::{Level, NewEvent};
 use tunesmith_store::files::Purpose;
 use tunesmith_store::jobs::NewJob;
 use tunesmith_store::models::Model;
 use tunesmith_store::tenants::Caller;
+use tunesmith_store::{Store, StoreError};
 
 /// Makes a job, once, however often the client asks.
 pub(crate) async fn create(
@@ -30,9 +32,13 @@ pub(crate) async fn create(
     let mut asked = JobRequest::parse(&body.fields)?;
     let idempotency = idempotency(&request, body.sha256)?;
     let (base, tuned) = start_model(&state, &caller, &asked.model).await?;
-    if let Some(tuned) = &tuned {
-        asked.start_from(&tuned.adapter)?;
-    }
+    let start = match tuned {
+        None => Start { base, is_tuned: false, weights: None },
+        Some(tuned) => {
+            let trained = asked.start_from(&tuned.adapter)?;
+            Start::with(&state.store, base, tuned, trained).await?
+        }
+    };
     let training_file = job_file(&state, &caller, "training_file", &asked.training_file).await?;
     let validation_file = match &asked.validation_file {
         Some(id) => Some(job_file(&state, &caller, "validation_file", id).await?),
@@ -40,14 +46,16 @@ pub(crate) async fn create(
     };
     let warnings = asked.warnings();
     let new = NewJob {
-        base_model: match &tuned {
-            Some(_) => base.name,
+        base_model: if start.is_tuned {
+            start.base.origin_name().to_owned()
+        } else {
             // An alias too.
-            None => asked.model.clone(),
+            asked.model.clone()
         },
         model: asked.model,
-        base_model_id: base.id,
-        start: tuned.map(|tuned| tuned.place),
+        is_tuned: start.is_tuned,
+        base_model_id: start.base.id,
+        start: start.weights,
         training_file,
         validation_file,
         suffix: asked.suffix,
@@ -66,6 +74,32 @@ pub(crate) async fn create(
     let mut reply = HttpResponse::Ok();
     warnings::add(&mut reply, &warnings);
     Ok(reply.json(jobs::shown(&state, &created.job).await?))
+}
+
+/// What a job begins with.
+struct Start {
+    base: BaseModel,
+    /// Whether the request names a tuned model.
+    is_tuned: bool,
+    /// Weights beside the base model.
+    weights: Option<WeightsPlace>,
+}
+
+impl Start {
+    /// A job that trains `trained` and begins with `tuned`, a tuned model of `base`.
+    async fn with(
+        store: &Store,
+        base: BaseModel,
+        tuned: Model,
+        trained: AdapterType,
+    ) -> Result<Self, StoreError> {
+        Ok(match (tuned.adapter.kind, trained) {
+            (AdapterType::Full, AdapterType::Lora) => {
+                Self { base: store.tuned_base(&tuned).await?, is_tuned: true, weights: None }
+            }
+            _ => Self { base, is_tuned: true, weights: Some(tuned.place) },
+        })
+    }
 }
 
 /// What a job starts from: a base model, or the tuned model or checkpoint that the caller calls

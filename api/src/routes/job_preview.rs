@@ -151,8 +151,11 @@ impl Preview {
         let base = match start_model(state, caller, &asked.model).await {
             Ok((base, tuned)) => {
                 if let Some(tuned) = tuned {
-                    let started = asked.start_from(&tuned.adapter);
-                    started.unwrap_or_else(|error| self.refuse(error));
+                    // The base model of an adapter on a model that was tuned in full has the same
+                    // sizes and the same tokenizer as that one's own.
+                    if let Err(error) = asked.start_from(&tuned.adapter) {
+                        self.refuse(error);
+                    }
                 }
                 Some(base)
             }

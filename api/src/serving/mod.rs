@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tunesmith_core::dataset::{ChatTokenizer, TokenizerError};
 use tunesmith_core::errors::{ApiError, ErrorCode};
+use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::{ProjectId, random_text};
 use tunesmith_core::serving::{SAY_EVERY_SECONDS, TunedWeights};
 use tunesmith_store::Store;
@@ -87,7 +88,15 @@ impl Serving {
     /// `no_such_model`, also for one of another project, and those of the store.
     async fn model(&self, project: &ProjectId, name: &str) -> Result<Served, Failure> {
         let base_name = self.model_aliases.get(name).map_or(name, String::as_str);
-        let (base, tuned) = self.store.base_or_tuned_model(project, base_name, name).await?;
+        let (mut base, mut tuned) =
+            self.store.base_or_tuned_model(project, base_name, name).await?;
+        // A model that adapters go on is in memory once, for them and for itself.
+        if let Some(model) = tuned.take_if(|tuned| tuned.adapter.kind == AdapterType::Full) {
+            match self.store.known_tuned_base(&model.place).await? {
+                Some(own) => base = own,
+                None => tuned = Some(model),
+            }
+        }
         let tuned =
             tuned.map(|Model { place, adapter, .. }| TunedWeights { place, kind: adapter.kind });
         let tokenizer = self.tokenizers.of(&base).await??;

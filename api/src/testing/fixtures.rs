@@ -26,6 +26,8 @@ const CONTEXT: u64 = 64;
 pub(crate) const ADAPTED: &str = "model.layers.0.self_attn.q_proj.weight";
 /// That weight's numbers.
 pub(crate) const WEIGHT: [f32; 6] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+/// The same in a model that was trained in full.
+pub(crate) const FULL_WEIGHT: [f32; 6] = [2.0, 2.0, 3.0, 4.0, 5.0, 7.0];
 /// A, `[1, 3]`, of the adapter; its scale is 2, as alpha is twice the rank.
 pub(crate) const LORA_A: [f32; 3] = [1.0, 0.0, -1.0];
 /// B, `[2, 1]`.
@@ -198,10 +200,14 @@ impl TestApi {
                 ("README.md", b"the job's facts".to_vec()),
             ]),
             // Trained in full: a model and no adapter.
-            Err(_) => HashMap::from([
-                ("config.json", b"{}".to_vec()),
-                ("model.safetensors", safetensors(&[(ADAPTED, &[2, 3], &WEIGHT)])),
-            ]),
+            Err(_) => HashMap::from_iter(
+                [
+                    ("config.json", b"{}".to_vec()),
+                    ("model.safetensors", safetensors(&[(ADAPTED, &[2, 3], &FULL_WEIGHT)])),
+                ]
+                .into_iter()
+                .chain(tokenizer_files().map(|(name, content)| (name, content.into_bytes()))),
+            ),
         };
         for (name, content) in files {
             std::fs::write(directory.path().join(name), content).expect("write");
@@ -221,8 +227,13 @@ impl TestApi {
 
     /// A job that has succeeded after ten steps; gives it as the API shows it.
     pub(crate) async fn succeeded_job(&self, hyperparameters: Value) -> Value {
+        self.succeeded_job_from(BASE, hyperparameters).await
+    }
+
+    /// The same of a job that starts from `model`.
+    pub(crate) async fn succeeded_job_from(&self, model: &str, hyperparameters: Value) -> Value {
         let file = self.client.upload(chat_rows(10)).await;
-        let body = json!({"model": BASE, "training_file": file, "suffix": "acme",
+        let body = json!({"model": model, "training_file": file, "suffix": "acme",
                           "hyperparameters": hyperparameters});
         let job = self.client.post("/v1/fine_tuning/jobs", &body).await.ok();
         let id = job["id"].as_str().expect("id");

@@ -8,6 +8,22 @@ use serde_json::{Map, Value, json};
 
 /// What the request calls the adapter.
 const ADAPTER: &str = "adapter";
+/// Means the same as a value that is left out.
+const AUTO: &str = "auto";
+/// What says whether there is one.
+const TYPE: &str = "type";
+/// What means nothing where every weight trains.
+const ADAPTER_ALONE: [&str; 9] = [
+    "r",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+    "quantization",
+];
 
 impl Hyperparameters {
     /// Makes `asked`, the hyperparameters of a job as the client gave them and that were read as
@@ -15,12 +31,13 @@ impl Hyperparameters {
     /// trains further, so what gives its shape is taken over, and the way in which the frozen
     /// weights are kept where the client said nothing of it.
     ///
+    /// A job that trains every weight may begin with an adapter: that is merged into the weights, so
+    /// nothing of its shape is left. A model that was trained in full goes on so, or is the base model
+    /// of a new adapter where the client says that it wants one.
+    ///
     /// # Errors
     /// `invalid_value` for a shape that is not that of `start`. `path` is where the hyperparameters
     /// stand in the request.
-    ///
-    /// A job that trains every weight may begin with an adapter: that is merged into the weights, so
-    /// nothing of its shape is left.
     pub fn start_from(
         &self,
         start: &AdapterConfig,
@@ -28,29 +45,37 @@ impl Hyperparameters {
         path: &str,
     ) -> Result<(), ApiError> {
         let start = start.exported();
-        if (self.adapter.kind, start.kind) == (AdapterType::Full, AdapterType::Lora) {
-            return Ok(());
-        }
         let given = asked.get(ADAPTER).and_then(Value::as_object).cloned().unwrap_or_default();
-        let said = |name: &str| given.get(name).filter(|value| !value.is_null());
+        let is_left_out = |value: &Value| value.is_null() || value == AUTO;
+        let said = |name: &str| given.get(name).filter(|value| !is_left_out(value));
         let path = format!("{path}.{ADAPTER}");
         let reader = Reader { fields: &given, path: &path, notes: None };
         let mut adapter = given.clone();
+        if start.kind == AdapterType::Full {
+            if said(TYPE).is_none() {
+                if let Some((name, value)) =
+                    ADAPTER_ALONE.iter().find_map(|name| Some((name, said(name)?)))
+                {
+                    let rule = "left out, or beside \"type\": \"lora\": every weight of the model to \
+                                start from was trained, and they all train further unless an adapter \
+                                beside them is asked for";
+                    return Err(reader.invalid(name, value, rule));
+                }
+                adapter.insert(TYPE.to_owned(), json!(start.kind));
+            }
+            asked.insert(ADAPTER.to_owned(), Value::Object(adapter));
+            return Ok(());
+        }
+        if self.adapter.kind == AdapterType::Full {
+            return Ok(());
+        }
         for (name, wanted, theirs) in shape(&self.adapter, &start) {
             match said(name) {
                 Some(value) if wanted != theirs => {
-                    let rule = match (name, start.kind) {
-                        ("type", AdapterType::Full) => {
-                            "\"full\" or left out, since every weight of the model to start from was \
-                             trained: to train an adapter beside them, download the model, import it \
-                             as a base model, and start from it"
-                                .to_owned()
-                        }
-                        _ => format!(
-                            "{theirs} or left out: the adapter of the model to start from trains \
-                             further, and that is its shape"
-                        ),
-                    };
+                    let rule = format!(
+                        "{theirs} or left out: the adapter of the model to start from trains \
+                         further, and that is its shape"
+                    );
                     return Err(reader.invalid(name, value, rule));
                 }
                 _ => {
@@ -58,10 +83,7 @@ impl Hyperparameters {
                 }
             }
         }
-        // Of a model that was trained in full, nothing more is said.
-        if start.kind == AdapterType::Full {
-            adapter.retain(|name, _| name == "type" || given.contains_key(name));
-        } else if said("quantization").is_none() {
+        if said("quantization").is_none() {
             adapter.insert("quantization".to_owned(), json!(start.quantization));
         }
         asked.insert(ADAPTER.to_owned(), Value::Object(adapter));
@@ -76,7 +98,7 @@ fn shape(
 ) -> impl Iterator<Item = (&'static str, Value, Value)> {
     let (asked, start) = (json!(asked), json!(start));
     const NAMES: [&str; 8] = [
-        "type",
+        TYPE,
         "r",
         "alpha",
         "target_modules",
@@ -148,12 +170,51 @@ mod tests {
     }
 
     #[test]
-    fn a_full_model_goes_on_as_a_full_model() {
-        let full = AdapterConfig::full();
-        assert_eq!(started(&full, &json!({})).expect("valid").kind, AdapterType::Full);
-        let error = started(&full, &json!({"adapter": {"type": "lora"}})).expect_err("lora");
-        assert_eq!(error.param.as_deref(), Some("hyperparameters.adapter.type"));
-        assert!(error.message.contains("import"), "{}", error.message);
+    fn a_full_model_goes_on_as_a_full_model_unless_an_adapter_is_asked_for() {
+        let full = AdapterConfig { trainable_layers: 2, ..AdapterConfig::full() };
+        for (asked, expected) in [
+            (json!({}), AdapterConfig::full()),
+            (json!({"type": "full", "r": "auto"}), AdapterConfig::full()),
+            (
+                json!({"trainable_layers": 1, "r": null}),
+                AdapterConfig { trainable_layers: 1, ..AdapterConfig::full() },
+            ),
+            (json!({"type": "lora"}), AdapterConfig::default()),
+            (
+                json!({"type": "lora", "r": 4, "use_dora": true, "quantization": "nf4"}),
+                AdapterConfig {
+                    r: 4,
+                    alpha: 8.0,
+                    use_dora: true,
+                    quantization: Quantization::Nf4,
+                    ..AdapterConfig::default()
+                },
+            ),
+        ] {
+            let adapter = started(&full, &json!({"adapter": asked})).expect("valid");
+            assert_eq!(adapter, expected, "{asked}");
+        }
+    }
+
+    #[test]
+    fn what_only_an_adapter_has_asks_for_the_word_beside_a_full_model() {
+        for (name, value) in [
+            ("r", json!(8)),
+            ("alpha", json!(8)),
+            ("dropout", json!(0.1)),
+            ("target_modules", json!("all-linear")),
+            ("use_rslora", json!(true)),
+            ("use_dora", json!(true)),
+            ("init_lora_weights", json!("pissa")),
+            ("loraplus_lr_ratio", json!(4)),
+            ("quantization", json!("int8")),
+        ] {
+            assert!(ADAPTER_ALONE.contains(&name));
+            let asked = json!({"adapter": { name: value }});
+            let error = started(&AdapterConfig::full(), &asked).expect_err(name);
+            assert_eq!(error.param, Some(format!("hyperparameters.adapter.{name}")));
+            assert!(error.message.contains("\"type\": \"lora\""), "{}", error.message);
+        }
     }
 
     #[test]

@@ -106,10 +106,23 @@ pub(super) fn readme(facts: &JobFacts<'_>) -> String {
         }
     };
     let place = match adapter.kind {
+        AdapterType::Lora if spec.base_is_tuned => {
+            "In this directory, with BASE as the directory of the base model"
+        }
         AdapterType::Lora => "In this directory, with BASE as the base model's directory or hub id",
         AdapterType::Full => "In this directory",
     };
     let _ = write!(text, "\n{place}:\n\n```python\n{snippet}```\n");
+    if adapter.kind == AdapterType::Lora && spec.base_is_tuned {
+        let _ = write!(
+            text,
+            "\nThe base model, `{base}`, was itself tuned here, in every weight: `tunesmith models \
+             weights {base} --format merged` gives it. On the model that it was tuned from, this \
+             adapter says something else. Asked for as `merged` or `gguf`, it comes with the weights \
+             that it goes on.\n",
+            base = spec.model
+        );
+    }
     if adapter.quantization != Quantization::None {
         text.push_str(
             "\nThe adapter learned beside quantised weights. It goes on the original base model, and \

@@ -194,6 +194,7 @@ impl Bench {
             spec: TrainSpec {
                 start_from: None,
                 model: "tiny".to_owned(),
+                base_is_tuned: false,
                 seed: 11,
                 hyperparameters: parsed.resolve(&facts),
             },

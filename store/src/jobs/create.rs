@@ -21,11 +21,14 @@ use tunesmith_core::weights::WeightsPlace;
 pub struct NewJob {
     /// The name of the model to start from, as the client gave it.
     pub model: String,
+    /// Whether that is a tuned model or a checkpoint, which must still be there.
+    pub is_tuned: bool,
     /// The base model.
     pub base_model_id: BaseModelId,
     /// The base model's name in the tuned model's.
     pub base_model: String,
-    /// The weights of `model`, where it is a tuned model or a checkpoint.
+    /// The weights of `model` to begin with, where it is a tuned model or a checkpoint and not itself
+    /// the base model.
     pub start: Option<WeightsPlace>,
     /// What to train on.
     pub training_file: FileId,
@@ -126,7 +129,7 @@ async fn insert(
     new: &NewJob,
 ) -> Result<JobId, StoreError> {
     require_files(connection, caller, new).await?;
-    if new.start.is_some() {
+    if new.is_tuned {
         models::hold(connection, &new.model).await?;
     }
     let organization = tenants::organization_name(&mut *connection, caller).await?;

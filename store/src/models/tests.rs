@@ -134,6 +134,7 @@ async fn job_from(world: &World, name: &str) -> Result<Job, StoreError> {
     let start = store.model(&caller.project_id, name).await?;
     let new = NewJob {
         model: start.name,
+        is_tuned: true,
         base_model_id: start.base_model_id,
         start: Some(start.place),
         ..world.new_job()
@@ -169,9 +170,11 @@ async fn a_model_that_is_deleted_meanwhile_starts_no_job() {
     for name in [name.clone(), checkpoint_model_name(&name, 6)] {
         let model = store.model(&caller.project_id, &name).await.expect("model");
         store.delete_model(&caller.project_id, &name).await.expect("delete");
-        let new = NewJob { model: name, start: Some(model.place), ..world.new_job() };
-        let made = store.create_job(caller, &new, &once(1)).await;
-        assert!(matches!(made, Err(StoreError::NotFound { kind: "model", .. })), "{made:?}");
+        for start in [Some(model.place), None] {
+            let new = NewJob { model: name.clone(), is_tuned: true, start, ..world.new_job() };
+            let made = store.create_job(caller, &new, &once(1)).await;
+            assert!(matches!(made, Err(StoreError::NotFound { kind: "model", .. })), "{made:?}");
+        }
     }
 }
 
@@ -182,6 +185,7 @@ async fn an_imported_adapter_is_a_model_of_its_project() {
     let new = NewImportedAdapter {
         id: ImportedAdapterId::generate(&mut rand::rng()),
         base_model_id: world.base_model.clone(),
+        tuned: None,
         base_model: "smol".to_owned(),
         suffix: Some("mine".to_owned()),
         adapter: AdapterConfig { r: 3, ..AdapterConfig::default() },

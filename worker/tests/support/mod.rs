@@ -86,6 +86,7 @@ impl World {
     async fn queued(&self, model: &str, start: Option<WeightsPlace>) -> JobId {
         let new = NewJob {
             model: model.to_owned(),
+            is_tuned: start.is_some(),
             base_model_id: self.base_model.clone(),
             base_model: "tiny".to_owned(),
             start,

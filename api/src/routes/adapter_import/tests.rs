@@ -163,3 +163,24 @@ async fn what_is_missing_is_named() {
     let error = api.post("/v1/models", &json!({"model": BASE})).await.error(400);
     assert_eq!(error["code"], "invalid_body");
 }
+
+#[tokio::test]
+async fn an_adapter_may_be_made_for_a_model_that_was_tuned_in_full() {
+    let api = TestApi::start().await.with_base_model().await;
+    let full = api.succeeded_job(json!({"adapter": {"type": "full"}})).await;
+    let full = full["fine_tuned_model"].as_str().expect("model");
+    let reply = import(&api, form(full, peft_config(json!({})), adapter_weights())).await;
+    let name = reply.ok()["id"].as_str().expect("id").to_owned();
+    assert!(name.starts_with("ft:tiny:"), "{name}");
+    let own = api.store.model(&api.project, &name).await.expect("model");
+    let base = api.store.base_model_by_id(&own.base_model_id).await.expect("base");
+    assert_eq!(base.name, full);
+    let config = api.store.objects().read(&own.weights().file("adapter_config.json")).await;
+    let config: serde_json::Value = serde_json::from_slice(&config.expect("read")).expect("json");
+    assert_eq!(config["base_model_name_or_path"], full);
+
+    let error =
+        import(&api, form(&name, peft_config(json!({})), adapter_weights())).await.error(400);
+    assert_eq!(error["param"], "model");
+    assert!(error["message"].as_str().expect("text").contains("no other adapter"), "{error}");
+}

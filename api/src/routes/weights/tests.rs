@@ -1,4 +1,6 @@
-use crate::testing::{ADAPTED, BASE, FakeSampler, LORA_A, LORA_B, Reply, TestApi, WEIGHT};
+use crate::testing::{
+    ADAPTED, BASE, FULL_WEIGHT, FakeSampler, LORA_A, LORA_B, Reply, TestApi, WEIGHT,
+};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -239,11 +241,11 @@ async fn a_model_that_was_trained_in_full_comes_whole_in_either_format() {
     let path = tuned(&api, json!({"adapter": {"type": "full"}})).await;
     for (query, warns) in [("", false), ("?format=merged", false), ("?format=adapter", true)] {
         let reply = api.get(&format!("{path}/weights{query}")).await;
-        assert_eq!(numbers(&files(&reply)["model.safetensors"], ADAPTED), WEIGHT);
+        assert_eq!(numbers(&files(&reply)["model.safetensors"], ADAPTED), FULL_WEIGHT);
         assert_eq!(reply.header("x-tunesmith-warning").is_some(), warns, "{query}");
     }
     let files = files(&api.get(&format!("{path}/weights?format=merged&dtype=bf16")).await);
-    assert_eq!(tensors(&files["model.safetensors"])[ADAPTED], (Dtype::BF16, WEIGHT.to_vec()));
+    assert_eq!(tensors(&files["model.safetensors"])[ADAPTED], (Dtype::BF16, FULL_WEIGHT.to_vec()));
     assert_eq!(files["config.json"], b"{\n  \"torch_dtype\": \"bfloat16\"\n}\n");
 }
 
@@ -320,4 +322,60 @@ async fn a_download_that_broke_off_goes_on_where_it_was() {
     assert_ne!(other.header("etag"), Some(&*tag));
     let reply = ask("bytes=700-", other.header("etag").expect("a tag")).await;
     assert_eq!((reply.status.as_u16(), reply.body.len()), (200, size));
+}
+
+#[tokio::test]
+async fn an_adapter_goes_on_a_model_that_was_tuned_in_full() {
+    let api = TestApi::start().await.with_base_model().await;
+    let sampler = FakeSampler::start(&api.store).await;
+    let name = |job: &Value| job["fine_tuned_model"].as_str().expect("model").to_owned();
+    let full = name(&api.succeeded_job(json!({"adapter": {"type": "full"}})).await);
+    let lora = json!({"adapter": {"type": "lora", "r": 1, "target_modules": ["q_proj"]}});
+    let file = api.upload(crate::testing::chat_rows(10)).await;
+    let body = json!({"model": full, "training_file": file, "hyperparameters": lora});
+    let preview = api.post("/v1/fine_tuning/jobs/preview", &body).await.ok();
+    assert_eq!((&preview["would_run"], &preview["model"]), (&json!(true), &json!(full)));
+
+    let job = api.succeeded_job_from(&full, lora.clone()).await;
+    assert_eq!((&job["model"], job["method"]["type"].as_str()), (&json!(full), Some("supervised")));
+    let adapter = name(&job);
+    assert!(adapter.starts_with(&format!("ft:{BASE}:")), "{adapter}");
+    let listed = api.get("/v1/models").await.ok();
+    let names: Vec<&str> =
+        listed["data"].as_array().expect("data").iter().filter_map(|m| m["id"].as_str()).collect();
+    assert_eq!(names, [BASE, &full, &adapter]);
+
+    // It answers over the tuned model, and so does an adapter that trained further from there.
+    let further = name(&api.succeeded_job_from(&adapter, json!({})).await);
+    let mut bases = Vec::new();
+    for model in [&adapter, &further, &full] {
+        sampler.will_say(&["answer"], tunesmith_core::sampling::EndReason::Stop);
+        let chat = json!({"model": model, "messages": [{"role": "user", "content": "question"}]});
+        api.post("/v1/chat/completions", &chat).await.ok();
+        let order = sampler.last_order();
+        assert_eq!(order.tuned.is_some(), *model != full);
+        bases.push(order.base_model);
+    }
+    assert!(bases.iter().all(|base| base == &bases[0]), "one model in memory serves all");
+    let own = api.store.model(&api.project, &full).await.expect("model");
+    assert_ne!(bases[0], own.base_model_id);
+    let base = api.store.base_model_by_id(&bases[0]).await.expect("base");
+    assert_eq!(base.prefix(), own.weights());
+
+    // What is merged is the tuned model's weights and the adapter, also when that model is gone.
+    api.delete(&format!("/v1/models/{full}")).await.ok();
+    let expected: Vec<f32> = (0..6)
+        .map(|index| FULL_WEIGHT[index] + 2.0 * LORA_B[index / 3] * LORA_A[index % 3])
+        .collect();
+    for model in [&adapter, &further] {
+        let query = format!("/v1/models/{model}/weights?format=merged&check=none");
+        let merged = files(&api.get(&query).await);
+        assert_eq!(numbers(&merged["model.safetensors"], ADAPTED), expected);
+        assert_eq!(merged["README.md"], b"the job's facts");
+    }
+    let error = api.post("/v1/fine_tuning/jobs", &body).await.error(400);
+    assert_eq!(error["code"], "model_not_found");
+    // Every weight may train from there too.
+    let job = api.succeeded_job_from(&adapter, json!({"adapter": {"type": "full"}})).await;
+    assert!(name(&job).starts_with(&format!("ft:{BASE}:")), "{job}");
 }
