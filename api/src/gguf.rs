@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::gguf::{ModelFiles, Plan, PlannedTensor, Source, StorageType};
-use tunesmith_core::weights::{LoraPair, Manifest, merge_lora_rows};
+use tunesmith_core::weights::{BeyondType, LoraPair, Manifest, merge_lora_rows};
 use tunesmith_store::Store;
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectPrefix, Objects};
@@ -31,31 +31,10 @@ pub(crate) async fn entries(
     model: &Model,
     storage: StorageType,
 ) -> Result<Vec<Entry>, Failure> {
-    let objects = store.objects();
-    let weights = model.weights();
-    let ModelSource { directory, manifest: files, files: tensors, adapter } =
-        ModelSource::open(store, model).await?;
-
-    let small = SmallFiles::read(objects, &directory, &files).await?;
-    let shapes: Vec<(String, Vec<usize>)> = tensors
-        .iter()
-        .flat_map(|file| file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())))
-        .collect();
-    let name = model.name.clone();
-    let plan = tokio::task::spawn_blocking(move || {
-        let shapes = shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
-        Plan::new(&name, &small.files(), shapes, storage)
-    })
-    .await
-    .map_err(Failure::internal)?
-    .map_err(|error| {
-        ApiError::new(ErrorCode::WeightsNotAvailable, format!("{error}.")).with_param("format")
-    })?;
-
+    let (objects, weights) = (store.objects(), model.weights());
+    let Opened { file_name, head, modelfile, export } = Opened::open(store, model, storage).await?;
     let facts = manifest(objects, &weights).await?.files.into_iter().find(|f| f.name == README);
-    let Plan { file_name, head, tensors: planned, modelfile } = plan;
-    let bytes = head.len() + planned.iter().map(|t| t.bytes() + t.padding()).sum::<usize>();
-    let export = Arc::new(Export { planned, tensors, adapter });
+    let bytes = head.len() + export.planned.iter().map(|t| t.bytes() + t.padding()).sum::<usize>();
     let count = export.planned.len();
     let content = stream::iter(0..count)
         .flat_map(move |index| tensor_content(Arc::clone(&export), index))
@@ -78,6 +57,58 @@ pub(crate) async fn entries(
         facts.map(|file| entry(objects, &weights, file.name, file.bytes, Some(file.sha256))),
     );
     Ok(entries)
+}
+
+/// Looks at every number that may be beyond half precision, or whose block's scale may be, and gives
+/// none of them.
+///
+/// # Errors
+/// [`ContentError::Beyond`] for the first that is, and what else can go wrong on the way.
+pub(crate) async fn try_half_precision(
+    store: &Store,
+    model: &Model,
+    storage: StorageType,
+) -> Result<Result<(), ContentError>, Failure> {
+    let export = Opened::open(store, model, storage).await?.export;
+    for index in 0..export.planned.len() {
+        if let Err(error) = Arc::clone(&export).check(index).await {
+            return Ok(Err(error));
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// A file that is planned, with what it is made of.
+struct Opened {
+    file_name: String,
+    head: Vec<u8>,
+    modelfile: String,
+    export: Arc<Export>,
+}
+
+impl Opened {
+    async fn open(store: &Store, model: &Model, storage: StorageType) -> Result<Self, Failure> {
+        let ModelSource { directory, manifest, files: tensors, adapter } =
+            ModelSource::open(store, model).await?;
+        let small = SmallFiles::read(store.objects(), &directory, &manifest).await?;
+        let shapes: Vec<(String, Vec<usize>)> = tensors
+            .iter()
+            .flat_map(|file| file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())))
+            .collect();
+        let name = model.name.clone();
+        let plan = tokio::task::spawn_blocking(move || {
+            let shapes = shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+            Plan::new(&name, &small.files(), shapes, storage)
+        })
+        .await
+        .map_err(Failure::internal)?
+        .map_err(|error| {
+            ApiError::new(ErrorCode::WeightsNotAvailable, format!("{error}.")).with_param("format")
+        })?;
+        let Plan { file_name, head, tensors: planned, modelfile } = plan;
+        let export = Arc::new(Export { planned, tensors, adapter });
+        Ok(Self { file_name, head, modelfile, export })
+    }
 }
 
 /// The small files of a Hugging Face directory.
@@ -162,13 +193,13 @@ impl Export {
         adapter.factors(pair).await.map(Some)
     }
 
-    /// Some rows as the file has them.
-    async fn encoded(
-        self: Arc<Self>,
+    /// Some rows of a tensor, its adapter merged into them.
+    async fn values(
+        self: &Arc<Self>,
         index: usize,
-        factors: Arc<Option<Factors>>,
+        factors: &Arc<Option<Factors>>,
         rows: Range<usize>,
-    ) -> Result<Bytes, ContentError> {
+    ) -> Result<Vec<f32>, ContentError> {
         let mut values = match &self.planned[index].source {
             Source::Values(values) => values[rows.clone()].to_vec(),
             Source::Weight(name) => {
@@ -177,17 +208,69 @@ impl Export {
                 file.rows_of(name, rows.clone()).await?
             }
         };
-        let encode = move || {
-            let planned = &self.planned[index];
+        if factors.is_none() {
+            return Ok(values);
+        }
+        let (export, factors) = (Arc::clone(self), Arc::clone(factors));
+        on_a_thread(move || {
+            let planned = &export.planned[index];
             if let Some(factors) = &*factors {
                 merge_lora_rows(&mut values, planned.columns(), &factors.of_rows(rows))
                     .map_err(|error| failed(&planned.name, &error))?;
             }
-            planned.encode(values).map_err(|error| failed(&planned.name, &error))
-        };
-        let encoded = tokio::task::spawn_blocking(encode).await;
-        encoded.map_err(|error| failed("a tensor", &error))?.map(Bytes::from)
+            Ok(values)
+        })
+        .await
     }
+
+    /// Some rows as the file has them.
+    async fn encoded(
+        self: Arc<Self>,
+        index: usize,
+        factors: Arc<Option<Factors>>,
+        rows: Range<usize>,
+    ) -> Result<Bytes, ContentError> {
+        let values = self.values(index, &factors, rows).await?;
+        let encoded = on_a_thread(move || {
+            let planned = &self.planned[index];
+            planned.encode(values).map_err(|beyond| too_great(planned, beyond))
+        });
+        encoded.await.map(Bytes::from)
+    }
+
+    /// Whether a tensor can be encoded.
+    async fn check(self: Arc<Self>, index: usize) -> Result<(), ContentError> {
+        if !self.planned[index].may_be_beyond() {
+            return Ok(());
+        }
+        let factors = Arc::new(self.factors(index).await?);
+        for rows in self.planned[index].pieces() {
+            let values = self.values(index, &factors, rows).await?;
+            let export = Arc::clone(&self);
+            on_a_thread(move || {
+                let planned = &export.planned[index];
+                planned.check(values).map_err(|beyond| too_great(planned, beyond))
+            })
+            .await?;
+        }
+        Ok(())
+    }
+}
+
+/// Computes on a thread of its own, which keeps no other request waiting.
+async fn on_a_thread<T: Send + 'static>(
+    compute: impl FnOnce() -> Result<T, ContentError> + Send + 'static,
+) -> Result<T, ContentError> {
+    let computed = tokio::task::spawn_blocking(compute).await;
+    computed.map_err(|error| failed("a tensor", &error))?
+}
+
+fn too_great(planned: &PlannedTensor, beyond: BeyondType) -> ContentError {
+    let name = match &planned.source {
+        Source::Weight(name) => name.clone(),
+        Source::Values(_) => planned.name.clone(),
+    };
+    ContentError::Beyond { name, beyond }
 }
 
 fn failed(name: &str, reason: &(impl std::fmt::Display + ?Sized)) -> ContentError {

@@ -127,12 +127,16 @@ impl Export {
 
     /// An export with a number that its type cannot hold.
     fn beyond(&self, tensor: &str, beyond: BeyondType) -> ApiError {
+        let (what, way_out, param) = match self.form {
+            ExportForm::Gguf(_) => (self.form.to_string(), "format=merged", "type"),
+            _ => (beyond.float.to_string(), "dtype=bf16 or dtype=f32", "dtype"),
+        };
         let message = format!(
-            "'{}' cannot be given out in {}: the tensor {tensor} has a number that would become \
-             infinite ({beyond}). Ask for dtype=bf16 or dtype=f32.",
-            self.model.name, beyond.float
+            "'{}' cannot be given out in {what}: the tensor {tensor} has a number that would become \
+             infinite ({beyond}). Ask for {way_out}.",
+            self.model.name
         );
-        ApiError::new(ErrorCode::WeightsNotAvailable, message).with_param("dtype")
+        ApiError::new(ErrorCode::WeightsNotAvailable, message).with_param(param)
     }
 
     fn refused(&self, why: &str) -> ApiError {
@@ -253,13 +257,15 @@ impl ExportChecks {
     /// Refuses an export with a number beyond half precision, which could not be said any more once
     /// bytes are on their way. Its numbers are all computed for that, once.
     async fn require_fitting(&self, export: &Export) -> Result<(), Failure> {
-        let ExportForm::Merged(form) = export.form else { return Ok(()) };
+        if export.is_stored() {
+            return Ok(());
+        }
         let fitting = {
             let mut all = lock(&self.0.fitting);
             if all.len() >= MAX_FITTING {
                 all.clear();
             }
-            all.entry(export.key()).or_insert_with(|| self.0.fits(export.clone(), form)).clone()
+            all.entry(export.key()).or_insert_with(|| self.0.fits(export.clone())).clone()
         };
         let fits = tokio::time::timeout(PATIENCE, fitting).await;
         let fits = fits.map_err(|_| being_checked(export))?;
@@ -320,10 +326,16 @@ impl Inner {
     }
 
     /// Begins to compute the numbers of an export in half precision.
-    fn fits(&self, export: Export, form: MergedForm) -> Fitting {
+    fn fits(&self, export: Export) -> Fitting {
         let store = self.store.clone();
         let task = tokio::spawn(async move {
-            match merged::try_half_precision(&store, &export.model, form).await {
+            let (store, model) = (&store, &export.model);
+            let tried = match export.form {
+                ExportForm::Merged(form) => merged::try_half_precision(store, model, form).await,
+                ExportForm::Gguf(storage) => gguf::try_half_precision(store, model, storage).await,
+                ExportForm::Adapter | ExportForm::Model => Ok(Ok(())),
+            };
+            match tried {
                 Ok(Err(ContentError::Beyond { name, beyond })) => Err(export.beyond(&name, beyond)),
                 // What else is wrong the download will find too, and say.
                 Ok(_) | Err(_) => Ok(()),

@@ -12,6 +12,7 @@ use super::modelfile::modelfile;
 use super::storage::{StorageType, TensorFacts, TensorType};
 use super::tokenizer::{Roles, tokenizer};
 use crate::dataset::{ChatTokenizer, chat_templates, named_special_tokens};
+use crate::weights::{BeyondType, FloatType};
 
 /// Values that are read, changed and encoded at a time, but for a head's rows, which are never cut.
 const PIECE: usize = 1 << 20;
@@ -146,8 +147,8 @@ impl PlannedTensor {
     /// are.
     ///
     /// # Errors
-    /// When one of the values is beyond what the type holds.
-    pub fn encode(&self, mut values: Vec<f32>) -> Result<Vec<u8>, GgufError> {
+    /// For a value that half precision cannot hold, where it or its block's scale is stored so.
+    pub fn encode(&self, mut values: Vec<f32>) -> Result<Vec<u8>, BeyondType> {
         match self.change {
             Change::None => {}
             Change::PlusOne => values.iter_mut().for_each(|value| *value += 1.0),
@@ -155,13 +156,26 @@ impl PlannedTensor {
                 values = permute(&values, head_dim, self.columns());
             }
         }
-        self.kind.encode(&values).map_err(|value| {
-            GgufError::new(format!(
-                "tensor {} holds {value}, which is beyond half precision; download it with \
-                 format=merged",
-                self.name
-            ))
-        })
+        self.kind.encode(&values).map_err(|value| BeyondType { value, float: FloatType::F16 })
+    }
+
+    /// Whether any value may be beyond what the type holds.
+    #[must_use]
+    pub fn may_be_beyond(&self) -> bool {
+        self.kind != TensorType::F32
+    }
+
+    /// As [`encode`](Self::encode), without the bytes, and quick where nothing is wrong: the scale of a
+    /// block is never greater than its greatest value.
+    ///
+    /// # Errors
+    /// Those of [`encode`](Self::encode).
+    pub fn check(&self, values: Vec<f32>) -> Result<(), BeyondType> {
+        let greatest = FloatType::F16.max();
+        if !self.may_be_beyond() || values.iter().all(|value| value.abs() <= greatest) {
+            return Ok(());
+        }
+        self.encode(values).map(drop)
     }
 
     /// Bytes of its values.

@@ -72,6 +72,41 @@ fn values_beyond_half_precision_are_refused() {
 }
 
 #[test]
+fn blocks_of_values_within_half_precision_have_scales_within_it() {
+    let greatest = f16::MAX.to_f32();
+    let mut state = 7u32;
+    let mut random = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (f64::from(state) / f64::from(u32::MAX)) as f32
+    };
+    let mut all: Vec<Vec<f32>> = (0..200)
+        .map(|case| {
+            let shape = |x: f32| match case % 4 {
+                0 => 2.0 * x - 1.0,
+                1 => x.powi(8) - 0.5,
+                2 => (2.0 * x - 1.0).signum(),
+                _ => f32::from(u8::from(x > 0.99)) - f32::from(u8::from(x < 0.01)),
+            };
+            (0..256).map(|_| greatest * shape(random()).clamp(-1.0, 1.0)).collect()
+        })
+        .collect();
+    all.extend([greatest, -greatest].map(|value| vec![value; 256]));
+    for kind in [
+        TensorType::F16,
+        TensorType::Q8_0,
+        TensorType::Q5_0,
+        TensorType::Q5_1,
+        TensorType::Q4_K,
+        TensorType::Q5_K,
+        TensorType::Q6_K,
+    ] {
+        for values in &all {
+            assert!(kind.encode(values).is_ok(), "{kind:?} {values:?}");
+        }
+    }
+}
+
+#[test]
 fn blocks_have_the_bytes_of_ggml() {
     let reference: Json = serde_json::from_str(include_str!("blocks.json")).expect("JSON");
     let values = reference["values"].as_array().expect("a list");
