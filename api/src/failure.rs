@@ -174,6 +174,7 @@ impl From<StoreError> for Failure {
             )
             .with_param("file"),
             StoreError::BrokenStream(cause) => broken_body(&**cause),
+            StoreError::ImportGivenUp => return Self::unavailable(error),
             _ if error.is_transient() => return Self::unavailable(error),
             _ => return Self::internal(error),
         };

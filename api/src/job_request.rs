@@ -7,9 +7,7 @@ use rand::RngExt as _;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::hyperparameters::{
-    AdapterConfig, AdapterType, Auto, Hyperparameters, Method,
-};
+use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, Auto, Hyperparameters, Method};
 
 /// OpenAI's method that is not offered: a known word, so that its sub-object draws no warning.
 const OTHER_METHODS: [&str; 1] = ["reinforcement"];

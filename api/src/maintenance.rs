@@ -3,6 +3,7 @@
 use std::time::Duration;
 use tokio::sync::watch;
 use tunesmith_store::Store;
+use tunesmith_store::imports::IMPORT_SILENCE;
 
 const EVERY: Duration = Duration::from_secs(600);
 
@@ -23,6 +24,11 @@ pub(crate) async fn run(store: Store, mut stopped: watch::Receiver<bool>) {
             Ok(0) => {}
             Ok(models) => tracing::info!(models, "weights of deleted models removed"),
             Err(error) => tracing::warn!(%error, "weights of deleted models could not be removed"),
+        }
+        match store.purge_imports(IMPORT_SILENCE).await {
+            Ok(0) => {}
+            Ok(imports) => tracing::info!(imports, "what lost imports had left removed"),
+            Err(error) => tracing::warn!(%error, "lost imports could not be cleared away"),
         }
         if let Err(error) = store.purge_deliveries().await {
             tracing::warn!(%error, "old webhook deliveries could not be forgotten");

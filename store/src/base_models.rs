@@ -1,12 +1,13 @@
 //! Base models: what there is to tune, for every project of the installation, and the models that
-//! were tuned in full and that adapters go on ([`tuned`]).
+//! were tuned in full and that adapters go on.
 
 mod tuned;
 
 pub use tuned::TunedBase;
 
+use crate::imports::{self, Importing};
 use crate::objects::{ObjectKey, ObjectPrefix};
-use crate::{Store, StoreError, rows};
+use crate::{Store, StoreError, database, rows};
 use bytes::Bytes;
 use serde_json::Value;
 use sqlx::postgres::PgRow;
@@ -122,15 +123,7 @@ impl Store {
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => return Err(error),
         }
-        let id = BaseModelId::generate(&mut rand::rng());
-        let prefix = ObjectPrefix::BaseModel(id.clone());
-        let imported = self.upload_and_register(&id, &prefix, new, directory).await;
-        if imported.is_err()
-            && let Err(error) = self.objects.delete_prefix(&prefix).await
-        {
-            tracing::warn!(%error, model = new.name, "objects of a failed import stay");
-        }
-        match imported {
+        match self.register_directory(new, directory).await {
             // Another import of the same name was faster.
             Err(StoreError::Database(sqlx::Error::Database(error)))
                 if error.is_unique_violation() =>
@@ -141,13 +134,30 @@ impl Store {
         }
     }
 
-    async fn upload_and_register(
+    pub(crate) async fn register_directory(
         &self,
-        id: &BaseModelId,
-        prefix: &ObjectPrefix,
         new: &NewBaseModel,
         directory: &Path,
     ) -> Result<BaseModel, StoreError> {
+        let id = BaseModelId::generate(&mut rand::rng());
+        let importing = Importing::BaseModel(id.clone());
+        self.begin_import(&importing).await?;
+        let work = self.upload_and_register(&id, &importing, new, directory);
+        let imported = self.while_importing(&importing, work).await;
+        if imported.is_err() {
+            self.abandon_import(&importing).await;
+        }
+        imported
+    }
+
+    async fn upload_and_register(
+        &self,
+        id: &BaseModelId,
+        importing: &Importing,
+        new: &NewBaseModel,
+        directory: &Path,
+    ) -> Result<BaseModel, StoreError> {
+        let prefix = importing.prefix();
         let mut manifest = Manifest { files: Vec::new() };
         for name in file_names(directory).await? {
             let stored =
@@ -156,7 +166,9 @@ impl Store {
         }
         let content = Bytes::from(serde_json::to_vec_pretty(&manifest)?);
         self.objects.put_bytes(&prefix.file(MANIFEST_NAME), content).await?;
-        Ok(sqlx::query_as(
+        let mut transaction = database::begin(&self.pool).await?;
+        imports::finish(&mut transaction, importing).await?;
+        let imported = sqlx::query_as(
             "INSERT INTO base_models (id, name, context_length, config, manifest)
              VALUES ($1, $2, $3, $4, $5)
              RETURNING *, NULL AS origin_name",
@@ -166,8 +178,10 @@ impl Store {
         .bind(rows::bigint(new.context_length))
         .bind(Json(&new.config))
         .bind(Json(&manifest))
-        .fetch_one(&self.pool)
-        .await?)
+        .fetch_one(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(imported)
     }
 
     /// Every base model that was imported, by name.
@@ -189,10 +203,10 @@ impl Store {
     /// [`StoreError::NotFound`].
     pub async fn base_model(&self, name: &str) -> Result<BaseModel, StoreError> {
         sqlx::query_as(concat!(base_models!(), " WHERE base.name = $1 AND base.weights IS NULL"))
-        .bind(name)
-        .fetch_optional(&self.pool)
-        .await?
-        .ok_or_else(|| StoreError::not_found("base model", name))
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await?
+            .ok_or_else(|| StoreError::not_found("base model", name))
     }
 
     /// The base model of a job or a tuned model.
@@ -201,10 +215,10 @@ impl Store {
     /// [`StoreError::NotFound`].
     pub async fn base_model_by_id(&self, id: &BaseModelId) -> Result<BaseModel, StoreError> {
         sqlx::query_as(concat!(base_models!(), " WHERE base.id = $1"))
-        .bind(id.as_str())
-        .fetch_optional(&self.pool)
-        .await?
-        .ok_or_else(|| StoreError::not_found("base model", id))
+            .bind(id.as_str())
+            .fetch_optional(&self.pool)
+            .await?
+            .ok_or_else(|| StoreError::not_found("base model", id))
     }
 }
 

@@ -142,6 +142,9 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
+    /// Nothing was heard of an import for so long that its objects were taken for nobody's.
+    #[error("the import was given up, as nothing was heard of it for an hour: begin it again")]
+    ImportGivenUp,
     /// A value could not be turned into JSON.
     #[error("json: {0}")]
     Json(#[from] serde_json::Error),

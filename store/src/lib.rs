@@ -19,6 +19,7 @@ mod fixture_mode;
 #[cfg(test)]
 mod fixtures;
 pub mod idempotency;
+pub mod imports;
 pub mod jobs;
 pub mod lease;
 pub mod metrics;

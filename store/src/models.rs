@@ -1,6 +1,7 @@
 //! Tuned models: those that jobs made, checkpoints by their model names, and imported adapters.
 
 use crate::base_models::BaseModel;
+use crate::imports::{self, Importing};
 use crate::objects::ObjectPrefix;
 use crate::tenants::Caller;
 use crate::{Store, StoreError, database, export_checks, rows, tenants, weights};
@@ -157,9 +158,11 @@ impl Store {
         }
     }
 
-    /// Registers an adapter, whose objects are there, as a tuned model of the caller's project.
+    /// Registers an adapter, whose import was begun and whose objects are there, as a tuned model of the
+    /// caller's project.
     ///
     /// # Errors
+    /// [`StoreError::ImportGivenUp`],
     /// [`StoreError::NotFound`] for a tuned model to go on that is gone, and those of the database.
     pub async fn import_adapter(
         &self,
@@ -167,6 +170,7 @@ impl Store {
         new: &NewImportedAdapter,
     ) -> Result<Model, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
+        imports::finish(&mut transaction, &Importing::Adapter(new.id.clone())).await?;
         if let Some(tuned) = &new.tuned {
             hold(&mut transaction, tuned).await?;
         }
@@ -229,7 +233,7 @@ impl Store {
             .fetch_optional(&mut *transaction)
             .await?,
         };
-        let place = match (model, imported) {
+        let place: WeightsPlace = match (model, imported) {
             (Some(model), _) => checkpoint_place(&model)?.into(),
             (None, Some(id)) => WeightsPlace::Imported(id.into()),
             (None, None) => {

@@ -23,6 +23,7 @@ use tunesmith_core::weights::{
     ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, MANIFEST_NAME, Manifest, ManifestFile, PeftConfig,
 };
 use tunesmith_store::base_models::BaseModel;
+use tunesmith_store::imports::Importing;
 use tunesmith_store::models::{Model, NewImportedAdapter};
 use tunesmith_store::objects::{ObjectPrefix, Stored};
 use tunesmith_store::tenants::Caller;
@@ -43,19 +44,21 @@ pub(crate) async fn create(
     let mut form = Form::of(&request, payload, fields)?;
     state.require_storage(&caller.project_id, announced_bytes(&request)).await?;
     let id = ImportedAdapterId::generate(&mut rand::rng());
-    let mut import = Import {
-        state: &state,
-        prefix: ObjectPrefix::ImportedAdapter(id.clone()),
-        id,
-        sent: Sent::default(),
-    };
-    let imported = match import.receive(&mut form).await {
-        Ok(()) => import.register(&caller).await,
-        Err(failure) => {
-            form.drain().await;
-            Err(failure)
+    let importing = Importing::Adapter(id.clone());
+    let mut import =
+        Import { state: &state, prefix: importing.prefix(), id, sent: Sent::default() };
+    state.store.begin_import(&importing).await?;
+    let work = async {
+        match import.receive(&mut form).await {
+            Ok(()) => import.register(&caller).await,
+            Err(failure) => {
+                form.drain().await;
+                Err(failure)
+            }
         }
     };
+    // A client that goes away ends this here: the import is then found by its row.
+    let imported = state.store.while_importing(&importing, work).await;
     match imported {
         Ok(model) => {
             let mut reply = HttpResponse::Ok();
@@ -64,10 +67,7 @@ pub(crate) async fn create(
             Ok(reply.json(ModelObject::from(&model)))
         }
         Err(failure) => {
-            // What the client did wrong is its reply; that litter stays is for the log.
-            if let Err(error) = state.store.objects().delete_prefix(&import.prefix).await {
-                tracing::warn!(%error, adapter = %import.id, "a refused adapter could not be removed");
-            }
+            state.store.abandon_import(&importing).await;
             Err(failure)
         }
     }

@@ -6,8 +6,8 @@ mod fixtures;
 
 pub(crate) use fake_sampler::{FakeSampler, announce as announce_sampler, words_of};
 pub(crate) use fixtures::{
-    ADAPTED, BASE, FULL_WEIGHT, LORA_A, LORA_B, WEIGHT, adapter_weights, chat_rows, lora_name, peft_config,
-    safetensors, tokenizer,
+    ADAPTED, BASE, FULL_WEIGHT, LORA_A, LORA_B, WEIGHT, adapter_weights, chat_rows, lora_name,
+    peft_config, safetensors, tokenizer,
 };
 
 use crate::server::{ApiConfig, ApiServer};

@@ -2,8 +2,7 @@
 //!
 //! It is a row like any other base model's, which no list shows and no name finds, so that whatever
 //! trains, answers or exports reads its files as it reads those of an imported one. They are the tuned
-//! model's own and lie where its job has put them; they stay for as long as anything stands on them
-//! ([`crate::weights`]).
+//! model's own and lie where its job has put them; they stay for as long as anything stands on them.
 
 use super::{BaseModel, base_models};
 use crate::models::Model;
@@ -31,7 +30,8 @@ pub struct TunedBase {
 impl TunedBase {
     pub(super) fn from_row(row: &PgRow) -> sqlx::Result<Option<Self>> {
         let Some(weights) = rows::optional_json(row, "weights")? else { return Ok(None) };
-        let (origin, origin_name) = (rows::text(row, "origin_id")?, rows::text(row, "origin_name")?);
+        let (origin, origin_name) =
+            (rows::text(row, "origin_id")?, rows::text(row, "origin_name")?);
         Ok(Some(Self { weights, origin, origin_name }))
     }
 }

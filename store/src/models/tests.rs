@@ -193,6 +193,8 @@ async fn an_imported_adapter_is_a_model_of_its_project() {
     let prefix = ObjectPrefix::ImportedAdapter(new.id.clone());
     let key = prefix.file("adapter_model.safetensors");
     store.objects().put_bytes(&key, Bytes::from_static(b"w")).await.expect("put");
+    let begun = store.begin_import(&Importing::Adapter(new.id.clone())).await;
+    begun.expect("begun");
     let model = store.import_adapter(caller, &new).await.expect("imported");
     assert!(model.name.starts_with("ft:smol:acme:mine:"), "{}", model.name);
     assert_eq!((&model.adapter, model.weights()), (&new.adapter, prefix.clone()));

@@ -61,8 +61,11 @@ async fn a_tuned_model_is_a_base_model_that_no_list_shows_and_no_name_finds() {
     let store = world.store();
     let full = tuned(&world, &world.base_model, None).await;
     let calls = (0..4).map(|_| store.tuned_base(&full));
-    let made: Vec<BaseModel> =
-        futures::future::join_all(calls).await.into_iter().map(|made| made.expect("made")).collect();
+    let made: Vec<BaseModel> = futures::future::join_all(calls)
+        .await
+        .into_iter()
+        .map(|made| made.expect("made"))
+        .collect();
     assert!(made.iter().all(|base| base == &made[0]), "one for all");
     let base = &made[0];
     assert_eq!((base.prefix(), &base.name), (full.weights(), &full.name));
@@ -85,6 +88,8 @@ async fn a_tuned_model_is_a_base_model_that_no_list_shows_and_no_name_finds() {
     let second = store.tuned_base(&again).await.expect("made");
     let origin = second.tuned.map(|tuned| (tuned.origin, tuned.origin_name));
     assert_eq!(origin, Some((world.base_model.clone(), "smol".to_owned())));
+    let done = "UPDATE jobs SET last_step = 12";
+    sqlx::query(done).execute(&store.pool).await.expect("steps");
     sqlx::query(
         "INSERT INTO job_metrics (job_id, step, epoch, train_loss, train_mean_token_accuracy,
              learning_rate, grad_norm, tokens, tokens_per_second, elapsed_seconds)

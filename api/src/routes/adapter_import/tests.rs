@@ -184,3 +184,31 @@ async fn an_adapter_may_be_made_for_a_model_that_was_tuned_in_full() {
     assert_eq!(error["param"], "model");
     assert!(error["message"].as_str().expect("text").contains("no other adapter"), "{error}");
 }
+
+#[tokio::test]
+async fn what_a_client_leaves_that_goes_away_in_the_middle_is_cleared_away() {
+    let api = TestApi::start().await.with_base_model().await;
+    // The weights are there whole; then nothing more comes.
+    let (sender, rest) =
+        futures::channel::mpsc::unbounded::<Result<bytes::Bytes, std::io::Error>>();
+    let part = "--x\r\ncontent-disposition: form-data; name=\"adapter_model\"\r\n\r\n";
+    let sent = [part.as_bytes(), &adapter_weights(), b"\r\n--x\r\n"].concat();
+    sender.unbounded_send(Ok(sent.into())).expect("sent");
+    let request = api
+        .request(reqwest::Method::POST, "/v1/models")
+        .header("content-type", "multipart/form-data; boundary=x")
+        .body(reqwest::Body::wrap_stream(rest));
+    let client = tokio::spawn(request.send());
+    let all = ObjectPrefix::ImportedAdapter("".into());
+    let left = async || api.store.objects().list(&all).await.expect("list").len();
+    while left().await == 0 {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    client.abort();
+    let _ = client.await;
+    drop(sender);
+    let hour = tunesmith_store::imports::IMPORT_SILENCE;
+    assert_eq!(api.store.purge_imports(hour).await.expect("purged"), 0, "it may be alive");
+    api.store.purge_imports(std::time::Duration::ZERO).await.expect("purged");
+    assert_no_litter(&api).await;
+}
