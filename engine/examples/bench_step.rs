@@ -13,6 +13,7 @@ use std::time::Instant;
 use serde_json::json;
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::batch::Segment;
+use tunesmith_engine::parallel::Replicas;
 use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
 
 const LEARNING_RATE: f64 = 2e-4;
@@ -32,7 +33,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (warmup, steps): (usize, usize) = (warmup.parse()?, steps.parse()?);
 
     let began = Instant::now();
-    let mut model = TrainableModel::load(Path::new(model_dir), &adapter, 0, &Device::cpu())?;
+    let model = TrainableModel::load(Path::new(model_dir), &adapter, 0, &Device::cpu())?;
+    // Passes run as the trainer's do.
+    let mut model = Replicas::new(model, &[Device::cpu()]);
     let load_seconds = began.elapsed().as_secs_f64();
     let params = AdamWParams { learning_rate: LEARNING_RATE, ..AdamWParams::default() };
     let scale = 1.0 / batch.total_weight();
@@ -40,9 +43,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut step = |number: usize| -> Result<f64, Box<dyn std::error::Error>> {
         let began = Instant::now();
         let key = DropoutKey { step: number as u64, ..DropoutKey::default() };
-        let outcome = model.forward_backward(&batch, scale, key)?;
-        model.optimizer_step(&params, None)?;
-        losses.push(outcome.weighted_nll / outcome.weight);
+        let outcomes = model
+            .accumulate(&[0], |model, _| model.forward_backward(&batch, scale, key))
+            .map_err(|(_, error)| error)?;
+        model.update(|model| model.optimizer_step(&params, None))?;
+        losses.push(outcomes[0].weighted_nll / outcomes[0].weight);
         Ok(began.elapsed().as_secs_f64())
     };
     for number in 0..warmup {

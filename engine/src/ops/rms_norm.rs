@@ -7,6 +7,10 @@
 //! dx = ρ·(ŵ∘dy − x·ρ²·⟨ŵ∘dy, x⟩ / H)
 //! dw = Σ over rows of dy ∘ x·ρ
 //! ```
+//!
+//! Where x² leaves the range of f32, ρ is NaN and not 0: a row of zeros would look like any other,
+//! and a model whose numbers have overflowed would go on without a gradient, its loss that of a
+//! guess. So a mean times 0, which is 0 unless it is infinite, is added to ρ.
 
 use burn::tensor::Tensor;
 
@@ -28,14 +32,31 @@ pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2>
 
 pub(super) fn portable(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
     let factor = if norm.unit_offset { weight.add_scalar(1.0) } else { weight };
-    let root = x.clone().square().mean_dim(1).add_scalar(norm.epsilon).sqrt();
+    let mean = x.clone().square().mean_dim(1).add_scalar(norm.epsilon);
+    let root = mean.clone().sqrt() + mean.mul_scalar(0.0);
     x / root * factor
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{assert_gradients_equal, random};
+    use crate::ops::testing::{assert_gradients_equal, on_test_device, random};
+    use crate::parameter::read;
+
+    #[test]
+    fn a_row_whose_square_overflows_is_not_a_number_and_the_others_are_as_before() {
+        let norm = Norm { epsilon: 1e-5, unit_offset: false };
+        let (x, weight) = (random([3, 8], 1), random([1, 8], 2));
+        let large = Tensor::cat(vec![x.clone(), x.clone().mul_scalar(1e20)], 0);
+        let forms: [(fn(_, _, _) -> Tensor<2>, fn(Tensor<2>) -> Tensor<2>); 2] =
+            [(cpu::rms_norm::rms_norm, |x| x), (portable, on_test_device)];
+        for (form, place) in forms {
+            let [x, large, weight] = [&x, &large, &weight].map(|x| place(x.clone()));
+            let y = read(form(large, weight.clone(), norm)).unwrap();
+            assert_eq!(y[..24], read(form(x, weight, norm)).unwrap());
+            assert!(y[24..].iter().all(|y| y.is_nan()), "{y:?}");
+        }
+    }
 
     #[test]
     fn cpu_form_equals_the_portable_form() {

@@ -24,7 +24,8 @@ simd_kernels! {
         let width = weight.len();
         let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
         for ((x, y), inverse_root) in rows {
-            let rho = 1.0 / (dot::<M>(x, x) / width as f32 + epsilon).sqrt();
+            let mean = dot::<M>(x, x) / width as f32 + epsilon;
+            let rho = 1.0 / mean.sqrt() + 0.0 * mean;
             *inverse_root = rho;
             for i in 0..width {
                 y[i] = x[i] * rho * weight[i];
