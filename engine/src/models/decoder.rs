@@ -19,7 +19,7 @@ use crate::ops::embedding::embedding;
 use crate::ops::gated_activation::gated_activation;
 use crate::ops::head::{HeadLoss, head_with_loss, soft_capped};
 use crate::ops::head_norm::head_norm;
-use crate::ops::linear::{LowRank, LowRankPart, linear};
+use crate::ops::linear::{Input, LowRank, LowRankPart, linear};
 use crate::ops::neftune::with_noise;
 use crate::ops::rms_norm::{Norm, rms_norm};
 use crate::ops::row_linear::{RowUpdate, Rows, row_linear};
@@ -124,7 +124,7 @@ impl<'a> Pass<'a> {
     pub(super) fn layer(&self, parameters: &Parameters, index: usize, x: Tensor<2>) -> Tensor<2> {
         let decoder = self.decoder;
         let dropout = self.dropout.map(|key| (key, index));
-        let project = |projection: &Projection, x, residual| {
+        let project = |projection: &Projection, x: Input, residual| {
             let low_rank = decoder.low_rank(parameters, projection, dropout);
             linear(x, parameters.projection_weight(projection.weight), residual, low_rank)
         };
@@ -325,14 +325,14 @@ impl Decoder {
             false => Rows::Many,
         };
         let adapted = adapted_rows(sequences);
-        let project = |projection: &Projection, x, residual| {
+        let project = |projection: &Projection, x: Input, residual| {
             let updates: Vec<(Range<usize>, &RowUpdate)> = adapted
                 .iter()
                 .filter_map(|(rows, adaptation)| {
                     Some((rows.clone(), adaptation.0.get(&projection.weight)?))
                 })
                 .collect();
-            row_linear(x, parameters.weight(projection.weight), residual, rows, &updates)
+            row_linear(x.x, parameters.weight(projection.weight), residual, rows, &updates)
         };
         let mut x = self.embed(parameters, &ids);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -425,13 +425,13 @@ impl Decoder {
         parameters: &Parameters,
         layer: &Layer,
         x: Tensor<2>,
-        project: impl Fn(&Projection, Tensor<2>, Option<Tensor<2>>) -> Tensor<2>,
+        project: impl Fn(&Projection, Input, Option<Tensor<2>>) -> Tensor<2>,
         attend: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
         let norm = |x: Tensor<2>, weight: ParameterId| {
             rms_norm(x, parameters[weight].clone(), self.norm_constants())
         };
-        let project = |projection: &Projection, x, residual| {
+        let project = |projection: &Projection, x: Input, residual| {
             let y = project(projection, x, residual);
             match projection.bias {
                 Some(bias) => add_bias(y, parameters[bias].clone()),
@@ -439,16 +439,17 @@ impl Decoder {
             }
         };
         // residual + projection(x), or residual + norm(projection(x)).
-        let add = |residual: Tensor<2>, projection: &Projection, x, post_norm| match post_norm {
-            None => project(projection, x, Some(residual)),
-            Some(post_norm) => residual + norm(project(projection, x, None), post_norm),
-        };
+        let add =
+            |residual: Tensor<2>, projection: &Projection, x: Input, post_norm| match post_norm {
+                None => project(projection, x, Some(residual)),
+                Some(post_norm) => residual + norm(project(projection, x, None), post_norm).x,
+            };
         let mut qkv = project(&layer.qkv, norm(x.clone(), layer.attention_norm), None);
         if let Some(HeadNorms { query, key }) = &layer.head_norms {
             let (query, key) = (parameters[*query].clone(), parameters[*key].clone());
             qkv = head_norm(qkv, query, key, self.heads(), self.norm_constants());
         }
-        let x = add(x, &layer.output, attend(qkv), layer.post_attention_norm);
+        let x = add(x, &layer.output, attend(qkv).into(), layer.post_attention_norm);
         let gate_up = project(&layer.gate_up, norm(x.clone(), layer.feed_forward_norm), None);
         let activated = gated_activation(gate_up, self.config.activation, parameters.bf16());
         add(x, &layer.down, activated, layer.post_feed_forward_norm)
@@ -478,7 +479,7 @@ impl Decoder {
     }
 
     pub(super) fn final_norm(&self, parameters: &Parameters, x: Tensor<2>) -> Tensor<2> {
-        rms_norm(x, parameters[self.norm].clone(), self.norm_constants())
+        rms_norm(x, parameters[self.norm].clone(), self.norm_constants()).x
     }
 
     fn heads(&self) -> Heads {

@@ -95,7 +95,12 @@ mod tests {
             // The gradient of the weight: in bf16, it is frozen.
             expected.remove(1);
             let halved = &halved[..count];
-            assert_near(&run(halved, |inputs| form(cpu::linear::linear, inputs)), &expected);
+            assert_near(
+                &run(halved, |inputs| {
+                    form(|x, w, r, l| cpu::linear::linear(x.into(), w, r, l), inputs)
+                }),
+                &expected,
+            );
             assert_near(&run(halved, |inputs| form(linear::portable, inputs)), &expected);
         }
     }

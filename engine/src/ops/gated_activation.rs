@@ -16,6 +16,7 @@
 
 use burn::tensor::{Tensor, activation};
 
+use super::linear::Input;
 use super::{cpu, on_cpu};
 use crate::models::config::Activation;
 
@@ -30,11 +31,11 @@ pub(crate) fn gated_activation(
     gate_up: Tensor<2>,
     activation: Activation,
     keep_bf16: bool,
-) -> Tensor<2> {
+) -> Input {
     if on_cpu(&gate_up) {
         cpu::gated_activation::gated_activation(gate_up, activation, keep_bf16)
     } else {
-        portable(gate_up, activation)
+        portable(gate_up, activation).into()
     }
 }
 
@@ -67,7 +68,7 @@ mod tests {
             for (tokens, width) in [(1, 1), (3, 17), (40, 32)] {
                 assert_gradients_equal(
                     &[random([tokens, 2 * width], 3).mul_scalar(4.0)],
-                    |inputs| cpu_form(inputs[0].clone(), activation, false),
+                    |inputs| cpu_form(inputs[0].clone(), activation, false).x,
                     |inputs| portable(inputs[0].clone(), activation),
                 );
             }
@@ -81,7 +82,7 @@ mod tests {
         for activation in [Activation::Silu, Activation::GeluTanh] {
             assert_gradients_equal(
                 std::slice::from_ref(&gate_up),
-                |inputs| cpu_form(inputs[0].clone(), activation, true),
+                |inputs| cpu_form(inputs[0].clone(), activation, true).x,
                 |inputs| portable(inputs[0].clone(), activation),
             );
         }

@@ -37,9 +37,24 @@ use std::sync::Arc;
 use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use super::bf16::{matmul, to_bf16};
+use super::cpu::again::Again;
 use super::dropout::Dropout;
 use super::quantized::QuantizedMatrix;
 use super::{cpu, on_cpu};
+
+/// x, and how the backward pass computes its values again, where that needs only what is kept
+/// anyway: then they are not kept.
+#[derive(Debug, Clone)]
+pub(crate) struct Input {
+    pub(crate) x: Tensor<2>,
+    pub(super) again: Option<Again>,
+}
+
+impl From<Tensor<2>> for Input {
+    fn from(x: Tensor<2>) -> Self {
+        Self { x, again: None }
+    }
+}
 
 /// W.
 #[derive(Debug, Clone)]
@@ -95,16 +110,16 @@ impl LowRank {
 
 /// `x` `[tokens, in]` to `[tokens, out]`; `residual` has the shape of the output.
 pub(crate) fn linear(
-    x: Tensor<2>,
+    input: impl Into<Input>,
     weight: impl Into<Weight>,
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
-    let weight = weight.into();
-    if on_cpu(&x) {
-        cpu::linear::linear(x, weight, residual, low_rank)
+    let (input, weight) = (input.into(), weight.into());
+    if on_cpu(&input.x) {
+        cpu::linear::linear(input, weight, residual, low_rank)
     } else {
-        portable(x, weight, residual, low_rank)
+        portable(input.x, weight, residual, low_rank)
     }
 }
 
@@ -180,9 +195,20 @@ fn mask(dropout: Dropout, x: &Tensor<2>) -> Tensor<2> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::gated_activation::gated_activation;
     use crate::ops::quantized::BlockFormat;
+    use crate::ops::rms_norm::{Norm, rms_norm};
     use crate::ops::testing::{assert_gradients_equal, random};
     use crate::parameter::read;
+
+    fn on_the_cpu(
+        x: Tensor<2>,
+        weight: Weight,
+        residual: Option<Tensor<2>>,
+        low_rank: Option<LowRank>,
+    ) -> Tensor<2> {
+        cpu::linear::linear(x.into(), weight, residual, low_rank)
+    }
 
     /// Compares both forms: inputs are x, W, residual, and A and B when there are `parts`.
     fn assert_forms_equal(
@@ -228,13 +254,57 @@ mod tests {
         };
         assert_gradients_equal(
             &inputs,
-            |inputs| call(cpu::linear::linear, inputs),
+            |inputs| call(on_the_cpu, inputs),
             |inputs| call(portable, inputs),
         );
     }
 
     fn part(outputs: Range<usize>) -> LowRankPart {
         LowRankPart { outputs, dropout: None }
+    }
+
+    /// A feed-forward block without its first projection, from x to gradients, on the CPU.
+    fn block(
+        inputs: &[Tensor<2>],
+        input: impl Fn(Tensor<2>, &Tensor<2>) -> Input,
+    ) -> Vec<Vec<f32>> {
+        let inputs: Vec<Tensor<2>> =
+            inputs.iter().map(|x| x.clone().autodiff().require_grad()).collect();
+        let [x, norm_weight, weight, a, b] = &inputs[..] else { unreachable!() };
+        let low_rank = LowRank {
+            a: a.clone(),
+            b: b.clone(),
+            scale: 0.7,
+            magnitude: None,
+            parts: [part(0..b.dims()[0])].into(),
+        };
+        let y = linear(input(x.clone(), norm_weight), weight.clone(), None, Some(low_rank));
+        let upstream = random(y.dims(), 99);
+        let gradients = (y.clone() * upstream.autodiff()).sum().backward();
+        let gradients = inputs.iter().filter_map(|input| input.grad(&gradients));
+        std::iter::once(y.inner()).chain(gradients).map(|x| read(x).unwrap()).collect()
+    }
+
+    #[test]
+    fn inputs_that_are_computed_again_give_the_bits_of_those_that_are_kept() {
+        let norm = Norm { epsilon: 1e-5, unit_offset: true };
+        let of_norm = |x: Tensor<2>, weight: &Tensor<2>| rms_norm(x, weight.clone(), norm);
+        let of_activation = |x: Tensor<2>, _: &Tensor<2>| {
+            gated_activation(x, crate::models::config::Activation::Silu, false)
+        };
+        // 150 tokens: more than one block of rows that threads share.
+        let tokens = 150;
+        let shapes = |width: usize, inputs: usize| {
+            let shapes = [[tokens, width], [1, width], [20, inputs], [3, inputs], [20, 3]];
+            (0..).zip(shapes).map(|(seed, shape)| random(shape, seed)).collect::<Vec<_>>()
+        };
+        let (normed, gated) = (shapes(33, 33), shapes(34, 17));
+        type Form<'a> = &'a dyn Fn(Tensor<2>, &Tensor<2>) -> Input;
+        for (inputs, form) in [(normed, &of_norm as Form<'_>), (gated, &of_activation)] {
+            assert!(form(inputs[0].clone().autodiff().require_grad(), &inputs[1]).again.is_some());
+            let kept = block(&inputs, |x, weight| form(x, weight).x.into());
+            assert_eq!(block(&inputs, form), kept);
+        }
     }
 
     #[test]
@@ -321,7 +391,7 @@ mod tests {
         };
         assert_gradients_equal(
             &inputs,
-            |inputs| call(cpu::linear::linear, inputs),
+            |inputs| call(on_the_cpu, inputs),
             |inputs| call(portable, inputs),
         );
     }

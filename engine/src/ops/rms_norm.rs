@@ -14,6 +14,7 @@
 
 use burn::tensor::Tensor;
 
+use super::linear::Input;
 use super::{cpu, on_cpu};
 
 /// What norms of a model have in common.
@@ -26,8 +27,12 @@ pub(crate) struct Norm {
 }
 
 /// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`.
-pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
-    if on_cpu(&x) { cpu::rms_norm::rms_norm(x, weight, norm) } else { portable(x, weight, norm) }
+pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Input {
+    if on_cpu(&x) {
+        cpu::rms_norm::rms_norm(x, weight, norm)
+    } else {
+        portable(x, weight, norm).into()
+    }
 }
 
 pub(super) fn portable(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
@@ -43,19 +48,24 @@ mod tests {
     use crate::ops::testing::{assert_gradients_equal, on_test_device, random};
     use crate::parameter::read;
 
+    type Form = fn(Tensor<2>, Tensor<2>, Norm) -> Tensor<2>;
+
     #[test]
     fn a_row_whose_square_overflows_is_not_a_number_and_the_others_are_as_before() {
         let norm = Norm { epsilon: 1e-5, unit_offset: false };
         let (x, weight) = (random([3, 8], 1), random([1, 8], 2));
         let large = Tensor::cat(vec![x.clone(), x.clone().mul_scalar(1e20)], 0);
-        let forms: [(fn(_, _, _) -> Tensor<2>, fn(Tensor<2>) -> Tensor<2>); 2] =
-            [(cpu::rms_norm::rms_norm, |x| x), (portable, on_test_device)];
-        for (form, place) in forms {
-            let [x, large, weight] = [&x, &large, &weight].map(|x| place(x.clone()));
+        let assert_overflow_is_told = |x: Tensor<2>, large, weight: Tensor<2>, form: Form| {
             let y = read(form(large, weight.clone(), norm)).unwrap();
             assert_eq!(y[..24], read(form(x, weight, norm)).unwrap());
             assert!(y[24..].iter().all(|y| y.is_nan()), "{y:?}");
-        }
+        };
+        let [on_x, on_large, on_weight] =
+            [&x, &large, &weight].map(|tensor| on_test_device(tensor.clone()));
+        assert_overflow_is_told(x, large, weight, |x, w, norm| {
+            cpu::rms_norm::rms_norm(x, w, norm).x
+        });
+        assert_overflow_is_told(on_x, on_large, on_weight, portable);
     }
 
     #[test]
@@ -66,7 +76,7 @@ mod tests {
                 let norm = Norm { epsilon: 1e-5, unit_offset };
                 assert_gradients_equal(
                     &[random([tokens, width], 1), random([1, width], 2)],
-                    |inputs| cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), norm),
+                    |inputs| cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), norm).x,
                     |inputs| portable(inputs[0].clone(), inputs[1].clone(), norm),
                 );
             }

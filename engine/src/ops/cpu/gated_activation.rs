@@ -9,12 +9,14 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use super::again::Again;
 use super::bf16::{rounded, widened_part};
 use super::isa::{Isa, simd_kernels};
 use super::math::{exp, tanh};
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 use crate::models::config::Activation;
 use crate::ops::gated_activation::{GELU_CUBIC, GELU_SCALE};
+use crate::ops::linear::Input;
 
 /// Rows that one task handles.
 const BLOCK_ROWS: usize = 16;
@@ -79,30 +81,39 @@ pub(in crate::ops) fn gated_activation(
     gate_up: Tensor<2>,
     activation: Activation,
     keep_bf16: bool,
-) -> Tensor<2> {
+) -> Input {
     let isa = Isa::detect();
     let gate_up = node(gate_up);
     let step = GatedActivation.prepare::<NoCheckpointing>([gate_up.node()]).compute_bound();
     let gate_up = contiguous(gate_up.into_primitive());
-    let [rows, doubled] = dims(&gate_up);
+    let y = activated(isa, &gate_up, activation);
+    match step.stateful() {
+        OpsKind::Tracked(step) if keep_bf16 => {
+            tensor(step.finish((rounded(&gate_up), activation), y)).into()
+        }
+        OpsKind::Tracked(step) => {
+            let kept = gate_up.clone();
+            let again = Again::new(move || activated(isa, &kept, activation));
+            Input { x: tensor(step.finish((gate_up, activation), y)), again: Some(again) }
+        }
+        OpsKind::UnTracked(step) => tensor(step.finish(y)).into(),
+    }
+}
+
+/// y.
+fn activated(isa: Isa, gate_up: &FlexTensor, activation: Activation) -> FlexTensor {
+    let [rows, doubled] = dims(gate_up);
     let width = doubled / 2;
     let mut y = vec![0.0; rows * width];
     y.par_chunks_mut(BLOCK_ROWS * width)
-        .zip(values(&gate_up).par_chunks(BLOCK_ROWS * doubled))
+        .zip(values(gate_up).par_chunks(BLOCK_ROWS * doubled))
         .for_each(|(y, gate_up)| {
             for (y, gate_up) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(doubled)) {
                 let (gate, up) = gate_up.split_at(width);
                 forward_row(isa, activation, gate, up, y);
             }
         });
-    let y = from_values(y, [rows, width]);
-    tensor(match step.stateful() {
-        OpsKind::Tracked(step) => {
-            let kept = if keep_bf16 { rounded(&gate_up) } else { gate_up };
-            step.finish((kept, activation), y)
-        }
-        OpsKind::UnTracked(step) => step.finish(y),
-    })
+    from_values(y, [rows, width])
 }
 
 #[derive(Debug)]

@@ -5,12 +5,13 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::again::Again;
 use super::bf16::{rounded, widened_values};
 use super::dora::{self, Inputs};
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
@@ -18,20 +19,22 @@ use super::step::{absent, contiguous, dims, from_values, matrix, node, tensor, v
 use super::weight::Stored;
 use crate::ops::bf16::is_bf16;
 use crate::ops::dropout::Dropout;
-use crate::ops::linear::{LowRank, LowRankPart, Weight};
+use crate::ops::linear::{Input, LowRank, LowRankPart, Weight};
 
 pub(in crate::ops) fn linear(
-    x: Tensor<2>,
+    input: Input,
     weight: Weight,
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
+    let Input { x, again } = input;
     let x = node(x);
     let rounds = match &weight {
         Weight::Dense(weight) => is_bf16(weight),
         Weight::Quantized { bf16, .. } => *bf16,
     };
     let (weight, weight_node) = Stored::of(weight);
+    let trains = weight_node.is_tracked();
     let residual = residual.map(node);
     let (a, b, branch) = match low_rank {
         Some(LowRank { a, b, scale, magnitude: Some(magnitude), parts }) => {
@@ -69,7 +72,15 @@ pub(in crate::ops) fn linear(
     });
     let y = from_values(y, [tokens, outputs]);
     tensor(match step.stateful() {
-        OpsKind::Tracked(step) => step.finish(Saved { x, weight, branch }, y),
+        OpsKind::Tracked(step) => {
+            let shape = dims(&x);
+            let x = match again {
+                _ if branch.is_none() && !trains => Operand::NotNeeded,
+                Some(again) => Operand::Again(again),
+                None => Operand::Kept(x),
+            };
+            step.finish(Saved { x, shape, rounds, weight, branch }, y)
+        }
         OpsKind::UnTracked(step) => step.finish(y),
     })
 }
@@ -92,9 +103,33 @@ struct Linear;
 
 #[derive(Debug, Clone)]
 struct Saved {
-    x: FlexTensor,
+    x: Operand,
+    /// That of x.
+    shape: [usize; 2],
+    /// Whether operands are rounded to bf16.
+    rounds: bool,
     weight: Stored,
     branch: Option<Branch>,
+}
+
+/// x in the backward pass.
+#[derive(Debug, Clone)]
+enum Operand {
+    Kept(FlexTensor),
+    Again(Again),
+    /// Nothing that trains is multiplied by it.
+    NotNeeded,
+}
+
+impl Operand {
+    fn values(self, rounds: bool) -> Option<FlexTensor> {
+        match self {
+            Self::Kept(x) => Some(x),
+            Self::Again(again) if rounds => Some(rounded(&again.compute())),
+            Self::Again(again) => Some(again.compute()),
+            Self::NotNeeded => None,
+        }
+    }
 }
 
 /// The low-rank branch, and what its forward pass leaves for the backward pass.
@@ -119,8 +154,10 @@ impl Backward<Flex, 5> for Linear {
     ) {
         let dy = contiguous(gradients.consume::<Flex>(&ops.node));
         let [x_node, weight_node, residual_node, a_node, b_node] = ops.parents;
-        let Saved { x, weight, branch } = ops.state;
+        let Saved { x, shape, rounds, weight, branch } = ops.state;
         let dy_view = matrix(&dy);
+        let needed = a_node.is_some() || weight_node.is_some();
+        let x = needed.then(|| x.values(rounds)).flatten();
 
         if let (Some(branch), Some(parent)) = (&branch, b_node) {
             let db = branch.b_gradient(dy_view);
@@ -130,24 +167,25 @@ impl Backward<Flex, 5> for Linear {
             .as_ref()
             .filter(|_| a_node.is_some() || x_node.is_some())
             .map(|branch| (branch, branch.z_gradient(dy_view)));
-        if let (Some((branch, dz)), Some(parent)) = (&dz, a_node) {
-            let da = branch.a_gradient(dz, &x);
+        if let (Some((branch, dz)), Some(parent), Some(x)) = (&dz, a_node, &x) {
+            let da = branch.a_gradient(dz, x);
             gradients.register::<Flex>(parent.id, from_values(da, dims(&branch.a)));
         }
-        if let Some(parent) = weight_node {
-            let dw = product(1.0, dy_view.t(), matrix(&x), Threads::Shared);
+        if let (Some(parent), Some(x)) = (weight_node, &x) {
+            let dw = product(1.0, dy_view.t(), matrix(x), Threads::Shared);
             gradients.register::<Flex>(parent.id, from_values(dw, weight.dims()));
         }
+        drop(x);
         if let Some(parent) = x_node {
-            let mut dx = if x.dtype() == DType::BF16 {
+            let mut dx = if rounds {
                 product(1.0, matrix(&rounded(&dy)), weight.view(), Threads::Shared)
             } else {
                 product(1.0, dy_view, weight.view(), Threads::Shared)
             };
             if let Some((branch, dz)) = &dz {
-                branch.add_x_gradient(dz, &mut dx, dims(&x));
+                branch.add_x_gradient(dz, &mut dx, shape);
             }
-            gradients.register::<Flex>(parent.id, from_values(dx, dims(&x)));
+            gradients.register::<Flex>(parent.id, from_values(dx, shape));
         }
         if let Some(parent) = residual_node {
             gradients.register::<Flex>(parent.id, dy);

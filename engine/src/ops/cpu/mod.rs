@@ -13,6 +13,7 @@ mod weight;
 
 pub(super) mod adafactor;
 pub(super) mod adamw;
+pub(super) mod again;
 pub(super) mod attention;
 pub(super) mod bf16;
 pub(super) mod bias;

@@ -10,9 +10,11 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use std::sync::Arc;
 
+use super::again::Again;
 use super::isa::{Isa, simd_kernels};
 use super::math::dot;
 use super::step::{contiguous, dims, from_values, node, tensor, values};
+use crate::ops::linear::Input;
 use crate::ops::rms_norm::Norm;
 
 /// Rows that one task handles; fixed, as dw is summed block by block.
@@ -27,6 +29,17 @@ simd_kernels! {
             let mean = dot::<M>(x, x) / width as f32 + epsilon;
             let rho = 1.0 / mean.sqrt() + 0.0 * mean;
             *inverse_root = rho;
+            for i in 0..width {
+                y[i] = x[i] * rho * weight[i];
+            }
+        }
+    }
+
+    /// Writes y of some rows, whose ρ are known.
+    fn scale_rows(x: &[f32], weight: &[f32], inverse_root: &[f32], y: &mut [f32]) {
+        let width = weight.len();
+        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
+        for ((x, y), rho) in rows {
             for i in 0..width {
                 y[i] = x[i] * rho * weight[i];
             }
@@ -70,7 +83,7 @@ pub(super) fn factor(weight: FlexTensor, norm: Norm) -> FlexTensor {
     from_values(factor, dims(&weight))
 }
 
-pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
+pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Input {
     let isa = Isa::detect();
     let (x, weight) = (node(x), node(weight));
     let step = RmsNorm.prepare::<NoCheckpointing>([x.node(), weight.node()]).compute_bound();
@@ -84,13 +97,15 @@ pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> T
         .zip(inverse_root.par_chunks_mut(BLOCK_ROWS))
         .for_each(|((y, x), root)| forward_rows(isa, x, values(&weight), epsilon, y, root));
     let y = from_values(y, [rows, width]);
-    tensor(match step.stateful() {
+    match step.stateful() {
         OpsKind::Tracked(step) => {
             let saved = Saved { x, weight, inverse_root: inverse_root.into() };
-            step.finish(saved, y)
+            let kept = saved.clone();
+            let again = Again::new(move || kept.normalised(isa));
+            Input { x: tensor(step.finish(saved, y)), again: Some(again) }
         }
-        OpsKind::UnTracked(step) => step.finish(y),
-    })
+        OpsKind::UnTracked(step) => tensor(step.finish(y)).into(),
+    }
 }
 
 #[derive(Debug)]
@@ -103,6 +118,20 @@ struct Saved {
     weight: FlexTensor,
     /// ρ of each row.
     inverse_root: Arc<[f32]>,
+}
+
+impl Saved {
+    /// y, as it was.
+    fn normalised(&self, isa: Isa) -> FlexTensor {
+        let [rows, width] = dims(&self.x);
+        let block = BLOCK_ROWS * width;
+        let mut y = vec![0.0; rows * width];
+        y.par_chunks_mut(block)
+            .zip(values(&self.x).par_chunks(block))
+            .zip(self.inverse_root.par_chunks(BLOCK_ROWS))
+            .for_each(|((y, x), root)| scale_rows(isa, x, values(&self.weight), root, y));
+        from_values(y, [rows, width])
+    }
 }
 
 impl Backward<Flex, 2> for RmsNorm {
