@@ -10,15 +10,16 @@
 
 #[path = "support/http.rs"]
 mod http;
+#[path = "support/requests.rs"]
+mod requests;
 #[path = "support/streams.rs"]
 mod streams;
 
 use std::error::Error;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use http::{Client, Target};
+use requests::Request;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::runtime::Builder;
@@ -27,17 +28,10 @@ type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Bytes of a file that are sent or read at a time.
 const PIECE: usize = 256 << 10;
-/// What clients do before the clock starts, so that connections and caches are there.
-const WARM_UP: Duration = Duration::from_secs(1);
 
 fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    // One thread waits for all sockets at once: it leaves the cores to the server.
-    let runtime = match args.first().map(String::as_str) {
-        Some("requests") => Builder::new_current_thread().enable_all().build()?,
-        _ => Builder::new_multi_thread().enable_all().build()?,
-    };
-    runtime.block_on(run(&args))
+    Builder::new_multi_thread().enable_all().build()?.block_on(run(&args))
 }
 
 async fn run(args: &[String]) -> Outcome<()> {
@@ -45,11 +39,11 @@ async fn run(args: &[String]) -> Outcome<()> {
     let result = match args[..] {
         ["requests", address, key, clients, seconds, method, path] => {
             let request = Request { method, path, body: "" };
-            requests(Target { address, key }, clients.parse()?, seconds.parse()?, request).await?
+            requests::run(Target { address, key }, clients.parse()?, seconds.parse()?, &request)?
         }
         ["requests", address, key, clients, seconds, method, path, body] => {
             let request = Request { method, path, body };
-            requests(Target { address, key }, clients.parse()?, seconds.parse()?, request).await?
+            requests::run(Target { address, key }, clients.parse()?, seconds.parse()?, &request)?
         }
         ["upload", address, key, file, purpose] => {
             upload(Target { address, key }, file, purpose).await?
@@ -63,53 +57,6 @@ async fn run(args: &[String]) -> Outcome<()> {
     };
     println!("{result}");
     Ok(())
-}
-
-/// A request that is sent again and again.
-struct Request<'a> {
-    method: &'a str,
-    path: &'a str,
-    body: &'a str,
-}
-
-async fn requests(
-    target: Target<'_>,
-    clients: usize,
-    seconds: f64,
-    request: Request<'_>,
-) -> Outcome<Value> {
-    let next = Arc::new(AtomicU64::new(0));
-    let begins = Instant::now() + WARM_UP;
-    let ends = begins + Duration::from_secs_f64(seconds);
-    let mut running = Vec::new();
-    for _ in 0..clients {
-        let mut client = Client::connect(target.address).await?;
-        let head = target.head(request.method, request.path);
-        let (body, next) = (request.body.to_owned(), Arc::clone(&next));
-        running.push(tokio::spawn(async move {
-            let mut times = Vec::new();
-            while Instant::now() < ends {
-                let number = next.fetch_add(1, Ordering::Relaxed).to_string();
-                let body = body.replace("{n}", &number);
-                let sent = Instant::now();
-                client.exchange(&head, body.as_bytes()).await?;
-                if sent >= begins {
-                    times.push(sent.elapsed());
-                }
-            }
-            Outcome::Ok(times)
-        }));
-    }
-    let mut times = Vec::new();
-    for client in running {
-        times.extend(client.await??);
-    }
-    let elapsed = begins.elapsed().as_secs_f64();
-    Ok(json!({
-        "requests": times.len(),
-        "per_second": times.len() as f64 / elapsed,
-        "milliseconds": percentiles(&mut times),
-    }))
 }
 
 /// The middle, the 99th of a hundred and the longest, in milliseconds.

@@ -6,11 +6,12 @@ use actix_web::http::header::AUTHORIZATION;
 use actix_web::{FromRequest, HttpMessage as _, HttpRequest, dev::Payload, web};
 use futures::future::LocalBoxFuture;
 use std::ops::Deref;
+use std::sync::Arc;
 use std::time::Instant;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::{ADMIN_KEY_PREFIX, JobId};
 use tunesmith_store::StoreError;
-use tunesmith_store::jobs::Job;
+use tunesmith_store::jobs::SeenJob;
 use tunesmith_store::permissions::Granter;
 use tunesmith_store::tenants::{Administrator, Caller};
 
@@ -53,13 +54,13 @@ impl FromRequest for Authenticated {
 pub(crate) async fn authenticated_job(
     request: &HttpRequest,
     id: &JobId,
-) -> Result<(web::Data<AppState>, Job), Failure> {
+) -> Result<Arc<SeenJob>, Failure> {
     let Shown { state, secret } = Shown::of(request)?;
     match state.store.authenticate_for_job(&secret, id).await? {
         Some((caller, job)) => {
             count(&state, request, &caller)?;
             let missing = || StoreError::NotFound { kind: "job", id: id.to_string() };
-            Ok((state, job.ok_or_else(missing)?))
+            Ok(job.ok_or_else(missing)?)
         }
         None => Err(no_project_key(&state, &secret).await),
     }

@@ -9,12 +9,15 @@ use crate::telemetry::Telemetry;
 use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::error::InternalError;
+use actix_web::guard::GuardContext;
 use actix_web::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use actix_web::http::{Method, StatusCode, Uri};
 use actix_web::middleware::Next;
 use actix_web::{Error, HttpMessage as _, HttpResponse, web};
 use futures::FutureExt as _;
+use std::cell::OnceCell;
 use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
 use std::time::Instant;
 use tracing::field::Empty;
 use tracing::{Instrument as _, Span};
@@ -30,9 +33,10 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
     next: Next<B>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let id = format!("req_{}", random_text(&mut rand::rng(), 24));
-    let route = request.match_pattern();
+    let route = Route::default();
+    request.extensions_mut().insert(route.clone());
     let line = Line {
-        span: span(&request, &id, route.as_deref()),
+        span: span(&request, &id),
         id,
         method: request.method().clone(),
         path: request.path().to_owned(),
@@ -58,18 +62,37 @@ pub(crate) async fn observe<B: MessageBody + 'static>(
     }
 }
 
+/// The path as it was configured, once the request was found to have one: it outlives a request whose
+/// handler panics. To ask actix-web beforehand would match all paths twice.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Route(Rc<OnceCell<Rc<str>>>);
+
+impl Route {
+    /// Notes that the request is one of `pattern`.
+    pub(crate) fn found(request: &GuardContext<'_>, pattern: &Rc<str>) {
+        if let Some(Self(route)) = request.req_data().get() {
+            // A request has one path.
+            let _ = route.set(Rc::clone(pattern));
+        }
+    }
+
+    fn pattern(&self) -> Option<&str> {
+        self.0.get().map(Rc::as_ref)
+    }
+}
+
 /// The request's span, with the attributes that OpenTelemetry's conventions name. It ends when the
 /// reply begins.
-fn span(request: &ServiceRequest, id: &str, route: Option<&str>) -> Span {
+fn span(request: &ServiceRequest, id: &str) -> Span {
     let (method, path) = (request.method(), request.path());
     let span = tracing::info_span!(
         target: spans::TARGET,
         "request",
         otel.kind = "server",
-        otel.name = %format_args!("{method} {}", route.unwrap_or_default()),
+        otel.name = %method,
         otel.status_code = Empty,
         http.request.method = %method,
-        http.route = route,
+        http.route = Empty,
         http.response.status_code = Empty,
         url.path = path,
         request_id = id,
@@ -95,8 +118,8 @@ struct Line {
     id: String,
     method: Method,
     path: String,
-    /// The path as it was configured, so that its figures do not grow with the ids.
-    route: Option<String>,
+    /// So that its figures do not grow with the ids.
+    route: Route,
     telemetry: Option<Telemetry>,
     started: Instant,
 }
@@ -108,12 +131,17 @@ impl Line {
         let elapsed = started.elapsed();
         let milliseconds = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let status = status.as_u16();
+        let route = route.pattern();
         span.record("http.response.status_code", status);
+        if let Some(route) = route {
+            span.record("http.route", route);
+            span.record("otel.name", format!("{method} {route}"));
+        }
         if status >= 500 {
             span.record("otel.status_code", "ERROR");
         }
         if let Some(telemetry) = telemetry {
-            telemetry.count_request(method, route.as_deref(), status, elapsed);
+            telemetry.count_request(method, route, status, elapsed);
         }
         match error {
             Some(error) if status >= 500 => tracing::error!(

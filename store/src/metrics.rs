@@ -30,6 +30,15 @@ pub struct TrainingSpeed {
     pub tokens_per_second: f64,
 }
 
+/// How far a run has come.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LastStep {
+    /// The last step that it has told of; from 1.
+    pub step: u64,
+    /// Training time until then.
+    pub elapsed_seconds: f64,
+}
+
 /// Jobs of which a speed is the mean.
 const RECENT_JOBS: i64 = 5;
 

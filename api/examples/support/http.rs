@@ -1,7 +1,7 @@
 //! As much of HTTP/1.1 as the clients need: replies with a `Content-Length`.
 
 use bytes::{Buf as _, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 
 use super::{Outcome, PIECE};
@@ -33,21 +33,6 @@ impl Client {
         let socket = TcpStream::connect(address).await?;
         socket.set_nodelay(true)?;
         Ok(Self { socket, came: BytesMut::with_capacity(PIECE) })
-    }
-
-    /// Sends a request and reads its reply.
-    pub(crate) async fn exchange(&mut self, head: &str, body: &[u8]) -> Outcome<()> {
-        let mut request = Vec::with_capacity(head.len() + body.len() + 80);
-        request.extend_from_slice(head.as_bytes());
-        if !body.is_empty() {
-            request.extend_from_slice(b"Content-Type: application/json\r\n");
-            request.extend_from_slice(format!("Content-Length: {}\r\n", body.len()).as_bytes());
-        }
-        request.extend_from_slice(b"\r\n");
-        request.extend_from_slice(body);
-        self.socket.write_all(&request).await?;
-        let length = self.head().await?.ok_or("a reply without a length")?;
-        self.skip(length).await
     }
 
     /// The body of the reply.

@@ -5,7 +5,9 @@ use crate::failure::{Failure, invalid_value};
 use crate::page::Page;
 use crate::query::Query;
 use crate::server::AppState;
-use actix_web::{HttpRequest, web};
+use actix_web::http::header::ContentType;
+use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -15,7 +17,8 @@ use tunesmith_core::errors::ApiError;
 use tunesmith_core::hyperparameters::{Hyperparameters, Method};
 use tunesmith_core::ids::JobId;
 use tunesmith_core::state::JobStatus;
-use tunesmith_store::jobs::{Job, MetadataFilter};
+use tunesmith_store::jobs::{Job, MetadataFilter, SeenJob};
+use tunesmith_store::metrics::LastStep;
 
 /// OpenAI's default; the maximum is ours.
 pub(super) const DEFAULT_LIST: u64 = 20;
@@ -117,23 +120,40 @@ fn hyperparameters(job: &Job) -> Value {
     }
 }
 
+/// The JSON of the job, as of now.
+fn body(seen: &SeenJob) -> Result<Bytes, Failure> {
+    let SeenJob { job, last_step, shown, .. } = seen;
+    let body = |finish| {
+        let body = serde_json::to_vec(&JobObject::new(job, finish));
+        body.map(Bytes::from).map_err(Failure::internal)
+    };
+    if job.status == JobStatus::Running {
+        // It tells the time.
+        return body(last_step.and_then(|last| estimated_finish(job, last)));
+    }
+    if let Some(shown) = shown.get() {
+        return Ok(shown.clone());
+    }
+    let made = body(None)?;
+    Ok(shown.get_or_init(|| made).clone())
+}
+
 /// The job with the time at which it should end, where that can be told.
 pub(crate) async fn shown(state: &AppState, job: &Job) -> Result<JobObject, Failure> {
-    Ok(JobObject::new(job, estimated_finish(state, job).await?))
+    if job.status != JobStatus::Running {
+        return Ok(JobObject::new(job, None));
+    }
+    let last = state.store.last_metrics(&job.project_id, &job.id).await?;
+    let last = last.map(|last| LastStep { step: last.step, elapsed_seconds: last.elapsed_seconds });
+    Ok(JobObject::new(job, last.and_then(|last| estimated_finish(job, last))))
 }
 
 /// A running job goes on at the speed that it has had so far.
-async fn estimated_finish(state: &AppState, job: &Job) -> Result<Option<OffsetDateTime>, Failure> {
-    let Some(run) = job.run.as_ref().filter(|_| job.status == JobStatus::Running) else {
-        return Ok(None);
-    };
-    let Some(last) = state.store.last_metrics(&job.project_id, &job.id).await? else {
-        return Ok(None);
-    };
-    let steps_left = run.total_steps.saturating_sub(last.step) as f64;
+fn estimated_finish(job: &Job, last: LastStep) -> Option<OffsetDateTime> {
+    let steps_left = job.run.as_ref()?.total_steps.saturating_sub(last.step) as f64;
     let seconds_left = steps_left * last.elapsed_seconds / last.step as f64;
-    Ok(time::Duration::checked_seconds_f64(seconds_left)
-        .and_then(|left| OffsetDateTime::now_utc().checked_add(left)))
+    let left = time::Duration::checked_seconds_f64(seconds_left)?;
+    OffsetDateTime::now_utc().checked_add(left)
 }
 
 /// `GET /v1/fine_tuning/jobs`
@@ -172,9 +192,9 @@ fn metadata_filter(query: &Query) -> Result<MetadataFilter, ApiError> {
 pub(crate) async fn retrieve(
     request: HttpRequest,
     id: web::Path<String>,
-) -> Result<web::Json<JobObject>, Failure> {
-    let (state, job) = authenticated_job(&request, &JobId::from(id.into_inner())).await?;
-    Ok(web::Json(shown(&state, &job).await?))
+) -> Result<HttpResponse, Failure> {
+    let seen = authenticated_job(&request, &JobId::from(id.into_inner())).await?;
+    Ok(HttpResponse::Ok().content_type(ContentType::json()).body(body(&seen)?))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/cancel`

@@ -26,36 +26,20 @@ pub(crate) use job_parts::EventObject;
 pub use openapi::yaml as openapi_yaml;
 
 use crate::failure::Failure;
+use crate::observe::Route;
+use actix_web::guard::GuardContext;
 use actix_web::http::header::ALLOW;
 use actix_web::middleware::Compress;
 use actix_web::web::{self, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse, Resource};
+use std::rc::Rc;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 
 /// Every path that the server answers.
 pub(crate) fn configure(config: &mut ServiceConfig) {
     config
-        .service(path("/healthz").get(health::live))
-        .service(path("/readyz").get(health::ready))
-        .service(path("/metrics").get(health::metrics))
-        .service(path("/openapi.yaml").get(openapi::document).wrap(Compress::default()))
-        .service(path("/docs").get(openapi::reference).wrap(Compress::default()))
-        .service(path("/jobs/{id}").get(dashboard::page))
-        .service(path("/playground").get(dashboard::page))
-        .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
-        // Lists are compressed for who takes that; a reply to a POST is too short to gain by it.
-        .service(
-            path("/v1/files")
-                .route(web::get().to(files::list).wrap(Compress::default()))
-                .post(file_upload::create),
-        )
-        .service(path("/v1/files/{id}").get(files::retrieve).delete(files::delete))
-        .service(path("/v1/files/{id}/content").get(files::content))
-        .service(path("/v1/files/{id}/report").get(file_report::report))
-        .service(path("/v1/uploads").post(uploads::create))
-        .service(path("/v1/uploads/{id}/parts").post(uploads::add_part))
-        .service(path("/v1/uploads/{id}/complete").post(uploads::complete))
-        .service(path("/v1/uploads/{id}/cancel").post(uploads::cancel))
+        // Paths are tried in this order, so what clients ask for most comes first. Lists are compressed
+        // for who takes that; a reply to a POST is too short to gain by it.
         .service(
             path("/v1/fine_tuning/jobs")
                 .route(web::get().to(jobs::list).wrap(Compress::default()))
@@ -79,6 +63,26 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
                 .get(job_parts::metrics)
                 .wrap(Compress::default()),
         )
+        .service(path("/healthz").get(health::live))
+        .service(path("/readyz").get(health::ready))
+        .service(path("/metrics").get(health::metrics))
+        .service(path("/openapi.yaml").get(openapi::document).wrap(Compress::default()))
+        .service(path("/docs").get(openapi::reference).wrap(Compress::default()))
+        .service(path("/jobs/{id}").get(dashboard::page))
+        .service(path("/playground").get(dashboard::page))
+        .service(path("/assets/{name}").get(dashboard::asset).wrap(Compress::default()))
+        .service(
+            path("/v1/files")
+                .route(web::get().to(files::list).wrap(Compress::default()))
+                .post(file_upload::create),
+        )
+        .service(path("/v1/files/{id}").get(files::retrieve).delete(files::delete))
+        .service(path("/v1/files/{id}/content").get(files::content))
+        .service(path("/v1/files/{id}/report").get(file_report::report))
+        .service(path("/v1/uploads").post(uploads::create))
+        .service(path("/v1/uploads/{id}/parts").post(uploads::add_part))
+        .service(path("/v1/uploads/{id}/complete").post(uploads::complete))
+        .service(path("/v1/uploads/{id}/cancel").post(uploads::cancel))
         // The name of a checkpoint may hold slashes too.
         .service(
             path("/v1/fine_tuning/checkpoints/{name:.+}/permissions/{permission}")
@@ -106,9 +110,16 @@ pub(crate) fn configure(config: &mut ServiceConfig) {
         .default_service(web::to(unknown_url));
 }
 
-/// A path; methods that it does not have are answered in the common shape.
+/// A path, which requests are counted by; methods that it does not have are answered in the common
+/// shape.
 fn path(pattern: &str) -> Resource {
-    web::resource(pattern).default_service(web::to(method_not_allowed))
+    let found = Rc::from(pattern);
+    web::resource(pattern)
+        .guard(move |request: &GuardContext<'_>| {
+            Route::found(request, &found);
+            true
+        })
+        .default_service(web::to(method_not_allowed))
 }
 
 async fn unknown_url(request: HttpRequest) -> Result<HttpResponse, Failure> {

@@ -2,27 +2,34 @@
 //!
 //! What a statement costs (a connection taken and given back, a trip to the database, a plan set
 //! up) is the same for one job as for many. So whoever asks while a statement is on its way is
-//! answered by the next one, together with all who ask meanwhile. Nobody waits for company: a look
-//! that finds no statement on its way goes at once. Each sees what was there after it asked.
+//! answered by the next one, together with all who ask meanwhile. A look that finds no statement on
+//! its way lets the tasks go first that can run now, some of which may be looks, and then goes: nobody
+//! waits for time to pass. Each sees what was there after it asked, and those that ask for the same
+//! thing with the same key see the same row.
+//!
+//! The statement tells whose the key is and which version of the job there is. What is
+//! [remembered](super::seen) of that version is not read again.
 
-use super::{Job, job_columns};
+use super::seen::{Remembered, SeenJob, seen_job};
 use crate::tenants::{Caller, hash};
 use crate::{Store, StoreError, rows};
-use sqlx::postgres::PgRow;
-use sqlx::{FromRow as _, PgPool, Row as _};
-use std::sync::{Mutex, PoisonError};
+use futures::future::BoxFuture;
+use sqlx::{PgPool, Row as _};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::select;
 use tokio::sync::{Mutex as Turn, oneshot};
+use tokio::task::yield_now;
 use tunesmith_core::ids::JobId;
+use tunesmith_core::state::JobStatus;
 
 /// Jobs that one statement reads at most.
 const MAX_LOOKS: usize = 64;
 
 /// Whose the key is if it is known, and the job if that project has it.
-type Seen = Option<(Caller, Option<Job>)>;
+type Seen = Option<(Arc<Caller>, Option<Arc<SeenJob>>)>;
 
 /// What is asked for.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 struct Look {
     secret_sha256: Vec<u8>,
     job: JobId,
@@ -34,6 +41,7 @@ pub(crate) struct Looks {
     waiting: Mutex<Vec<(Look, oneshot::Sender<Seen>)>>,
     /// Held by whoever has a statement on its way.
     turn: Turn<()>,
+    remembered: Mutex<Remembered>,
 }
 
 impl Looks {
@@ -51,17 +59,117 @@ impl Looks {
     }
 }
 
+impl Looks {
+    /// What each of `looks` sees, in their order. Boxed, as most who look never come here, and what
+    /// each of them waits with is to stay small.
+    fn read_all<'a>(
+        &'a self,
+        pool: &'a PgPool,
+        looks: Vec<Look>,
+    ) -> BoxFuture<'a, Result<Vec<Seen>, StoreError>> {
+        Box::pin(async move {
+            let (mut different, mut places) = (Vec::new(), Vec::with_capacity(looks.len()));
+            for look in looks {
+                let place = different.iter().position(|other| *other == look);
+                places.push(place.unwrap_or(different.len()));
+                if place.is_none() {
+                    different.push(look);
+                }
+            }
+            let seen = self.read(pool, &different).await?;
+            Ok(places.into_iter().map(|place| seen[place].clone()).collect())
+        })
+    }
+
+    /// What each of `looks` sees, in their order; no two are alike.
+    async fn read(&self, pool: &PgPool, looks: &[Look]) -> Result<Vec<Seen>, StoreError> {
+        let secrets: Vec<&[u8]> = looks.iter().map(|look| &*look.secret_sha256).collect();
+        let jobs: Vec<&str> = looks.iter().map(|look| look.job.as_str()).collect();
+        let found = sqlx::query(
+            "SELECT look.place, api_keys.id AS api_key_id, projects.id AS project_id,
+                 projects.organization_id, uuid_send(jobs.version) AS version
+             FROM unnest($1::bytea[], $2::text[]) WITH ORDINALITY AS look (secret, job, place)
+             JOIN api_keys ON api_keys.secret_sha256 = look.secret AND api_keys.revoked_at IS NULL
+             JOIN projects ON projects.id = api_keys.project_id AND projects.archived_at IS NULL
+             LEFT JOIN jobs ON jobs.id = look.job AND jobs.project_id = projects.id",
+        )
+        .bind(secrets)
+        .bind(jobs)
+        .fetch_all(pool)
+        .await?;
+        let mut seen = vec![None; looks.len()];
+        let mut changed = Vec::new();
+        for row in &found {
+            let place: i64 = row.try_get("place")?;
+            let Some(place) = usize::try_from(place - 1).ok().filter(|at| *at < looks.len()) else {
+                continue;
+            };
+            let caller = Arc::new(Caller {
+                organization_id: rows::text(row, "organization_id")?,
+                project_id: rows::text(row, "project_id")?,
+                api_key_id: rows::text(row, "api_key_id")?,
+            });
+            let job = match row.try_get::<Option<&[u8]>, _>("version")? {
+                None => None,
+                Some(version) => {
+                    let known = self.remembered().of_version(&looks[place].job, version);
+                    // A project is not known to move, and its job's row would not tell of it.
+                    let known = known.filter(|it| it.job.organization_id == caller.organization_id);
+                    if known.is_none() {
+                        changed.push(place);
+                    }
+                    known
+                }
+            };
+            seen[place] = Some((caller, job));
+        }
+        if !changed.is_empty() {
+            self.read_again(pool, looks, &changed, &mut seen).await?;
+        }
+        Ok(seen)
+    }
+
+    /// Reads the jobs of the looks at the places `changed` and remembers them.
+    async fn read_again(
+        &self,
+        pool: &PgPool,
+        looks: &[Look],
+        changed: &[usize],
+        seen: &mut [Seen],
+    ) -> Result<(), StoreError> {
+        let ids: Vec<&str> = changed.iter().map(|&place| looks[place].job.as_str()).collect();
+        let found = sqlx::query(concat!(seen_job!(), "WHERE jobs.id = ANY($1)"))
+            .bind(ids)
+            .bind(JobStatus::Running.as_str())
+            .fetch_all(pool)
+            .await?;
+        for row in &found {
+            let read = Arc::new(SeenJob::from_row(row)?);
+            for &place in changed {
+                if let Some((caller, job)) = &mut seen[place]
+                    && looks[place].job == read.job.id
+                    && caller.project_id == read.job.project_id
+                {
+                    *job = Some(Arc::clone(&read));
+                }
+            }
+            self.remembered().keep(read);
+        }
+        Ok(())
+    }
+
+    fn remembered(&self) -> std::sync::MutexGuard<'_, Remembered> {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Store {
     /// Whose key `secret` is, as [`authenticate`](Self::authenticate) tells it, and the job `id` of
     /// that caller's project if there is one.
     ///
     /// # Errors
     /// Those of the database.
-    pub async fn authenticate_for_job(
-        &self,
-        secret: &str,
-        id: &JobId,
-    ) -> Result<Option<(Caller, Option<Job>)>, StoreError> {
+    pub async fn authenticate_for_job(&self, secret: &str, id: &JobId) -> Result<Seen, StoreError> {
         let look = || Look { secret_sha256: hash(secret), job: id.clone() };
         let mut seen = self.looks.add(look());
         loop {
@@ -70,12 +178,17 @@ impl Store {
                 seen = &mut seen => match seen {
                     Ok(seen) => return Ok(seen),
                     // The statement failed, or whoever had it on its way was dropped.
-                    Err(_) => return Ok(read(&self.pool, &[look()]).await?.pop().flatten()),
+                    Err(_) => {
+                        let alone = self.looks.read_all(&self.pool, vec![look()]);
+                        return Ok(alone.await?.pop().flatten());
+                    }
                 },
                 _turn = self.looks.turn.lock() => {
+                    yield_now().await;
                     let (looks, askers) = self.looks.next();
                     // Who hears nothing asks alone, and hears what is wrong.
-                    let Ok(found) = read(&self.pool, &looks).await else { continue };
+                    let found = self.looks.read_all(&self.pool, looks);
+                    let Ok(found) = found.await else { continue };
                     for (asker, seen) in askers.into_iter().zip(found) {
                         // Who has hung up meanwhile needs no answer.
                         let _ = asker.send(seen);
@@ -84,44 +197,6 @@ impl Store {
             }
         }
     }
-}
-
-/// What each of `looks` sees, in their order.
-async fn read(pool: &PgPool, looks: &[Look]) -> Result<Vec<Seen>, StoreError> {
-    let secrets: Vec<&[u8]> = looks.iter().map(|look| &*look.secret_sha256).collect();
-    let jobs: Vec<&str> = looks.iter().map(|look| look.job.as_str()).collect();
-    let found = sqlx::query(concat!(
-        "SELECT look.place, api_keys.id AS caller_key, projects.id AS caller_project, ",
-        job_columns!(),
-        " FROM unnest($1::bytea[], $2::text[]) WITH ORDINALITY AS look (secret, job, place)
-            JOIN api_keys ON api_keys.secret_sha256 = look.secret AND api_keys.revoked_at IS NULL
-            JOIN projects ON projects.id = api_keys.project_id AND projects.archived_at IS NULL
-            LEFT JOIN jobs ON jobs.id = look.job AND jobs.project_id = projects.id"
-    ))
-    .bind(secrets)
-    .bind(jobs)
-    .fetch_all(pool)
-    .await?;
-    let mut seen = vec![None; looks.len()];
-    for row in &found {
-        let place: i64 = row.try_get("place")?;
-        let place = usize::try_from(place - 1).ok().and_then(|place| seen.get_mut(place));
-        if let Some(seen) = place {
-            *seen = Some(caller_and_job(row)?);
-        }
-    }
-    Ok(seen)
-}
-
-fn caller_and_job(row: &PgRow) -> sqlx::Result<(Caller, Option<Job>)> {
-    let caller = Caller {
-        organization_id: rows::text(row, "organization_id")?,
-        project_id: rows::text(row, "caller_project")?,
-        api_key_id: rows::text(row, "caller_key")?,
-    };
-    let is_there = row.try_get::<Option<&str>, _>("id")?.is_some();
-    let job = if is_there { Some(Job::from_row(row)?) } else { None };
-    Ok((caller, job))
 }
 
 #[cfg(test)]
@@ -154,13 +229,15 @@ mod tests {
         let (mine, others) = futures::join!(mine, others);
         for (seen, job) in mine.into_iter().zip(asked) {
             let (caller, seen) = seen.expect("database").expect("known");
-            assert_eq!((&caller.project_id, seen.as_ref()), (project, Some(job)));
+            assert_eq!((&caller.project_id, &seen.expect("job").job), (project, job));
         }
         let mut others = others.into_iter().map(|seen| seen.expect("database"));
         let theirs = others.next().flatten().expect("known");
-        assert_eq!((theirs.0.project_id, theirs.1), (other.project_id, None));
-        assert_eq!(others.next(), Some(None), "a key that nobody has");
-        assert_eq!(others.next().flatten().expect("known").1, None, "a job that is not there");
+        assert_eq!(theirs.0.project_id, other.project_id);
+        assert!(theirs.1.is_none(), "a job of others");
+        assert!(others.next().expect("answered").is_none(), "a key that nobody has");
+        let none = others.next().flatten().expect("known").1;
+        assert!(none.is_none(), "a job that is not there");
     }
 
     #[tokio::test]
@@ -177,7 +254,7 @@ mod tests {
         };
         let (_, seen) = futures::join!(before, cancelled_and_seen);
         let (_, seen) = seen.expect("database").expect("known");
-        assert_eq!(seen.expect("job").status, tunesmith_core::state::JobStatus::Cancelled);
+        assert_eq!(seen.expect("job").job.status, JobStatus::Cancelled);
     }
 
     #[tokio::test]
@@ -190,12 +267,14 @@ mod tests {
         let store = store.of_thread(usize::MAX);
         let held = [store.pool.acquire().await, store.pool.acquire().await];
         let mut first = Box::pin(store.authenticate_for_job(&key, &job.id));
+        // It lets others go first, and then waits for a connection.
+        assert!(futures::poll!(&mut first).is_pending());
         assert!(futures::poll!(&mut first).is_pending());
         let mut second = Box::pin(store.authenticate_for_job(&key, &job.id));
         assert!(futures::poll!(&mut second).is_pending());
         drop((first, held));
         let seen = second.await.expect("database").expect("known");
-        assert_eq!(seen.1, Some(job));
+        assert_eq!(seen.1.expect("job").job, job);
     }
 
     #[tokio::test]

@@ -3,10 +3,12 @@
 mod control;
 mod create;
 mod looks;
+mod seen;
 
 pub(crate) use control::{Departure, depart};
 pub use create::{CreatedJob, NewJob};
 pub(crate) use looks::Looks;
+pub use seen::SeenJob;
 
 use crate::page::{Page, PageRequest};
 use crate::{Store, StoreError, rows};
