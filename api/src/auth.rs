@@ -7,7 +7,6 @@ use actix_web::{FromRequest, HttpMessage as _, HttpRequest, dev::Payload, web};
 use futures::future::LocalBoxFuture;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::Instant;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::{ADMIN_KEY_PREFIX, JobId};
 use tunesmith_store::StoreError;
@@ -38,7 +37,7 @@ impl FromRequest for Authenticated {
             let Shown { state, secret } = shown?;
             match state.store.authenticate(&secret).await? {
                 Some(caller) => {
-                    count(&state, &request, &caller)?;
+                    count(&state, &request, &caller).await?;
                     Ok(Self(caller))
                 }
                 None => Err(no_project_key(&state, &secret).await),
@@ -58,7 +57,7 @@ pub(crate) async fn authenticated_job(
     let Shown { state, secret } = Shown::of(request)?;
     match state.store.authenticate_for_job(&secret, id).await? {
         Some((caller, job)) => {
-            count(&state, request, &caller)?;
+            count(&state, request, &caller).await?;
             let missing = || StoreError::NotFound { kind: "job", id: id.to_string() };
             Ok(job.ok_or_else(missing)?)
         }
@@ -76,9 +75,9 @@ async fn no_project_key(state: &AppState, secret: &str) -> Failure {
 }
 
 /// Counts the request against its project's limit; the reply will say how that stands.
-fn count(state: &AppState, request: &HttpRequest, caller: &Caller) -> Result<(), Failure> {
+async fn count(state: &AppState, request: &HttpRequest, caller: &Caller) -> Result<(), Failure> {
     let Some(rate) = &state.rate else { return Ok(()) };
-    let standing = rate.take(&caller.project_id, Instant::now());
+    let standing = rate.take(&state.store, &caller.project_id).await?;
     request.extensions_mut().insert(standing);
     match (standing.refusal(), standing.retry_after) {
         (Some(refusal), Some(wait)) => Err(Failure::retry_after(refusal, wait)),
@@ -135,7 +134,7 @@ impl FromRequest for Sharer {
             }
             match state.store.authenticate(&secret).await? {
                 Some(caller) => {
-                    count(&state, &request, &caller)?;
+                    count(&state, &request, &caller).await?;
                     Ok(Self(Granter::Project(caller.project_id)))
                 }
                 None => Err(wrong_key(&secret).into()),

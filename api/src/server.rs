@@ -266,6 +266,7 @@ fn cors(origins: &[String]) -> Cors {
 
 #[cfg(test)]
 mod tests {
+    use super::{ApiConfig, ProjectLimits};
     use crate::testing::{Reply, TestApi};
     use reqwest::Method;
     use serde_json::json;
@@ -347,6 +348,22 @@ mod tests {
         assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("0"));
         api.stranger().await.get("/v1/files").await.ok();
         api.client_with(None).get("/healthz").await.ok();
+    }
+
+    #[tokio::test]
+    async fn a_limit_holds_for_all_servers_on_a_database_together() {
+        let limits = ProjectLimits { requests_per_minute: Some(3), ..ProjectLimits::default() };
+        let mut api = TestApi::with(|config| config.limits = limits).await;
+        let other = api.beside(&ApiConfig { limits, ..ApiConfig::new("127.0.0.1:0") });
+        for (client, left) in [(&*api, "2"), (&other, "1"), (&other, "0")] {
+            let reply = client.get("/v1/files").await;
+            assert_eq!(reply.header("x-ratelimit-remaining-requests"), Some(left));
+            reply.ok();
+        }
+        for client in [&*api, &other] {
+            let refused = client.get("/v1/files").await;
+            assert_eq!(refused.error(429)["code"], "rate_limit_exceeded");
+        }
     }
 
     #[tokio::test]

@@ -31,7 +31,7 @@ pub(crate) struct ApiArgs {
         value_delimiter = ','
     )]
     cors_origins: Vec<String>,
-    /// Requests a minute that a project may send to one API process
+    /// Requests a minute that a project may send, to all API processes on the database together
     #[arg(long, env = "TUNESMITH_REQUESTS_PER_MINUTE", value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     requests_per_minute: Option<u32>,
     /// Jobs that a project may have at one time, ended ones not counted

@@ -28,6 +28,7 @@ pub mod notify;
 pub mod objects;
 pub mod page;
 pub mod permissions;
+pub mod request_budgets;
 pub mod row_losses;
 mod rows;
 pub mod samplers;

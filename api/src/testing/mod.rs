@@ -28,8 +28,8 @@ pub(crate) struct TestApi {
     pub(crate) project: ProjectId,
     url: String,
     client: Client,
-    // The server stops when this is dropped, before the database.
-    running: Option<oneshot::Sender<()>>,
+    // The servers stop when this is dropped, before the database.
+    running: Vec<oneshot::Sender<()>>,
     _db: TestDb,
 }
 
@@ -82,23 +82,22 @@ impl TestApi {
         let db = TestDb::new().await;
         let store = db.store().clone();
         let project = store.ensure_default_project().await.expect("project");
-        let server = ApiServer::bind(&config, store.clone()).expect("a free port");
-        let url = format!("http://{}", server.local_addr());
-        let (running, stopped) = oneshot::channel::<()>();
-        let stopped = async {
-            let _ = stopped.await;
-        };
-        tokio::spawn(async move {
-            if runs_tasks { server.run(stopped).await } else { server.serve(stopped).await }
-        });
+        let (url, running) = serve(&config, &store, runs_tasks);
         let key = store.create_api_key(&project, "test").await.expect("key").secret;
         let client = Client { url: url.clone(), key: Some(key), http: reqwest::Client::new() };
-        Self { store, project, url, client, running: Some(running), _db: db }
+        Self { store, project, url, client, running: vec![running], _db: db }
+    }
+
+    /// A client with the same key of another server beside this one, over the same database.
+    pub(crate) fn beside(&mut self, config: &ApiConfig) -> Client {
+        let (url, running) = serve(config, &self.store, false);
+        self.running.push(running);
+        Client { url, ..self.client.clone() }
     }
 
     /// Tells the server to stop.
     pub(crate) fn stop(&mut self) {
-        self.running = None;
+        self.running.clear();
     }
 
     /// A client with the key of another project.
@@ -112,6 +111,20 @@ impl TestApi {
     pub(crate) fn client_with(&self, key: Option<String>) -> Client {
         Client { url: self.url.clone(), key, http: self.client.http.clone() }
     }
+}
+
+/// A server on an address, until what is beside it is dropped.
+fn serve(config: &ApiConfig, store: &Store, runs_tasks: bool) -> (String, oneshot::Sender<()>) {
+    let server = ApiServer::bind(config, store.clone()).expect("a free port");
+    let url = format!("http://{}", server.local_addr());
+    let (running, stopped) = oneshot::channel::<()>();
+    let stopped = async {
+        let _ = stopped.await;
+    };
+    tokio::spawn(async move {
+        if runs_tasks { server.run(stopped).await } else { server.serve(stopped).await }
+    });
+    (url, running)
 }
 
 impl Client {
