@@ -100,6 +100,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn parts_and_new_secrets_are_made_once_for_a_key() {
+        let api = TestApi::start().await;
+        let new = json!({"bytes": 5, "filename": "a", "mime_type": "text/plain",
+                         "purpose": "user_data"});
+        let upload = api.post("/v1/uploads", &new).await.ok();
+        let parts = format!("/v1/uploads/{}/parts", upload["id"].as_str().expect("id"));
+        let send = async |key: &str, content: &'static str| {
+            let form =
+                multipart::Form::new().part("data", multipart::Part::bytes(content.as_bytes()));
+            let request = api.request(Method::POST, &parts).header(IDEMPOTENCY_KEY, key);
+            Reply::of(request.multipart(form)).await
+        };
+        let part = send("part", "12345").await.ok();
+        assert_eq!(send("part", "12345").await.ok(), part);
+        assert_eq!(send("part", "54321").await.error(400)["code"], "idempotency_conflict");
+        assert_ne!(send("another part", "12345").await.ok()["id"], part["id"]);
+        assert_eq!(send("", "12345").await.error(400)["param"], "Idempotency-Key");
+
+        let new = json!({"name": "a", "url": "https://example.com/hook",
+                         "event_types": ["fine_tuning.job.failed"]});
+        let endpoint = api.post("/v1/webhook_endpoints", &new).await.ok();
+        let id = endpoint["id"].as_str().expect("id");
+        let rotate = format!("/v1/webhook_endpoints/{id}/rotate_secret");
+        let rotated = post(&api, &rotate, "rotation", &json!({})).await.ok();
+        assert_ne!(rotated["signing_secret"], endpoint["signing_secret"]);
+        assert_eq!(post(&api, &rotate, "rotation", &json!({})).await.ok(), rotated);
+        let other =
+            post(&api, &rotate, "rotation", &json!({"keep_old_secret_active_for_24_hours": true}))
+                .await;
+        assert_eq!(other.error(400)["code"], "idempotency_conflict");
+    }
+
+    #[tokio::test]
     async fn a_file_that_the_sdk_sends_again_is_one_file() {
         let api = TestApi::start().await;
         let sent = |count| {

@@ -5,6 +5,7 @@
 
 use crate::StoreError;
 use crate::words::words;
+use sha2::{Digest as _, Sha256};
 use sqlx::PgConnection;
 
 /// How long an idempotency key is remembered.
@@ -24,6 +25,16 @@ pub struct Idempotency {
 }
 
 impl Idempotency {
+    /// The same for a request of which `asked` is all that it asks for.
+    pub(crate) fn of(&self, asked: &[&str]) -> Self {
+        let mut hash = Sha256::new();
+        for text in asked {
+            hash.update(text);
+            hash.update([0]);
+        }
+        Self { request_sha256: hash.finalize().into(), ..self.clone() }
+    }
+
     /// The same without regard to a client that marks a retry and sends no key.
     pub(crate) fn by_key_alone(&self) -> Self {
         Self { is_retry: false, ..self.clone() }
@@ -41,8 +52,14 @@ words! {
         File = "file",
         /// An upload.
         Upload = "upload",
+        /// A part of one.
+        UploadPart = "upload_part",
+        /// A model, of an adapter that was made elsewhere.
+        ImportedAdapter = "imported_adapter",
         /// A webhook endpoint.
         WebhookEndpoint = "webhook_endpoint",
+        /// Another secret of an endpoint, which is what was made.
+        WebhookSecret = "webhook_secret",
         /// A key to a project.
         ApiKey = "api_key",
         /// A key to an organisation.
@@ -127,6 +144,10 @@ impl<'a> Request<'a> {
                AND CASE creation
                    WHEN 'file' THEN EXISTS (
                        SELECT FROM files WHERE id = made AND deleted_at IS NULL)
+                   WHEN 'upload_part' THEN EXISTS (
+                       SELECT FROM upload_parts WHERE id = made)
+                   WHEN 'imported_adapter' THEN EXISTS (
+                       SELECT FROM imported_adapters WHERE name = made)
                    WHEN 'webhook_endpoint' THEN EXISTS (
                        SELECT FROM webhook_endpoints WHERE id = made)
                    ELSE true END

@@ -1,6 +1,7 @@
 //! Tuned models: those that jobs made, checkpoints by their model names, and imported adapters.
 
 use crate::base_models::BaseModel;
+use crate::idempotency::{Creation, Idempotency, Request};
 use crate::imports::{self, Importing};
 use crate::objects::ObjectPrefix;
 use crate::tenants::Caller;
@@ -159,17 +160,26 @@ impl Store {
     }
 
     /// Registers an adapter, whose import was begun and whose objects are there, as a tuned model of the
-    /// caller's project.
+    /// caller's project. Of a request that has made a model before it is that model, and the import is
+    /// one of which nothing comes.
     ///
     /// # Errors
-    /// [`StoreError::ImportGivenUp`],
-    /// [`StoreError::NotFound`] for a tuned model to go on that is gone, and those of the database.
+    /// [`StoreError::ImportGivenUp`], [`StoreError::IdempotencyConflict`],
+    /// [`StoreError::NotFound`] for a tuned model to go on that is gone and for a model that was made
+    /// before and is gone, and those of the database.
     pub async fn import_adapter(
         &self,
         caller: &Caller,
         new: &NewImportedAdapter,
+        idempotency: &Idempotency,
     ) -> Result<Model, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
+        let request =
+            Request::new(Creation::ImportedAdapter, caller.api_key_id.as_str(), idempotency);
+        if let Some(made) = request.made_before(&mut transaction).await? {
+            drop(transaction);
+            return self.model(&caller.project_id, &made).await;
+        }
         imports::finish(&mut transaction, &Importing::Adapter(new.id.clone())).await?;
         if let Some(tuned) = &new.tuned {
             hold(&mut transaction, tuned).await?;
@@ -188,6 +198,7 @@ impl Store {
         .bind(Json(&new.adapter))
         .fetch_one(&mut *transaction)
         .await?;
+        request.remember(&mut transaction, &name).await?;
         transaction.commit().await?;
         Ok(Model {
             name,

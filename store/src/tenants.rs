@@ -7,7 +7,7 @@ pub use admin::{AdminKey, Administrator, ApiKey, NewAdminKey, Project};
 use crate::idempotency::{Creation, Idempotency, Request};
 use crate::{Store, StoreError, database, rows};
 use sha2::{Digest as _, Sha256};
-use sqlx::PgExecutor;
+use sqlx::{PgConnection, PgExecutor};
 use tunesmith_core::ids::{ApiKeyId, OrganizationId, ProjectId, generate_api_key};
 
 /// The organisation that every installation begins with.
@@ -81,15 +81,34 @@ impl Store {
         name: &str,
         idempotency: &Idempotency,
     ) -> Result<NewApiKey, StoreError> {
+        self.create_key_of_request(
+            administrator,
+            Creation::ApiKey,
+            idempotency,
+            async |connection| {
+                let made = insert_api_key(connection, project, name).await?;
+                Ok((made.id.to_string(), made))
+            },
+        )
+        .await
+    }
+
+    /// What `insert` makes, which gives its id too: once by an administrator's idempotency key.
+    async fn create_key_of_request<K>(
+        &self,
+        administrator: &Administrator,
+        creation: Creation,
+        idempotency: &Idempotency,
+        insert: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<(String, K)>,
+    ) -> Result<K, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
         let idempotency = idempotency.by_key_alone();
-        let caller = administrator.admin_key_id.as_str();
-        let request = Request::new(Creation::ApiKey, caller, &idempotency);
+        let request = Request::new(creation, administrator.admin_key_id.as_str(), &idempotency);
         if let Some(key) = request.made_before(&mut transaction).await? {
             return Err(StoreError::SecretShown { key });
         }
-        let made = insert_api_key(&mut *transaction, project, name).await?;
-        request.remember(&mut transaction, made.id.as_str()).await?;
+        let (id, made) = insert(&mut transaction).await?;
+        request.remember(&mut transaction, &id).await?;
         transaction.commit().await?;
         Ok(made)
     }

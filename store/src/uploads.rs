@@ -162,45 +162,63 @@ impl Store {
         find(&self.pool, project, id).await
     }
 
-    /// Stores a part of an upload that takes parts. Memory stays flat.
+    /// Stores a part of an upload that takes parts, or finds the one that the same request has stored
+    /// before. Memory stays flat. What is asked for is told by the upload and the content, whatever
+    /// `idempotency` says of it.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::UploadEnded`], [`StoreError::TooLarge`] for a part
-    /// larger than the whole, [`StoreError::UploadParts`] when parts came again and again, or the
-    /// stream's. Nothing is kept of what is refused.
+    /// larger than the whole, [`StoreError::UploadParts`] when parts came again and again,
+    /// [`StoreError::IdempotencyConflict`], or the stream's. Nothing is kept of what is refused.
     pub async fn add_upload_part<S, E>(
         &self,
-        project: &ProjectId,
+        caller: &Caller,
         upload: &UploadId,
         content: S,
+        idempotency: &Idempotency,
     ) -> Result<UploadPart, StoreError>
     where
         S: Stream<Item = Result<bytes::Bytes, E>>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let whole = find(&self.pool, project, upload).await?.pending()?;
+        let whole = find(&self.pool, &caller.project_id, upload).await?.pending()?;
         let id = UploadPartId::generate(&mut rand::rng());
         let key = ObjectPrefix::UploadParts(upload.clone()).file(id.as_str());
         let stored = self.objects.put_stream(&key, content, whole.bytes).await?;
-        let noted = self.note_part(project, upload, &id, &stored).await;
-        if noted.is_err()
+        // Parts may be alike, so a client that marks a retry and sends no key may mean another.
+        let asked = idempotency.by_key_alone().of(&[upload.as_str(), &stored.sha256]);
+        let noted = self.note_part(caller, upload, &id, &stored, &asked).await;
+        if noted.as_ref().map_or(true, |part| part.id != id)
             && let Err(error) = self.objects.delete(&key).await
         {
-            tracing::warn!(%error, %upload, "a refused part of an upload stays in the object store");
+            tracing::warn!(%error, %upload, "a part of an upload that is not kept stays in the object store");
         }
         noted
     }
 
     async fn note_part(
         &self,
-        project: &ProjectId,
+        caller: &Caller,
         upload: &UploadId,
         id: &UploadPartId,
         stored: &Stored,
+        asked: &Idempotency,
     ) -> Result<UploadPart, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
         // Who ends the upload waits for this, and sees the part.
-        let whole = lock(&mut *transaction, project, upload).await?.pending()?;
+        let whole = lock(&mut *transaction, &caller.project_id, upload).await?.pending()?;
+        let request = Request::new(Creation::UploadPart, caller.api_key_id.as_str(), asked);
+        if let Some(made) = request.made_before(&mut transaction).await? {
+            let created_at = sqlx::query_scalar(
+                "SELECT created_at FROM upload_parts WHERE id = $1 AND upload_id = $2",
+            )
+            .bind(&made)
+            .bind(upload.as_str())
+            .fetch_optional(&mut *transaction)
+            .await?
+            .ok_or_else(|| StoreError::NotFound { kind: "upload part", id: made.clone() })?;
+            return Ok(UploadPart { id: made.into(), upload_id: upload.clone(), created_at });
+        }
         let there: i64 = sqlx::query_scalar(
             "SELECT coalesce(sum(bytes), 0)::bigint FROM upload_parts WHERE upload_id = $1",
         )
@@ -227,6 +245,7 @@ impl Store {
         .bind(rows::bigint(stored.bytes))
         .fetch_one(&mut *transaction)
         .await?;
+        request.remember(&mut transaction, id.as_str()).await?;
         transaction.commit().await?;
         Ok(UploadPart { id: id.clone(), upload_id: upload.clone(), created_at })
     }

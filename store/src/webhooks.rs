@@ -257,18 +257,27 @@ impl Store {
         .ok_or_else(|| StoreError::not_found("webhook endpoint", id))
     }
 
-    /// Gives an endpoint another secret. The one before it signs too for a day if it is kept.
+    /// Gives an endpoint another secret, once for a request. The one before it signs too for a day if
+    /// it is kept.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`].
+    /// [`StoreError::NotFound`], [`StoreError::IdempotencyConflict`].
     pub async fn rotate_webhook_secret(
         &self,
-        project: &ProjectId,
+        caller: &Caller,
         id: &WebhookEndpointId,
         secret: &str,
         keep_old: bool,
+        idempotency: &Idempotency,
     ) -> Result<WebhookEndpoint, StoreError> {
-        sqlx::query_as(concat!(
+        let mut transaction = database::begin(&self.pool).await?;
+        let request =
+            Request::new(Creation::WebhookSecret, caller.api_key_id.as_str(), idempotency);
+        if request.made_before(&mut transaction).await?.is_some() {
+            drop(transaction);
+            return self.webhook_endpoint(&caller.project_id, id).await;
+        }
+        let rotated = sqlx::query_as(concat!(
             "UPDATE webhook_endpoints SET secret = $3, updated_at = now(),
                  old_secret = CASE WHEN $4 THEN secret END,
                  old_secret_until = CASE WHEN $4 THEN now() + $5::interval END
@@ -276,13 +285,16 @@ impl Store {
             endpoint_columns!()
         ))
         .bind(id.as_str())
-        .bind(project.as_str())
+        .bind(caller.project_id.as_str())
         .bind(secret)
         .bind(keep_old)
         .bind(OLD_SECRET_LIFETIME)
-        .fetch_optional(&self.pool)
+        .fetch_optional(&mut *transaction)
         .await?
-        .ok_or_else(|| StoreError::not_found("webhook endpoint", id))
+        .ok_or_else(|| StoreError::not_found("webhook endpoint", id))?;
+        request.remember(&mut transaction, id.as_str()).await?;
+        transaction.commit().await?;
+        Ok(rotated)
     }
 
     /// Deletes an endpoint, and what it was still to be told.

@@ -7,6 +7,7 @@ use crate::adapter_file::Adapter;
 use crate::auth::Authenticated;
 use crate::failure::{Failure, invalid_value, missing};
 use crate::form::{Form, announced_bytes, content_of, text_of};
+use crate::idempotency::idempotency;
 use crate::job_request::check_suffix;
 use crate::routes::job_create::start_model;
 use crate::routes::models::ModelObject;
@@ -16,6 +17,8 @@ use crate::warnings;
 use actix_multipart::Field;
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::ids::ImportedAdapterId;
@@ -23,6 +26,7 @@ use tunesmith_core::weights::{
     ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, MANIFEST_NAME, Manifest, ManifestFile, PeftConfig,
 };
 use tunesmith_store::base_models::BaseModel;
+use tunesmith_store::idempotency::Idempotency;
 use tunesmith_store::imports::Importing;
 use tunesmith_store::models::{Model, NewImportedAdapter};
 use tunesmith_store::objects::{ObjectPrefix, Stored};
@@ -42,6 +46,8 @@ pub(crate) async fn create(
 ) -> Result<HttpResponse, Failure> {
     let fields = "the fields 'model', 'adapter_config' and 'adapter_model'";
     let mut form = Form::of(&request, payload, fields)?;
+    // What is asked for is known at the form's end; whether the header is in order, now.
+    let asked = idempotency(&request, [0; 32])?;
     state.require_storage(&caller.project_id, announced_bytes(&request)).await?;
     let id = ImportedAdapterId::generate(&mut rand::rng());
     let importing = Importing::Adapter(id.clone());
@@ -50,7 +56,7 @@ pub(crate) async fn create(
     state.store.begin_import(&importing).await?;
     let work = async {
         match import.receive(&mut form).await {
-            Ok(()) => import.register(&caller).await,
+            Ok(()) => import.register(&caller, asked).await,
             Err(failure) => {
                 form.drain().await;
                 Err(failure)
@@ -59,6 +65,9 @@ pub(crate) async fn create(
     };
     // A client that goes away ends this here: the import is then found by its row.
     let imported = state.store.while_importing(&importing, work).await;
+    if !imported.as_ref().is_ok_and(|model| model.weights() == importing.prefix()) {
+        state.store.abandon_import(&importing).await;
+    }
     match imported {
         Ok(model) => {
             let mut reply = HttpResponse::Ok();
@@ -66,10 +75,7 @@ pub(crate) async fn create(
             warnings::add(&mut reply, unknown.as_slice());
             Ok(reply.json(ModelObject::from(&model)))
         }
-        Err(failure) => {
-            state.store.abandon_import(&importing).await;
-            Err(failure)
-        }
+        Err(failure) => Err(failure),
     }
 }
 
@@ -118,12 +124,16 @@ impl Import<'_> {
     }
 
     /// Checks everything, and makes the model.
-    async fn register(&mut self, caller: &Caller) -> Result<Model, Failure> {
+    async fn register(&mut self, caller: &Caller, asked: Idempotency) -> Result<Model, Failure> {
         let Sent { model, suffix, config, weights, .. } = &self.sent;
         let name = model.as_deref().ok_or_else(|| missing(MODEL))?;
         let config = config.as_ref().ok_or_else(|| missing(CONFIG))?;
         let weights = weights.as_ref().ok_or_else(|| missing(WEIGHTS))?;
         let suffix = suffix.as_deref().map(check_suffix).transpose()?;
+        let asked = Idempotency {
+            request_sha256: sha256(name, suffix.as_deref(), config, weights),
+            ..asked
+        };
         let (base, tuned) = self.base(caller, name).await?;
         let config = PeftConfig::parse(config).map_err(|error| refused(CONFIG, error))?;
         self.check(&base, &config, weights).await.map_err(|unusable| match unusable {
@@ -145,7 +155,7 @@ impl Import<'_> {
             suffix,
             adapter: config.adapter,
         };
-        Ok(self.state.store.import_adapter(caller, &new).await?)
+        Ok(self.state.store.import_adapter(caller, &new, &asked).await?)
     }
 
     /// What the adapter is to go on, and the tuned model's name where it is one.
@@ -200,6 +210,12 @@ impl Import<'_> {
         objects.put_bytes(&self.prefix.file(MANIFEST_NAME), manifest.into()).await?;
         Ok(())
     }
+}
+
+/// Tells one wish for an adapter from another. A form's bytes do not: what parts it is another each time.
+fn sha256(model: &str, suffix: Option<&str>, config: &[u8], weights: &Stored) -> [u8; 32] {
+    let config = hex::encode(Sha256::digest(config));
+    Sha256::digest(json!([model, suffix, config, weights.sha256]).to_string()).into()
 }
 
 /// `400 invalid_value`: the adapter cannot be taken, and why.

@@ -18,6 +18,7 @@ use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::UploadId;
 use tunesmith_store::StoreError;
 use tunesmith_store::files::FileFacts;
+use tunesmith_store::idempotency::Idempotency;
 use tunesmith_store::tenants::Caller;
 use tunesmith_store::uploads::{NewUpload, Upload, UploadPart};
 
@@ -148,7 +149,9 @@ pub(crate) async fn add_part(
 ) -> Result<web::Json<PartObject>, Failure> {
     let mut form = Form::of(&request, payload, "the field 'data'")?;
     let upload = UploadId::from(id.into_inner());
-    let part = receive(&state, &caller, &upload, &mut form).await;
+    // What is asked for is known when the content is here; whether the header is in order, now.
+    let asked = idempotency(&request, [0; 32])?;
+    let part = receive(&state, &caller, &upload, &mut form, &asked).await;
     // Also fields that nothing reads.
     form.drain().await;
     Ok(web::Json(part?.into()))
@@ -159,13 +162,14 @@ async fn receive(
     caller: &Caller,
     upload: &UploadId,
     form: &mut Form,
+    asked: &Idempotency,
 ) -> Result<UploadPart, Failure> {
     while let Some(part) = form.part().await? {
         if part.name() != Some("data") {
             continue;
         }
         let content = content_of(part);
-        return match state.store.add_upload_part(&caller.project_id, upload, content).await {
+        return match state.store.add_upload_part(caller, upload, content, asked).await {
             Err(StoreError::TooLarge { cap }) => Err(ApiError::new(
                 ErrorCode::PayloadTooLarge,
                 format!("The part is over the {cap} bytes that the whole upload was to have."),

@@ -2,14 +2,17 @@ use super::*;
 use crate::batches::NewBatch;
 use crate::files::{File, FileFacts, Purpose};
 use crate::fixtures::{World, once, tenant};
-use crate::objects::ObjectKey;
+use crate::imports::Importing;
+use crate::models::NewImportedAdapter;
+use crate::objects::{ObjectKey, ObjectPrefix};
 use crate::page::PageRequest;
 use crate::tenants::Administrator;
 use crate::uploads::NewUpload;
 use crate::webhooks::{NewWebhookEndpoint, WebhookEvent};
 use bytes::Bytes;
 use std::collections::BTreeMap;
-use tunesmith_core::ids::FileId;
+use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::ids::{FileId, ImportedAdapterId, UploadId};
 
 fn keyed(key: &str, body: u8) -> Idempotency {
     Idempotency { key: Some(key.to_owned()), ..once(body) }
@@ -84,7 +87,70 @@ async fn a_key_makes_one_of_each_kind_and_refuses_another_body() {
     let first =
         store.create_webhook_endpoint(caller, &new, &keyed("w", 1)).await.expect("endpoint");
     let again = store.create_webhook_endpoint(caller, &same, &keyed("w", 1)).await.expect("again");
-    assert_eq!((again.id, again.secret), (first.id, "one".to_owned()));
+    assert_eq!((&again.id, again.secret), (&first.id, "one".to_owned()));
+
+    let rotate = |secret, asked| {
+        let id = &first.id;
+        async move { store.rotate_webhook_secret(caller, id, secret, true, &asked).await }
+    };
+    rotate("three", keyed("r", 1)).await.expect("rotated");
+    assert_eq!(rotate("four", keyed("r", 1)).await.expect("again").secret, "three");
+    let other = rotate("four", keyed("r", 2)).await.expect_err("other body");
+    assert!(matches!(other, StoreError::IdempotencyConflict), "{other}");
+    assert_eq!(rotate("four", once(1)).await.expect("rotated").secret, "four");
+}
+
+#[tokio::test]
+async fn a_part_that_comes_again_with_its_key_is_stored_once() {
+    let world = World::new().await;
+    let (store, caller) = (world.store(), &world.caller);
+    let begin =
+        async || store.create_upload(caller, &new_upload(), &once(1)).await.expect("upload").id;
+    let send = async |upload: &UploadId, content: &'static [u8], asked: Idempotency| {
+        let content = futures::stream::iter([Ok::<_, StoreError>(Bytes::from_static(content))]);
+        store.add_upload_part(caller, upload, content, &asked).await
+    };
+    let (upload, other) = (begin().await, begin().await);
+    // The hash that the request brings says nothing of the content.
+    let first = send(&upload, b"12345", keyed("p", 1)).await.expect("part");
+    assert_eq!(send(&upload, b"12345", keyed("p", 2)).await.expect("again"), first);
+    for (upload, content) in [(&upload, b"12346"), (&other, b"12345")] {
+        let error = send(upload, content, keyed("p", 1)).await.expect_err("another part");
+        assert!(matches!(error, StoreError::IdempotencyConflict), "{error}");
+    }
+    let prefix = ObjectPrefix::UploadParts(upload.clone());
+    assert_eq!(store.objects().list(&prefix).await.expect("list").len(), 1);
+    // Parts may be alike, and so the second is none that has come before.
+    let second = send(&upload, b"12345", retry(1)).await.expect("part");
+    assert_ne!(second.id, first.id);
+}
+
+#[tokio::test]
+async fn an_adapter_that_comes_again_with_its_key_is_one_model() {
+    let world = World::new().await;
+    let (store, caller) = (world.store(), &world.caller);
+    let import = async |asked: Idempotency| {
+        let new = NewImportedAdapter {
+            id: ImportedAdapterId::generate(&mut rand::rng()),
+            base_model_id: world.base_model.clone(),
+            base_model: "smol".to_owned(),
+            tuned: None,
+            suffix: None,
+            adapter: AdapterConfig::default(),
+        };
+        store.begin_import(&Importing::Adapter(new.id.clone())).await.expect("begun");
+        store.import_adapter(caller, &new, &asked).await
+    };
+    let first = import(keyed("a", 1)).await.expect("model");
+    assert_eq!(import(keyed("a", 1)).await.expect("again"), first);
+    assert_eq!(import(retry(1)).await.expect("a marked retry"), first);
+    let other = import(keyed("a", 2)).await.expect_err("other body");
+    assert!(matches!(other, StoreError::IdempotencyConflict), "{other}");
+    assert_ne!(import(once(1)).await.expect("another wish").name, first.name);
+    assert_eq!(store.list_models(&caller.project_id).await.expect("list").len(), 2);
+    store.delete_model(&caller.project_id, &first.name).await.expect("deleted");
+    let gone = import(keyed("a", 1)).await;
+    assert!(matches!(gone, Err(StoreError::NotFound { .. })), "{gone:?}");
 }
 
 #[tokio::test]

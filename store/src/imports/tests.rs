@@ -1,6 +1,6 @@
 use super::*;
 use crate::base_models::NewBaseModel;
-use crate::fixtures::World;
+use crate::fixtures::{World, once};
 use crate::models::NewImportedAdapter;
 use bytes::Bytes;
 use serde_json::json;
@@ -87,7 +87,7 @@ async fn an_importer_that_comes_back_too_late_registers_nothing() {
     let key = importing.prefix().file("late");
     store.objects().put_bytes(&key, Bytes::from_static(b"{}")).await.expect("put");
     assert!(!store.renew_import(&importing).await.expect("renewed"));
-    let made = store.import_adapter(&world.caller, &adapter(&world, &importing)).await;
+    let made = store.import_adapter(&world.caller, &adapter(&world, &importing), &once(1)).await;
     assert!(matches!(made, Err(StoreError::ImportGivenUp)), "{made:?}");
     assert_eq!(store.list_models(&world.caller.project_id).await.expect("list"), []);
     store.purge_imports(IMPORT_SILENCE).await.expect("purged");
@@ -100,7 +100,10 @@ async fn what_was_registered_is_not_abandoned() {
     let store = world.store();
     let [_, importing] = both();
     lost(store, &importing).await;
-    store.import_adapter(&world.caller, &adapter(&world, &importing)).await.expect("made");
+    store
+        .import_adapter(&world.caller, &adapter(&world, &importing), &once(1))
+        .await
+        .expect("made");
     // As when the reply to the commit was lost.
     store.abandon_import(&importing).await;
     assert_eq!(objects(store, &importing).await, NAMES.len());
@@ -120,9 +123,9 @@ async fn a_sweep_and_a_registration_at_the_same_time_leave_a_whole_model_or_none
         let [_, importing] = both();
         lost(store, &importing).await;
         age(store, &importing).await;
-        let new = adapter(&world, &importing);
+        let (new, asked) = (adapter(&world, &importing), once(1));
         let (made, purged) = tokio::join!(
-            store.import_adapter(&world.caller, &new),
+            store.import_adapter(&world.caller, &new, &asked),
             store.purge_imports(IMPORT_SILENCE)
         );
         purged.expect("purged");

@@ -195,7 +195,7 @@ async fn an_imported_adapter_is_a_model_of_its_project() {
     store.objects().put_bytes(&key, Bytes::from_static(b"w")).await.expect("put");
     let begun = store.begin_import(&Importing::Adapter(new.id.clone())).await;
     begun.expect("begun");
-    let model = store.import_adapter(caller, &new).await.expect("imported");
+    let model = store.import_adapter(caller, &new, &once(1)).await.expect("imported");
     assert!(model.name.starts_with("ft:smol:acme:mine:"), "{}", model.name);
     assert_eq!((&model.adapter, model.weights()), (&new.adapter, prefix.clone()));
     assert_eq!(store.model(&caller.project_id, &model.name).await.expect("there"), model);

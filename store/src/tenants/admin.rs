@@ -1,9 +1,9 @@
 //! Looking after projects and keys.
 
 use super::{hash, redacted};
-use crate::idempotency::{Creation, Idempotency, Request};
+use crate::idempotency::{Creation, Idempotency};
 use crate::page::{Page, PageRequest};
-use crate::{Store, StoreError, database, rows};
+use crate::{Store, StoreError, rows};
 use sqlx::postgres::{PgQueryResult, PgRow};
 use sqlx::{FromRow, PgExecutor, Row as _};
 use std::time::Duration;
@@ -359,18 +359,17 @@ impl Store {
         lifetime: Option<Duration>,
         idempotency: &Idempotency,
     ) -> Result<NewAdminKey, StoreError> {
-        let mut transaction = database::begin(&self.pool).await?;
-        let idempotency = idempotency.by_key_alone();
-        let caller = administrator.admin_key_id.as_str();
-        let request = Request::new(Creation::AdminKey, caller, &idempotency);
-        if let Some(key) = request.made_before(&mut transaction).await? {
-            return Err(StoreError::SecretShown { key });
-        }
         let organization = &administrator.organization_id;
-        let made = insert_admin_key(&mut *transaction, organization, name, lifetime).await?;
-        request.remember(&mut transaction, made.key.id.as_str()).await?;
-        transaction.commit().await?;
-        Ok(made)
+        self.create_key_of_request(
+            administrator,
+            Creation::AdminKey,
+            idempotency,
+            async |connection| {
+                let made = insert_admin_key(connection, organization, name, lifetime).await?;
+                Ok((made.key.id.to_string(), made))
+            },
+        )
+        .await
     }
 
     /// The admin keys of an organisation, or of all, newest first, without those that were revoked.

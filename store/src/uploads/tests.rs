@@ -21,7 +21,7 @@ async fn part(
     content: &'static [u8],
 ) -> Result<String, StoreError> {
     let stream = futures::stream::iter([Ok::<_, StoreError>(Bytes::from_static(content))]);
-    let part = world.store().add_upload_part(&world.caller.project_id, &upload.id, stream).await?;
+    let part = world.store().add_upload_part(&world.caller, &upload.id, stream, &once(0)).await?;
     Ok(part.id.to_string())
 }
 
@@ -182,10 +182,12 @@ async fn another_project_sees_no_upload() {
     let world = World::new().await;
     let store = world.store();
     let upload = begin(&world, 2).await;
-    let other = tenant(store, "other").await.project_id;
+    let caller = tenant(store, "other").await;
+    let other = caller.project_id.clone();
     assert!(matches!(store.upload(&other, &upload.id).await, Err(StoreError::NotFound { .. })));
     let stream = futures::stream::iter([Ok::<_, StoreError>(Bytes::from_static(b"ab"))]);
-    let error = store.add_upload_part(&other, &upload.id, stream).await.expect_err("foreign");
+    let error = store.add_upload_part(&caller, &upload.id, stream, &once(0)).await;
+    let error = error.expect_err("foreign");
     assert!(matches!(error, StoreError::NotFound { kind: "upload", .. }), "{error}");
     assert!(store.cancel_upload(&other, &upload.id).await.is_err());
 }

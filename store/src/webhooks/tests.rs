@@ -132,12 +132,17 @@ async fn a_delivery_comes_again_later_and_later_and_is_given_up_after_three_days
 #[tokio::test]
 async fn a_replaced_secret_signs_for_a_day_if_it_is_kept() {
     let world = World::new().await;
-    let (store, project) = (world.store(), &world.caller.project_id);
     let made = endpoint(&world, &[WebhookEvent::JobCancelled]).await;
-    store.rotate_webhook_secret(project, &made.id, "whsec_CCCC", true).await.expect("rotated");
+    let rotate = async |secret, keep| {
+        let asked = once(7);
+        let rotated =
+            world.store().rotate_webhook_secret(&world.caller, &made.id, secret, keep, &asked);
+        rotated.await.expect("rotated")
+    };
+    rotate("whsec_CCCC", true).await;
     cancelled(&world).await;
     assert_eq!(due(&world).await[0].secrets, ["whsec_CCCC", "whsec_AAAA"]);
-    store.rotate_webhook_secret(project, &made.id, "whsec_DDDD", false).await.expect("rotated");
+    rotate("whsec_DDDD", false).await;
     let_time_pass(&world).await;
     assert_eq!(due(&world).await[0].secrets, ["whsec_DDDD"]);
 }

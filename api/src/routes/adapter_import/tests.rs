@@ -1,6 +1,7 @@
 use crate::testing::{
     BASE, LORA_A, LORA_B, Reply, TestApi, adapter_weights, lora_name, peft_config, safetensors,
 };
+use reqwest::Method;
 use reqwest::multipart::{Form, Part};
 use serde_json::json;
 use tunesmith_store::objects::ObjectPrefix;
@@ -11,6 +12,24 @@ fn form(model: &str, config: String, weights: Vec<u8>) -> Form {
         .part("adapter_model", Part::bytes(weights).file_name("adapter_model.safetensors"))
         .part("adapter_config", Part::text(config).file_name("adapter_config.json"))
         .text("model", model.to_owned())
+}
+
+#[tokio::test]
+async fn an_adapter_that_comes_again_with_its_key_is_imported_once_and_leaves_nothing() {
+    let api = TestApi::start().await.with_base_model().await;
+    let send = async |suffix: &'static str| {
+        let form = form(BASE, peft_config(json!({})), adapter_weights()).text("suffix", suffix);
+        let request = api.request(Method::POST, "/v1/models").header("Idempotency-Key", "mine");
+        Reply::of(request.multipart(form)).await
+    };
+    let model = send("one").await.ok();
+    let all = ObjectPrefix::ImportedAdapter("".into());
+    let stored = api.store.objects().list(&all).await.expect("list");
+    assert_eq!(send("one").await.ok(), model);
+    assert_eq!(send("two").await.error(400)["code"], "idempotency_conflict");
+    assert_eq!(api.store.objects().list(&all).await.expect("list").len(), stored.len());
+    let path = format!("/v1/models/{}/weights", model["id"].as_str().expect("id"));
+    assert_eq!(api.get(&path).await.status, 200);
 }
 
 async fn import(api: &TestApi, form: Form) -> Reply {

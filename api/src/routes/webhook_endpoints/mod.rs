@@ -15,6 +15,7 @@ use actix_web::{HttpRequest, HttpResponse};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::{WebhookEndpointId, random_text};
@@ -157,6 +158,7 @@ pub(crate) async fn delete(
 
 /// `POST /v1/webhook_endpoints/{id}/rotate_secret`
 pub(crate) async fn rotate_secret(
+    request: HttpRequest,
     state: web::Data<AppState>,
     caller: Authenticated,
     id: web::Path<String>,
@@ -169,8 +171,11 @@ pub(crate) async fn rotate_secret(
         Some(other) => return Err(invalid_value(KEEP, other, "true or false").into()),
     };
     let id = WebhookEndpointId::from(id.into_inner());
-    let (project, secret) = (&caller.project_id, new_secret());
-    let rotated = state.store.rotate_webhook_secret(project, &id, &secret, keep).await?;
+    // The path is a part of what is asked for.
+    let asked = Sha256::new().chain_update(body.sha256).chain_update(id.as_str());
+    let asked = idempotency(&request, asked.finalize().into())?;
+    let secret = new_secret();
+    let rotated = state.store.rotate_webhook_secret(&caller, &id, &secret, keep, &asked).await?;
     Ok(body.reply(&[KEEP]).json(with_secret(rotated)))
 }
 

@@ -2,7 +2,7 @@
 
 use super::super::operation::Operation;
 use super::super::requests::{self, deleted};
-use super::{MODELS, example, expires_in, of};
+use super::{AS_BEFORE, MODELS, example, expires_in, of};
 use crate::exports::Wanted;
 use crate::page::Page;
 use crate::routes::models::ModelObject;
@@ -26,6 +26,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 5] {
                 "An adapter that PEFT or another program has saved becomes a tuned model: it answers, \
                  it can be downloaded, and jobs can start from it.",
             )
+            .once(AS_BEFORE)
             .form(requests::adapter())
             .errors([ErrorCode::ModelNotFound, ErrorCode::InsufficientQuota])
             .reply(of::<ModelObject>(generator)),

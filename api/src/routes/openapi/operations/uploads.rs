@@ -34,6 +34,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 4] {
             (UPLOADS, "addUploadPart"),
             "Add a part to an upload",
         ))
+        .once(AS_BEFORE)
         .form(requests::part())
         .reply(of::<PartObject>(generator)),
         at(Operation::post(

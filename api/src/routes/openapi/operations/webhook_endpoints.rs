@@ -55,6 +55,7 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 8] {
             (WEBHOOKS, "rotateWebhookSecret"),
             "Give an endpoint another secret",
         ))
+        .once(AS_BEFORE)
         .body(requests::rotation(), json!({ webhook_endpoints::KEEP: true }))
         .reply(endpoint),
         at(Operation::post(
