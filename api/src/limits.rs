@@ -68,7 +68,7 @@ impl RateLimiter {
         store: &Store,
         project: &ProjectId,
     ) -> Result<Standing, StoreError> {
-        if let Some(standing) = self.from_hand(project, Instant::now()) {
+        if let Some(standing) = self.spend(project, Instant::now()) {
             return Ok(standing);
         }
         let most = (self.per_minute / SECONDS).max(1);
@@ -78,7 +78,7 @@ impl RateLimiter {
 
     /// How a request stands where the database need not be asked: there are some in hand, or there
     /// can be none in the bucket yet.
-    fn from_hand(&self, project: &ProjectId, now: Instant) -> Option<Standing> {
+    fn spend(&self, project: &ProjectId, now: Instant) -> Option<Standing> {
         let mut hands = self.hands.lock().unwrap_or_else(PoisonError::into_inner);
         let hand = hands.get_mut(project)?;
         if now.saturating_duration_since(hand.taken_at) > MINUTE {
@@ -188,7 +188,7 @@ mod tests {
         /// One request of `limiter`'s project, at `now`.
         fn take(&mut self, limiter: &RateLimiter, now: Instant) -> Standing {
             let project = ProjectId::from("proj_a");
-            if let Some(standing) = limiter.from_hand(&project, now) {
+            if let Some(standing) = limiter.spend(&project, now) {
                 return standing;
             }
             self.taken += 1;
@@ -218,7 +218,7 @@ mod tests {
         let later = start + Duration::from_millis(1500);
         assert_eq!(bucket.take(&limiter, later).retry_after, None);
         assert_eq!(bucket.take(&limiter, later).retry_after, Some(Duration::from_millis(500)));
-        assert!(limiter.from_hand(&ProjectId::from("proj_b"), later).is_none());
+        assert!(limiter.spend(&ProjectId::from("proj_b"), later).is_none());
     }
 
     #[test]
