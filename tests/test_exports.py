@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 from urllib.request import quote
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import TINY
 from harness import Up, wait_for
 from peft import PeftModel
 from rows import sums
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_peft import base_model, our_logits, their_logits, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,3 +185,21 @@ def test_an_export_of_damaged_weights_is_refused_with_the_numbers_until_they_are
         assert "Checked: the logits are those of the served model" in cli.stdout
         restored, first = (load_file(directory / "model.safetensors") for directory in (tmp_path / "again", whole))
         assert all(torch.equal(restored[name], first[name]) for name in first)
+
+
+def test_a_gguf_with_a_number_beyond_half_precision_is_refused_before_its_first_byte(up, service, tiny_dir, tmp_path):
+    directory, name = tmp_path / "beyond", "model.layers.1.mlp.down_proj.weight"
+    shutil.copytree(tiny_dir, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights[name][0, 0] = 1e5
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    up.import_model(directory, "beyond")
+    job = service.create_job(sums(10), "beyond", n_epochs=1, batch_size=10, adapter={"r": 1, "target_modules": ["q_proj"]})
+    model = service.finish(job.id).fine_tuned_model
+    for check in ("none", "auto"):
+        status, _, body = service.request("GET", path_of(model, "gguf", "f16", check))
+        error = json.loads(body)["error"]
+        assert (status, error["code"], error["param"]) == (400, "weights_not_available", "type"), error
+        assert name in error["message"] and "100000 is beyond" in error["message"], error
+    # A block's scale is a 127th of its greatest number.
+    service.weights(model, tmp_path / "blocks", weights_format="gguf", storage="q8_0", check="none")

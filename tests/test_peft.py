@@ -222,6 +222,50 @@ def test_an_adapter_that_peft_made_answers_as_in_peft_and_trains_further(service
     assert answer.choices[0].text == AutoTokenizer.from_pretrained(tiny_dir).decode(told, skip_special_tokens=True)
 
 
+def test_an_adapter_on_a_model_that_was_tuned_in_full_gives_our_logits_over_that_model(
+    service, client, tiny_dir, tmp_path
+):
+    rows, held_out = sums(20), sums(4, start=50)
+    settings = {"n_epochs": 2, "batch_size": 5, "prompt_loss_weight": 1}
+    job = service.create_job(rows, TINY, learning_rate=3e-3, adapter={"type": "full"}, **settings)
+    full = service.finish(job.id).fine_tuned_model
+    whole = service.weights(full, tmp_path / "whole", weights_format="merged")
+
+    job = service.create_job(
+        rows, full, validation=held_out, learning_rate=1e-2, adapter={"type": "lora", "r": 4}, **settings
+    )
+    job = service.finish(job.id)
+    assert job.model == full and job.fine_tuned_model.startswith(f"ft:{TINY}:")
+    before = loss_before_training(service, job.fine_tuned_model, tmp_path / "adapter")
+    assert abs(before - mean_loss(base_model(whole), tiny_dir, held_out)) < TOLERANCE
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == full
+    assert f"tunesmith models weights {full} --format merged" in (tmp_path / "adapter" / "README.md").read_text()
+
+    ids = token_ids(tiny_dir, sums(1, start=77)[0])
+    tuned = PeftModel.from_pretrained(base_model(whole), tmp_path / "adapter").eval()
+    theirs = their_logits(tuned, ids)
+    assert np.abs(our_logits(whole, tmp_path / "adapter", ids) - theirs).max() < TOLERANCE
+    elsewhere = PeftModel.from_pretrained(base_model(tiny_dir), tmp_path / "adapter")
+    assert np.abs(their_logits(elsewhere, ids) - theirs).max() > 10 * TOLERANCE, "the base model counts"
+    merged = service.weights(job.fine_tuned_model, tmp_path / "merged", weights_format="merged")
+    assert np.abs(their_logits(base_model(merged), ids) - theirs).max() < TOLERANCE
+    check_gguf(service, job.fine_tuned_model, "q8_0", merged, tmp_path)
+
+    def answers_as(name, model):
+        answer = client.completions.create(model=name, prompt=ids, max_tokens=8, temperature=0)
+        told = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids):]
+        assert answer.choices[0].text == AutoTokenizer.from_pretrained(tiny_dir).decode(told, skip_special_tokens=True)
+
+    answers_as(full, base_model(whole).eval())
+    # It stands on weights that stay when their model is gone.
+    client.models.delete(full)
+    answers_as(job.fine_tuned_model, tuned)
+    further = service.finish(service.create_job(rows, job.fine_tuned_model, validation=held_out, **settings).id)
+    begun = loss_before_training(service, further.fine_tuned_model, tmp_path / "further")
+    assert abs(begun - mean_loss(tuned, tiny_dir, held_out)) < TOLERANCE
+
+
 def test_an_adapter_for_another_model_is_refused_by_the_tensor_that_does_not_fit(service, tiny_dir, tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"])
     get_peft_model(base_model(tiny_dir), config).save_pretrained(tmp_path / "made")

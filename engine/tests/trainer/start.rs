@@ -73,27 +73,39 @@ fn a_run_from_a_tuned_model_begins_with_the_loss_that_it_had() {
 #[test]
 fn an_adapter_on_a_model_that_was_tuned_in_full_begins_with_the_loss_that_it_had() {
     let bench = Bench::new(13);
+    let full = AdapterConfig::full();
     let tuned = finish(&bench.request("tuned", &ten_steps(json!({"type": "full"}))));
     let ended = tuned.steps.last().expect("steps").full_valid_loss.expect("validation rows");
-    let asked = ten_steps(json!({"type": "lora", "r": 3}));
-    let fields = from(&AdapterConfig::full(), &asked, Method::Supervised);
-    let mut request = bench.request("adapter", &fields);
+    for (name, adapter) in [
+        ("plain", json!({"type": "lora", "r": 3})),
+        ("dora", json!({"type": "lora", "r": 3, "use_dora": true, "trainable_layers": 1})),
+    ] {
+        let fields = from(&full, &ten_steps(adapter.clone()), Method::Supervised);
+        let mut request = bench.request(name, &fields);
+        request.base_model_dir = weights(&tuned, 10);
+        request.spec.model = "ft:tiny:acme::8chars".to_owned();
+        request.spec.base_is_tuned = true;
+        let run = finish(&request);
+        let begun = run.started().initial_valid_loss.expect("validation rows");
+        assert!((begun - ended).abs() < 1e-5, "{adapter}: {begun} {ended}");
+        let last = run.steps.last().expect("steps").full_valid_loss.expect("validation rows");
+        assert!(last < ended, "{last} {ended}");
+        let read = |name: &str| std::fs::read_to_string(weights(&run, 10).join(name)).expect(name);
+        let config: Value = serde_json::from_str(&read("adapter_config.json")).expect("json");
+        assert_eq!(config["base_model_name_or_path"], "ft:tiny:acme::8chars");
+        let readme = read("README.md");
+        assert!(
+            readme.contains("`tunesmith models weights ft:tiny:acme::8chars --format merged`"),
+            "{readme}"
+        );
+    }
+    let fields = json!({"batch_size": 5, "n_epochs": 1, "adapter": {"type": "lora", "r": 3}});
+    let fields = from(&full, &fields, Method::Dpo);
+    let mut request = preference::request(&bench, "dpo", 10, &fields);
     request.base_model_dir = weights(&tuned, 10);
-    request.spec.model = "ft:tiny:acme::8chars".to_owned();
-    request.spec.base_is_tuned = true;
-    let run = finish(&request);
-    let begun = run.started().initial_valid_loss.expect("validation rows");
-    assert!((begun - ended).abs() < 1e-5, "{begun} {ended}");
-    let last = run.steps.last().expect("steps").full_valid_loss.expect("validation rows");
-    assert!(last < ended, "{last} {ended}");
-    let read = |name: &str| std::fs::read_to_string(weights(&run, 10).join(name)).expect(name);
-    let config: Value = serde_json::from_str(&read("adapter_config.json")).expect("json");
-    assert_eq!(config["base_model_name_or_path"], "ft:tiny:acme::8chars");
-    let readme = read("README.md");
-    assert!(
-        readme.contains("`tunesmith models weights ft:tiny:acme::8chars --format merged`"),
-        "{readme}"
-    );
+    // It is compared with the tuned model, which it is before its first step.
+    let first = finish(&request).steps[0].train_loss;
+    assert!((first - std::f64::consts::LN_2).abs() < 1e-5, "{first}");
 }
 
 #[test]
