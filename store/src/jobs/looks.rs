@@ -2,9 +2,8 @@
 //!
 //! What a statement costs (a connection taken and given back, a trip to the database, a plan set
 //! up) is the same for one job as for many. So whoever asks while a statement is on its way is
-//! answered by the next one, together with all who ask meanwhile. A look that finds no statement on
-//! its way lets the tasks go first that can run now, some of which may be looks, and then goes: nobody
-//! waits for time to pass. Each sees what was there after it asked, and those that ask for the same
+//! answered by the next one, together with all who ask meanwhile. Before a statement goes, the tasks
+//! go that can run now, as long as some of them are looks: nobody waits for time to pass. Each sees what was there after it asked, and those that ask for the same
 //! thing with the same key see the same row.
 //!
 //! The statement tells whose the key is and which version of the job there is. What is
@@ -24,6 +23,8 @@ use tunesmith_core::state::JobStatus;
 
 /// Jobs that one statement reads at most.
 const MAX_LOOKS: usize = 64;
+/// How often other tasks go before a statement, at most: whoever asks all the time holds up nobody.
+const MAX_YIELDS: usize = 8;
 
 /// Whose the key is if it is known, and the job if that project has it.
 type Seen = Option<(Arc<Caller>, Option<Arc<SeenJob>>)>;
@@ -49,6 +50,20 @@ impl Looks {
         let (sender, seen) = oneshot::channel();
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push((look, sender));
         seen
+    }
+
+    /// Lets the tasks go that can run now, again and again while that brings more looks.
+    async fn gather(&self) {
+        let count = || self.waiting.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let mut before = count();
+        for _ in 0..MAX_YIELDS {
+            yield_now().await;
+            let now = count();
+            if now == before || now >= MAX_LOOKS {
+                return;
+            }
+            before = now;
+        }
     }
 
     /// Those that have waited longest, but for who has hung up.
@@ -184,7 +199,7 @@ impl Store {
                     }
                 },
                 _turn = self.looks.turn.lock() => {
-                    yield_now().await;
+                    self.looks.gather().await;
                     let (looks, askers) = self.looks.next();
                     // Who hears nothing asks alone, and hears what is wrong.
                     let found = self.looks.read_all(&self.pool, looks);
