@@ -135,7 +135,8 @@ impl Line {
         span.record("http.response.status_code", status);
         if let Some(route) = route {
             span.record("http.route", route);
-            span.record("otel.name", format!("{method} {route}"));
+            #[cfg(feature = "otel")]
+            crate::trace_context::rename(span, format!("{method} {route}"));
         }
         if status >= 500 {
             span.record("otel.status_code", "ERROR");

@@ -3,6 +3,7 @@
 use actix_web::http::header::HeaderMap;
 use opentelemetry::global;
 use opentelemetry::propagation::Extractor;
+use opentelemetry::trace::TraceContextExt as _;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
@@ -11,6 +12,11 @@ pub(crate) fn join(span: &Span, headers: &HeaderMap) {
     let parent = global::get_text_map_propagator(|known| known.extract(&Headers(headers)));
     // It fails where nobody collects spans.
     let _ = span.set_parent(parent);
+}
+
+/// Gives `span` another name. A field says it only until the span has a parent, which begins it.
+pub(crate) fn rename(span: &Span, name: String) {
+    span.context().span().update_name(name);
 }
 
 struct Headers<'a>(&'a HeaderMap);
