@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::gguf::{ModelFiles, Plan, PlannedTensor, Source, StorageType};
-use tunesmith_core::weights::{BeyondType, LoraPair, Manifest, merge_lora_rows};
+use tunesmith_core::weights::{BeyondType, CONFIG_NAME, LoraPair, Manifest, merge_lora_rows};
 use tunesmith_store::Store;
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectPrefix, Objects};
@@ -132,7 +132,7 @@ impl SmallFiles {
         };
         let chat_template = optional("chat_template.jinja").await?;
         Ok(Self {
-            config: objects.read(&directory.file("config.json")).await?,
+            config: objects.read(&directory.file(CONFIG_NAME)).await?,
             tokenizer: objects.read(&directory.file("tokenizer.json")).await?,
             tokenizer_config: objects.read(&directory.file("tokenizer_config.json")).await?,
             chat_template: chat_template

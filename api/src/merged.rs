@@ -20,8 +20,8 @@ use std::sync::Arc;
 use tunesmith_core::export_check::MergedForm;
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::weights::{
-    FloatType, INDEX_NAME, LoraPair, Manifest, Shard, Shards, TensorLayout, merge_lora_rows,
-    set_dtype,
+    CONFIG_NAME, FloatType, INDEX_NAME, LoraPair, Manifest, Shard, Shards, TensorLayout,
+    merge_lora_rows, set_dtype,
 };
 use tunesmith_store::models::Model;
 use tunesmith_store::objects::{ObjectPrefix, Objects};
@@ -29,7 +29,6 @@ use tunesmith_store::{Store, StoreError};
 
 const SAFETENSORS: &str = ".safetensors";
 const README: &str = "README.md";
-const CONFIG: &str = "config.json";
 /// Bytes of a stored tensor that are computed at a time, where a row is no longer.
 const PIECE_BYTES: usize = 1 << 20;
 
@@ -45,7 +44,7 @@ pub(crate) async fn entries(
 ) -> Result<Vec<Entry>, Failure> {
     let objects = store.objects();
     let Opened { directory, files, merged } = Opened::open(store, model, form).await?;
-    let config = match files.file(CONFIG) {
+    let config = match files.file(CONFIG_NAME) {
         Some(_) => config(objects, &directory, merged.dtype()).await?,
         None => None,
     };
@@ -71,8 +70,8 @@ pub(crate) async fn entries(
             INDEX_NAME => {}
             // The base model's own would claim that this is the base model.
             README if model.adapter.kind == AdapterType::Lora => {}
-            CONFIG if config.is_some() => {
-                entries.extend(config.iter().map(|config| made(CONFIG, config.clone())));
+            CONFIG_NAME if config.is_some() => {
+                entries.extend(config.iter().map(|config| made(CONFIG_NAME, config.clone())));
             }
             _ => {
                 let sha256 = Some(file.sha256);
@@ -233,7 +232,7 @@ async fn config(
 ) -> Result<Option<Bytes>, Failure> {
     // Numbers of several types have no name there.
     let Some(dtype) = dtype else { return Ok(None) };
-    let content = objects.read(&directory.file(CONFIG)).await?;
+    let content = objects.read(&directory.file(CONFIG_NAME)).await?;
     let mut config: Value = serde_json::from_slice(&content).map_err(Failure::internal)?;
     if !set_dtype(&mut config, dtype) {
         return Ok(None);

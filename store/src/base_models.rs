@@ -96,6 +96,15 @@ macro_rules! base_models {
 }
 use base_models;
 
+/// The id of the base model that was imported first: tokens are counted with it unless another one is
+/// named.
+macro_rules! default_base_model {
+    () => {
+        "SELECT id FROM base_models WHERE weights IS NULL ORDER BY created_at, id LIMIT 1"
+    };
+}
+pub(crate) use default_base_model;
+
 /// A base model to be imported.
 #[derive(Debug, Clone)]
 pub struct NewBaseModel {

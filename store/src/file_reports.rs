@@ -1,5 +1,6 @@
 //! Reports on uploaded files: which are wanted, who makes them, and what they say.
 
+use crate::base_models::default_base_model;
 use crate::files::{File, file_columns, is_there};
 use crate::notify::Channel;
 use crate::{Store, StoreError, rows};
@@ -180,11 +181,8 @@ impl Store {
     /// # Errors
     /// Those of the database.
     pub async fn default_base_model(&self) -> Result<Option<BaseModelId>, StoreError> {
-        let id: Option<String> = sqlx::query_scalar(
-            "SELECT id FROM base_models WHERE weights IS NULL ORDER BY created_at, id LIMIT 1",
-        )
-        .fetch_optional(&self.pool)
-        .await?;
+        let id: Option<String> =
+            sqlx::query_scalar(default_base_model!()).fetch_optional(&self.pool).await?;
         Ok(id.map(BaseModelId::from))
     }
 }

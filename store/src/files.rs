@@ -1,5 +1,6 @@
 //! Files: uploaded by clients, or produced by jobs.
 
+use crate::base_models::default_base_model;
 use crate::idempotency::{Creation, Idempotency, Request};
 use crate::notify::Channel;
 use crate::objects::{ObjectKey, Stored};
@@ -385,8 +386,9 @@ pub(crate) async fn finish(
         file_columns!(),
         "), report AS (
             INSERT INTO file_reports (file_id, base_model_id)
-            SELECT id, coalesce((SELECT id FROM base_models WHERE weights IS NULL
-                                 ORDER BY created_at, id LIMIT 1), '')
+            SELECT id, coalesce((",
+        default_base_model!(),
+        "), '')
             FROM finished WHERE purpose = $9
             RETURNING file_id
          ) SELECT finished.*, (SELECT pg_notify($10, '')::text FROM report) FROM finished"

@@ -5,6 +5,7 @@
 
 use crate::StoreError;
 use crate::words::words;
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use sqlx::PgConnection;
 
@@ -26,13 +27,16 @@ pub struct Idempotency {
 
 impl Idempotency {
     /// The same for a request of which `asked` is all that it asks for.
-    pub(crate) fn of(&self, asked: &[&str]) -> Self {
-        let mut hash = Sha256::new();
-        for text in asked {
-            hash.update(text);
-            hash.update([0]);
-        }
-        Self { request_sha256: hash.finalize().into(), ..self.clone() }
+    #[must_use]
+    pub fn of(&self, asked: &Value) -> Self {
+        Self { request_sha256: Sha256::digest(asked.to_string()).into(), ..self.clone() }
+    }
+
+    /// The same for a request that asks for this of `what` its path names.
+    #[must_use]
+    pub fn at(&self, what: &str) -> Self {
+        let asked = Sha256::new().chain_update(self.request_sha256).chain_update(what);
+        Self { request_sha256: asked.finalize().into(), ..self.clone() }
     }
 
     /// The same without regard to a client that marks a retry and sends no key.

@@ -11,6 +11,7 @@ use crate::words::words;
 use crate::{Store, StoreError, database, rows};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use md5::{Digest as _, Md5};
+use serde_json::json;
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, PgExecutor, Row as _};
 use std::collections::{HashMap, HashSet};
@@ -186,7 +187,7 @@ impl Store {
         let key = ObjectPrefix::UploadParts(upload.clone()).file(id.as_str());
         let stored = self.objects.put_stream(&key, content, whole.bytes).await?;
         // Parts may be alike, so a client that marks a retry and sends no key may mean another.
-        let asked = idempotency.by_key_alone().of(&[upload.as_str(), &stored.sha256]);
+        let asked = idempotency.by_key_alone().of(&json!([upload, stored.sha256]));
         let noted = self.note_part(caller, upload, &id, &stored, &asked).await;
         if noted.as_ref().map_or(true, |part| part.id != id)
             && let Err(error) = self.objects.delete(&key).await

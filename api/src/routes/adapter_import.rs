@@ -68,15 +68,11 @@ pub(crate) async fn create(
     if !imported.as_ref().is_ok_and(|model| model.weights() == importing.prefix()) {
         state.store.abandon_import(&importing).await;
     }
-    match imported {
-        Ok(model) => {
-            let mut reply = HttpResponse::Ok();
-            let unknown = warnings::unknown_fields(&import.sent.unknown);
-            warnings::add(&mut reply, unknown.as_slice());
-            Ok(reply.json(ModelObject::from(&model)))
-        }
-        Err(failure) => Err(failure),
-    }
+    let model = imported?;
+    let mut reply = HttpResponse::Ok();
+    let unknown = warnings::unknown_fields(&import.sent.unknown);
+    warnings::add(&mut reply, unknown.as_slice());
+    Ok(reply.json(ModelObject::from(&model)))
 }
 
 /// What the client has sent.
@@ -130,10 +126,9 @@ impl Import<'_> {
         let config = config.as_ref().ok_or_else(|| missing(CONFIG))?;
         let weights = weights.as_ref().ok_or_else(|| missing(WEIGHTS))?;
         let suffix = suffix.as_deref().map(check_suffix).transpose()?;
-        let asked = Idempotency {
-            request_sha256: sha256(name, suffix.as_deref(), config, weights),
-            ..asked
-        };
+        // A form's bytes do not tell one wish from another: what parts it is another each time.
+        let config_sha256 = hex::encode(Sha256::digest(config));
+        let asked = asked.of(&json!([name, suffix, config_sha256, weights.sha256]));
         let (base, tuned) = self.base(caller, name).await?;
         let config = PeftConfig::parse(config).map_err(|error| refused(CONFIG, error))?;
         self.check(&base, &config, weights).await.map_err(|unusable| match unusable {
@@ -210,12 +205,6 @@ impl Import<'_> {
         objects.put_bytes(&self.prefix.file(MANIFEST_NAME), manifest.into()).await?;
         Ok(())
     }
-}
-
-/// Tells one wish for an adapter from another. A form's bytes do not: what parts it is another each time.
-fn sha256(model: &str, suffix: Option<&str>, config: &[u8], weights: &Stored) -> [u8; 32] {
-    let config = hex::encode(Sha256::digest(config));
-    Sha256::digest(json!([model, suffix, config, weights.sha256]).to_string()).into()
 }
 
 /// `400 invalid_value`: the adapter cannot be taken, and why.

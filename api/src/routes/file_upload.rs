@@ -10,13 +10,11 @@ use crate::server::AppState;
 use crate::warnings;
 use actix_multipart::Field;
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde_json::json;
-use sha2::{Digest as _, Sha256};
+use serde_json::{Value, json};
 use std::time::Duration;
 use tunesmith_core::errors::ApiError;
 use tunesmith_core::ids::FileId;
 use tunesmith_store::files::{FileFacts, Purpose};
-use tunesmith_store::idempotency::Idempotency;
 use tunesmith_store::objects::{ObjectKey, Stored};
 
 /// The name that the SDKs send for raw bytes; also that of a part without one.
@@ -49,7 +47,7 @@ pub(crate) async fn create(
     let mut upload = Upload { id: state.store.begin_file(&caller.project_id).await?, stored: None };
     match upload.receive(&state, &mut form).await {
         Ok((facts, stored, unknown)) => {
-            let asked = Idempotency { request_sha256: sha256(&facts, &stored), ..asked };
+            let asked = asked.of(&wish(&facts, &stored));
             let id = &upload.id;
             let file = state.store.finish_file(&caller, id, &facts, &stored, &asked).await?;
             let mut reply = HttpResponse::Ok();
@@ -68,11 +66,10 @@ pub(crate) async fn create(
 }
 
 /// Tells one wish for a file from another. A form's bytes do not: what parts it is another each time.
-fn sha256(facts: &FileFacts, stored: &Stored) -> [u8; 32] {
+fn wish(facts: &FileFacts, stored: &Stored) -> Value {
     let FileFacts { filename, purpose, expires_after } = facts;
     let seconds = expires_after.map(|duration| duration.as_secs());
-    let asked = json!([stored.sha256, filename, purpose.as_str(), seconds]);
-    Sha256::digest(asked.to_string()).into()
+    json!([stored.sha256, filename, purpose.as_str(), seconds])
 }
 
 /// A file that is on its way.

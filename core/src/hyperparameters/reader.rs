@@ -9,6 +9,21 @@ use serde_json::{Map, Value};
 use std::cell::RefCell;
 use std::fmt;
 
+/// What a request may say of an adapter.
+pub(super) const ADAPTER_FIELDS: [&str; 11] = [
+    "type",
+    "r",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+    "trainable_layers",
+    "quantization",
+];
+
 /// A closed range of numbers (open below where `above_min`), as an error message states it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Range {
@@ -130,24 +145,12 @@ impl Reader<'_> {
         };
         let path = format!("{}.adapter", self.path);
         let reader = Reader { fields, path: &path, notes: self.notes };
-        const KNOWN: [&str; 11] = [
-            "type",
-            "r",
-            "alpha",
-            "dropout",
-            "target_modules",
-            "use_rslora",
-            "use_dora",
-            "init_lora_weights",
-            "loraplus_lr_ratio",
-            "trainable_layers",
-            "quantization",
-        ];
-        if let Some((name, value)) = fields.iter().find(|(key, _)| !KNOWN.contains(&key.as_str())) {
+        let is_known = |name: &str| ADAPTER_FIELDS.contains(&name);
+        if let Some((name, value)) = fields.iter().find(|(name, _)| !is_known(name)) {
             return Err(reader.invalid(
                 name,
                 value,
-                format_args!("left out: an adapter has {}", KNOWN.join(", ")),
+                format_args!("left out: an adapter has {}", ADAPTER_FIELDS.join(", ")),
             ));
         }
         if let Some(value) = reader.given("type") {

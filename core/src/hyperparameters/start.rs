@@ -2,7 +2,7 @@
 
 use super::Hyperparameters;
 use super::adapter::{AdapterConfig, AdapterType};
-use super::reader::Reader;
+use super::reader::{ADAPTER_FIELDS, Reader};
 use crate::errors::ApiError;
 use serde_json::{Map, Value, json};
 
@@ -12,18 +12,8 @@ const ADAPTER: &str = "adapter";
 const AUTO: &str = "auto";
 /// What says whether there is one.
 const TYPE: &str = "type";
-/// What means nothing where every weight trains.
-const ADAPTER_ALONE: [&str; 9] = [
-    "r",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-    "loraplus_lr_ratio",
-    "quantization",
-];
+/// What means something where every weight trains, too.
+const NOT_ADAPTER_ALONE: [&str; 2] = [TYPE, "trainable_layers"];
 
 impl Hyperparameters {
     /// Makes `asked`, the hyperparameters of a job as the client gave them and that were read as
@@ -53,8 +43,10 @@ impl Hyperparameters {
         let mut adapter = given.clone();
         if start.kind == AdapterType::Full {
             if said(TYPE).is_none() {
+                let adapter_alone =
+                    ADAPTER_FIELDS.iter().filter(|name| !NOT_ADAPTER_ALONE.contains(name));
                 if let Some((name, value)) =
-                    ADAPTER_ALONE.iter().find_map(|name| Some((name, said(name)?)))
+                    adapter_alone.copied().find_map(|name| Some((name, said(name)?)))
                 {
                     let rule = "left out, or beside \"type\": \"lora\": every weight of the model to \
                                 start from was trained, and they all train further unless an adapter \
@@ -209,7 +201,7 @@ mod tests {
             ("loraplus_lr_ratio", json!(4)),
             ("quantization", json!("int8")),
         ] {
-            assert!(ADAPTER_ALONE.contains(&name));
+            assert!(ADAPTER_FIELDS.contains(&name) && !NOT_ADAPTER_ALONE.contains(&name));
             let asked = json!({"adapter": { name: value }});
             let error = started(&AdapterConfig::full(), &asked).expect_err(name);
             assert_eq!(error.param, Some(format!("hyperparameters.adapter.{name}")));

@@ -9,6 +9,8 @@ use std::path::Path;
 
 /// The manifest's own name, beside the files that it lists.
 pub const MANIFEST_NAME: &str = "manifest.json";
+/// The file that says what a model is, as Hugging Face has it.
+pub const CONFIG_NAME: &str = "config.json";
 
 /// The files of a directory, by name.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

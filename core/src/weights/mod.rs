@@ -15,7 +15,7 @@ pub use lora_tensors::{
     LoraMatrix, LoraPair, base_tensor_name, lora_tensor_name, pair_lora_tensors,
     projection_tensor_name,
 };
-pub use manifest::{MANIFEST_NAME, Manifest, ManifestFile};
+pub use manifest::{CONFIG_NAME, MANIFEST_NAME, Manifest, ManifestFile};
 pub use merge::{LoraFactors, MergeError, merge_lora_rows};
 pub use peft::{ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PeftConfig, PeftError};
 pub use place::{CheckpointPlace, WeightsPlace};

@@ -11,10 +11,7 @@ use serde_json::Value;
 use sqlx::postgres::PgRow;
 use sqlx::types::Json;
 use tunesmith_core::ids::BaseModelId;
-use tunesmith_core::weights::{MANIFEST_NAME, Manifest, WeightsPlace};
-
-/// The file that says what a model is.
-const CONFIG_NAME: &str = "config.json";
+use tunesmith_core::weights::{CONFIG_NAME, MANIFEST_NAME, Manifest, WeightsPlace};
 
 /// What a base model is that was not imported.
 #[derive(Debug, Clone, PartialEq)]

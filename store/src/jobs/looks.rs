@@ -3,8 +3,9 @@
 //! What a statement costs (a connection taken and given back, a trip to the database, a plan set
 //! up) is the same for one job as for many. So whoever asks while a statement is on its way is
 //! answered by the next one, together with all who ask meanwhile. Before a statement goes, the tasks
-//! go that can run now, as long as some of them are looks: nobody waits for time to pass. Each sees what was there after it asked, and those that ask for the same
-//! thing with the same key see the same row.
+//! go that can run now, as long as some of them are looks: nobody waits for time to pass. Each sees
+//! what was there after it asked, and those that ask for the same thing with the same key see the
+//! same row.
 //!
 //! The statement tells whose the key is and which version of the job there is. What is
 //! [remembered](super::seen) of that version is not read again.
@@ -72,9 +73,7 @@ impl Looks {
         let next = waiting.len().min(MAX_LOOKS);
         waiting.drain(..next).filter(|(_, asker)| !asker.is_closed()).unzip()
     }
-}
 
-impl Looks {
     /// What each of `looks` sees, in their order. Boxed, as most who look never come here, and what
     /// each of them waits with is to stay small.
     fn read_all<'a>(

@@ -13,7 +13,6 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 use tunesmith_core::ids::{ApiKeyId, ProjectId};
 use tunesmith_store::tenants::ApiKey;
 
@@ -71,8 +70,7 @@ pub(crate) async fn create(
     let project = ProjectId::from(project.into_inner());
     state.store.project(&admin.organization_id, &project).await?;
     // The path is a part of what is asked for.
-    let asked = Sha256::new().chain_update(body.sha256).chain_update(project.as_str());
-    let idempotency = idempotency(&request, asked.finalize().into())?;
+    let idempotency = idempotency(&request, body.sha256)?.at(project.as_str());
     let made = state.store.create_api_key_of_request(&admin, &project, &name, &idempotency).await?;
     let created_at = state.store.api_key(&project, &made.id).await?.created_at.unix_timestamp();
     Ok(body.reply(&["name"]).json(json!({

@@ -15,7 +15,6 @@ use actix_web::{HttpRequest, HttpResponse};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::ids::{WebhookEndpointId, random_text};
@@ -172,8 +171,7 @@ pub(crate) async fn rotate_secret(
     };
     let id = WebhookEndpointId::from(id.into_inner());
     // The path is a part of what is asked for.
-    let asked = Sha256::new().chain_update(body.sha256).chain_update(id.as_str());
-    let asked = idempotency(&request, asked.finalize().into())?;
+    let asked = idempotency(&request, body.sha256)?.at(id.as_str());
     let secret = new_secret();
     let rotated = state.store.rotate_webhook_secret(&caller, &id, &secret, keep, &asked).await?;
     Ok(body.reply(&[KEEP]).json(with_secret(rotated)))
