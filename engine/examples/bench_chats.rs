@@ -9,6 +9,7 @@ mod process;
 use std::time::Instant;
 
 use serde_json::json;
+use tunesmith_core::hyperparameters::Precision;
 use tunesmith_core::protocol::{FromTrainer, TrainRequest};
 use tunesmith_engine::data::sampler::RowOrder;
 use tunesmith_engine::train::{StopFlag, TrainOptions, train_with};
@@ -18,10 +19,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = TrainOptions { order: RowOrder::File, ..TrainOptions::default() };
     let began = Instant::now();
     let (mut startup, mut load_peak, mut last) = (0.0, 0.0, began);
+    let mut precision = "f32";
     let (mut seconds, mut losses, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
     train_with(&request, &options, &StopFlag::default(), &mut |message| {
         match message {
-            FromTrainer::Started(_) => {
+            FromTrainer::Started(started) => {
+                if started.precision == Precision::Bf16 {
+                    precision = "bf16";
+                }
                 startup = began.elapsed().as_secs_f64();
                 load_peak = process::peak_mib()?;
                 process::reset_peak()?;
@@ -42,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!(
         "{}",
         json!({
-            "precision": "f32", "threads": std::thread::available_parallelism()?,
+            "precision": precision, "threads": std::thread::available_parallelism()?,
             "startup_seconds": startup, "step_seconds": seconds, "losses": losses,
             "tokens": tokens.last(), "peak_mib": steady_peak.max(load_peak), "steady_peak_mib": steady_peak,
         })

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
-use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::hyperparameters::{AdapterConfig, Precision};
 use tunesmith_engine::batch::Segment;
 use tunesmith_engine::parallel::Replicas;
 use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
@@ -33,9 +33,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (warmup, steps): (usize, usize) = (warmup.parse()?, steps.parse()?);
 
     let began = Instant::now();
-    let model = TrainableModel::load(Path::new(model_dir), &adapter, 0, &Device::cpu())?;
+    // What a job gets that names no precision.
+    let device = Device::cpu();
+    let precision = device.precision(Precision::Auto);
+    let directory = Path::new(model_dir);
+    let model = TrainableModel::load_with_precision(directory, &adapter, 0, &device, precision)?;
     // Passes run as the trainer's do.
-    let mut model = Replicas::new(model, &[Device::cpu()]);
+    let mut model = Replicas::new(model, &[device]);
     let load_seconds = began.elapsed().as_secs_f64();
     let params = AdamWParams { learning_rate: LEARNING_RATE, ..AdamWParams::default() };
     let scale = 1.0 / batch.total_weight();
@@ -61,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!(
         "{}",
         json!({
-            "mode": mode, "precision": "f32", "threads": std::thread::available_parallelism()?,
+            "mode": mode, "precision": if precision == Precision::Bf16 { "bf16" } else { "f32" }, "threads": std::thread::available_parallelism()?,
             "tokens": batch.tokens(), "trainable": trainable, "load_seconds": load_seconds,
             "step_seconds": seconds, "first_loss": losses[0], "last_loss": losses.last(),
             "peak_mib": warm_peak.max(steady_peak), "steady_peak_mib": steady_peak,
