@@ -128,8 +128,9 @@ impl<'a> Pass<'a> {
             let low_rank = decoder.low_rank(parameters, projection, dropout);
             linear(x, parameters.projection_weight(projection.weight), residual, low_rank)
         };
-        decoder.layer(parameters, &decoder.layers[index], x, project, |qkv| {
-            let (scores, rotary) = (decoder.scores(index), &self.rotary[index]);
+        let bf16 = parameters.bf16();
+        decoder.layer(parameters, &decoder.layers[index], x, bf16, project, |qkv| {
+            let (scores, rotary) = (decoder.scores(index, bf16), &self.rotary[index]);
             attention::attention(qkv, decoder.heads(), scores, &self.batch.segments, rotary)
         })
     }
@@ -336,7 +337,7 @@ impl Decoder {
         };
         let mut x = self.embed(parameters, &ids);
         for (index, layer) in self.layers.iter().enumerate() {
-            x = self.layer(parameters, layer, x, project, |qkv| {
+            x = self.layer(parameters, layer, x, false, project, |qkv| {
                 let mut end = 0;
                 let mut extensions: Vec<Extension<'_>> = sequences
                     .iter_mut()
@@ -348,7 +349,7 @@ impl Decoder {
                         Extension { rows: start..end, first_position, cache }
                     })
                     .collect();
-                let (scores, rotary) = (self.scores(index), &rotary.by_layer[index]);
+                let (scores, rotary) = (self.scores(index, false), &rotary.by_layer[index]);
                 cached_attention(qkv, self.heads(), scores, rotary, &mut extensions)
             });
         }
@@ -420,16 +421,18 @@ impl Decoder {
         embedding(parameters[self.embedding].clone(), ids, self.config.pad_token_id, scale)
     }
 
+    /// One layer; with `bf16`, what goes into products is that.
     fn layer(
         &self,
         parameters: &Parameters,
         layer: &Layer,
         x: Tensor<2>,
+        bf16: bool,
         project: impl Fn(&Projection, Input, Option<Tensor<2>>) -> Tensor<2>,
         attend: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let norm = |x: Tensor<2>, weight: ParameterId| {
-            rms_norm(x, parameters[weight].clone(), self.norm_constants())
+        let norm = |x: Tensor<2>, weight: ParameterId, bf16: bool| {
+            rms_norm(x, parameters[weight].clone(), self.norm_constants(), bf16)
         };
         let project = |projection: &Projection, x: Input, residual| {
             let y = project(projection, x, residual);
@@ -442,16 +445,18 @@ impl Decoder {
         let add =
             |residual: Tensor<2>, projection: &Projection, x: Input, post_norm| match post_norm {
                 None => project(projection, x, Some(residual)),
-                Some(post_norm) => residual + norm(project(projection, x, None), post_norm).x,
+                Some(post_norm) => {
+                    residual + norm(project(projection, x, None), post_norm, false).x
+                }
             };
-        let mut qkv = project(&layer.qkv, norm(x.clone(), layer.attention_norm), None);
+        let mut qkv = project(&layer.qkv, norm(x.clone(), layer.attention_norm, bf16), None);
         if let Some(HeadNorms { query, key }) = &layer.head_norms {
             let (query, key) = (parameters[*query].clone(), parameters[*key].clone());
             qkv = head_norm(qkv, query, key, self.heads(), self.norm_constants());
         }
         let x = add(x, &layer.output, attend(qkv).into(), layer.post_attention_norm);
-        let gate_up = project(&layer.gate_up, norm(x.clone(), layer.feed_forward_norm), None);
-        let activated = gated_activation(gate_up, self.config.activation, parameters.bf16());
+        let gate_up = project(&layer.gate_up, norm(x.clone(), layer.feed_forward_norm, bf16), None);
+        let activated = gated_activation(gate_up, self.config.activation, bf16);
         add(x, &layer.down, activated, layer.post_feed_forward_norm)
     }
 
@@ -479,7 +484,7 @@ impl Decoder {
     }
 
     pub(super) fn final_norm(&self, parameters: &Parameters, x: Tensor<2>) -> Tensor<2> {
-        rms_norm(x, parameters[self.norm].clone(), self.norm_constants()).x
+        rms_norm(x, parameters[self.norm].clone(), self.norm_constants(), false).x
     }
 
     fn heads(&self) -> Heads {
@@ -490,11 +495,12 @@ impl Decoder {
         }
     }
 
-    fn scores(&self, layer: usize) -> Scores {
+    fn scores(&self, layer: usize, bf16: bool) -> Scores {
         Scores {
             scale: self.config.attention_scale as f32,
             softcap: self.config.attn_logit_softcapping.map(|cap| cap as f32),
             window: self.config.sliding_windows[layer],
+            bf16,
         }
     }
 

@@ -70,6 +70,8 @@ pub(crate) struct Scores {
     pub(crate) softcap: Option<f32>,
     /// A query sees itself and the `window − 1` tokens before it; None for all of them.
     pub(crate) window: Option<usize>,
+    /// Whether the CPU's products multiply bf16.
+    pub(crate) bf16: bool,
 }
 
 impl Scores {
@@ -219,7 +221,7 @@ mod tests {
     use crate::parameter::read;
 
     fn plain(heads: Heads) -> Scores {
-        Scores { scale: 1.0 / (heads.dim as f32).sqrt(), softcap: None, window: None }
+        Scores { scale: 1.0 / (heads.dim as f32).sqrt(), softcap: None, window: None, bf16: false }
     }
 
     fn assert_forms_equal(heads: Heads, lengths: &[usize]) {
@@ -349,7 +351,7 @@ mod tests {
     fn window_hides_exactly_what_lies_before_it() {
         // Equal keys and a scale of 0: each query takes the mean of the values that it sees.
         let heads = Heads { query: 1, key_value: 1, dim: 2 };
-        let scores = Scores { scale: 0.0, softcap: None, window: Some(3) };
+        let scores = Scores { scale: 0.0, softcap: None, window: Some(3), bf16: false };
         let values = (0..6).flat_map(|t| [0.0, 0.0, 0.0, 0.0, t as f32, 1.0]).collect();
         let qkv = Tensor::from_data(
             TensorData::new(values, [6, heads.qkv_width()]),
@@ -370,10 +372,40 @@ mod tests {
         let heads = Heads { query: 4, key_value: 2, dim: 6 };
         for window in [None, Some(4)] {
             // Scores of up to about 30 against a cap of 2: far into the flat of tanh, and near 0.
-            let scores = Scores { scale: 2.5, softcap: Some(2.0), window };
+            let scores = Scores { scale: 2.5, softcap: Some(2.0), window, bf16: false };
             let mut segments = segments(&[9, 1, 140]);
             segments[2].prefix = 0..9;
             assert_scores_equal(heads, scores, &segments, &frequencies(heads));
+        }
+    }
+
+    #[test]
+    fn in_bf16_output_and_gradient_are_those_of_f32_to_bf16s_precision() {
+        let heads = Heads { query: 6, key_value: 2, dim: 8 };
+        let mut segments = segments(&[5, 1, 9, 200]);
+        segments[3].prefix = 6..15;
+        let tokens = 215;
+        let rotary = RotaryTable::from_frequencies(&frequencies(heads), 1.0, 0, tokens);
+        let qkv = random([tokens, heads.qkv_width()], 5);
+        let pass = |bf16: bool| {
+            let scores = Scores { bf16, window: Some(150), softcap: Some(3.0), ..plain(heads) };
+            let qkv = qkv.clone().autodiff().require_grad();
+            let o = cpu::attention::attention(qkv.clone(), heads, scores, &segments, &rotary);
+            let upstream = random(o.dims(), 6).autodiff();
+            let gradients = (o.clone() * upstream).sum().backward();
+            [o.inner(), qkv.grad(&gradients).unwrap()].map(|x| read(x).unwrap())
+        };
+        let length = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        for (name, exact, rounded) in ["output", "gradient"]
+            .into_iter()
+            .zip(pass(false))
+            .zip(pass(true))
+            .map(|((name, exact), rounded)| (name, exact, rounded))
+        {
+            let error: Vec<f32> = exact.iter().zip(&rounded).map(|(a, b)| a - b).collect();
+            let error = length(&error) / length(&exact);
+            // bf16 rounds by 2⁻⁹ at most; nothing changes only where nothing is rounded.
+            assert!(error > 1e-4 && error < 4e-3, "{name}: {error}");
         }
     }
 

@@ -174,7 +174,7 @@ mod tests {
         let heads = Heads { query: 4, key_value: 2, dim: 6 };
         for softcap in [None, Some(3.0)] {
             for window in [None, Some(1), Some(2), Some(3), Some(150)] {
-                let scores = Scores { scale: 0.4, softcap, window };
+                let scores = Scores { scale: 0.4, softcap, window, bf16: false };
                 let portions: [&[usize]; 4] = [&[3, 1, 2], &[1, 1, 1, 1, 1], &[200, 1], &[2, 130]];
                 assert_portions_equal_the_whole(heads, scores, &portions);
             }
@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn cache_cut_to_a_prefix_goes_on_as_if_nothing_had_followed() {
         let heads = Heads { query: 2, key_value: 1, dim: 4 };
-        let scores = Scores { scale: 0.5, softcap: None, window: Some(3) };
+        let scores = Scores { scale: 0.5, softcap: None, window: Some(3), bf16: false };
         let rotary = RotaryTable::from_frequencies(&frequencies(heads), 1.0, 0, 9);
         let qkv = random([9, heads.qkv_width()], 4);
         let extend = |rows: Range<usize>, cache: &mut Option<KeyValues>| {

@@ -25,15 +25,12 @@ pub(super) const GELU_SCALE: f32 = 0.797_884_6;
 /// The factor on x³.
 pub(super) const GELU_CUBIC: f32 = 0.044_715;
 
-/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`. With `keep_bf16` the CPU's
-/// backward pass reads gate and up rounded to bf16.
-pub(crate) fn gated_activation(
-    gate_up: Tensor<2>,
-    activation: Activation,
-    keep_bf16: bool,
-) -> Input {
+/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`. With `bf16` the CPU
+/// gives it in that, for a product that multiplies bf16; the backward pass reads gate and up rounded,
+/// and their gradient is in bf16 too.
+pub(crate) fn gated_activation(gate_up: Tensor<2>, activation: Activation, bf16: bool) -> Input {
     if on_cpu(&gate_up) {
-        cpu::gated_activation::gated_activation(gate_up, activation, keep_bf16)
+        cpu::gated_activation::gated_activation(gate_up, activation, bf16)
     } else {
         portable(gate_up, activation).into()
     }
@@ -59,7 +56,9 @@ mod tests {
     use burn::tensor::FloatDType;
 
     use super::*;
+    use crate::ops::bf16::is_bf16;
     use crate::ops::testing::{assert_gradients_equal, random};
+    use crate::parameter::read;
     use cpu::gated_activation::gated_activation as cpu_form;
 
     #[test]
@@ -76,15 +75,24 @@ mod tests {
     }
 
     #[test]
-    fn values_that_bf16_holds_lose_nothing_by_being_kept_in_it() {
+    fn of_values_that_bf16_holds_output_and_gradient_are_those_of_f32_rounded() {
         let gate_up = random([40, 64], 3).mul_scalar(4.0);
         let gate_up = gate_up.cast(FloatDType::BF16).cast(FloatDType::F32);
+        let upstream = random([40, 32], 4).cast(FloatDType::BF16).cast(FloatDType::F32);
         for activation in [Activation::Silu, Activation::GeluTanh] {
-            assert_gradients_equal(
-                std::slice::from_ref(&gate_up),
-                |inputs| cpu_form(inputs[0].clone(), activation, true).x,
-                |inputs| portable(inputs[0].clone(), activation),
-            );
+            let pass = |bf16: bool| {
+                let gate_up = gate_up.clone().autodiff().require_grad();
+                let y = cpu_form(gate_up.clone(), activation, bf16).x;
+                assert_eq!(is_bf16(&y), bf16);
+                let product = y.clone().cast(FloatDType::F32) * upstream.clone().autodiff();
+                let gradient = gate_up.grad(&product.sum().backward()).unwrap();
+                assert_eq!(is_bf16(&gradient), bf16);
+                [y.inner(), gradient].map(|x| read(x.cast(FloatDType::F32)).unwrap())
+            };
+            for (exact, rounded) in pass(false).into_iter().zip(pass(true)) {
+                let expected = exact.iter().map(|&x| half::bf16::from_f32(x).to_f32());
+                assert_eq!(rounded, expected.collect::<Vec<_>>(), "{activation:?}");
+            }
         }
     }
 }

@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn targets_of_several_chunks_equal_the_portable_form() {
-        let tokens = 3 * cpu::head::MIN_CHUNK_ROWS + 1;
+        let tokens = 5 * cpu::head::MAX_CHUNK_ROWS / 2;
         let targets: Vec<Target> = (0..tokens)
             .map(|position| Target {
                 position,

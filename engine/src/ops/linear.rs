@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn inputs_that_are_computed_again_give_the_bits_of_those_that_are_kept() {
         let norm = Norm { epsilon: 1e-5, unit_offset: true };
-        let of_norm = |x: Tensor<2>, weight: &Tensor<2>| rms_norm(x, weight.clone(), norm);
+        let of_norm = |x: Tensor<2>, weight: &Tensor<2>| rms_norm(x, weight.clone(), norm, false);
         let of_activation = |x: Tensor<2>, _: &Tensor<2>| {
             gated_activation(x, crate::models::config::Activation::Silu, false)
         };

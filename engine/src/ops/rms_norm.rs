@@ -26,10 +26,11 @@ pub(crate) struct Norm {
     pub(crate) unit_offset: bool,
 }
 
-/// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`.
-pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Input {
+/// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`. With `bf16`
+/// the CPU gives it in that, for a product that multiplies bf16.
+pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) -> Input {
     if on_cpu(&x) {
-        cpu::rms_norm::rms_norm(x, weight, norm)
+        cpu::rms_norm::rms_norm(x, weight, norm, bf16)
     } else {
         portable(x, weight, norm).into()
     }
@@ -63,7 +64,7 @@ mod tests {
         let [on_x, on_large, on_weight] =
             [&x, &large, &weight].map(|tensor| on_test_device(tensor.clone()));
         assert_overflow_is_told(x, large, weight, |x, w, norm| {
-            cpu::rms_norm::rms_norm(x, w, norm).x
+            cpu::rms_norm::rms_norm(x, w, norm, false).x
         });
         assert_overflow_is_told(on_x, on_large, on_weight, portable);
     }
@@ -76,7 +77,9 @@ mod tests {
                 let norm = Norm { epsilon: 1e-5, unit_offset };
                 assert_gradients_equal(
                     &[random([tokens, width], 1), random([1, width], 2)],
-                    |inputs| cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), norm).x,
+                    |inputs| {
+                        cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), norm, false).x
+                    },
                     |inputs| portable(inputs[0].clone(), inputs[1].clone(), norm),
                 );
             }

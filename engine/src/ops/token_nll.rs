@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn targets_of_several_chunks_equal_the_portable_form() {
-        assert_forms_equal(None, 3 * cpu::head::MIN_CHUNK_ROWS + 1);
+        assert_forms_equal(None, 5 * cpu::head::MAX_CHUNK_ROWS / 2);
     }
 
     #[test]

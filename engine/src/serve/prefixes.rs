@@ -104,7 +104,7 @@ mod tests {
     /// A cache of one layer.
     fn cache(tokens: usize) -> KeyValueCache {
         let heads = Heads { query: 1, key_value: 1, dim: 2 };
-        let scores = Scores { scale: 1.0, softcap: None, window: None };
+        let scores = Scores { scale: 1.0, softcap: None, window: None, bf16: false };
         let rotary = RotaryTable::from_frequencies(&[1.0], 1.0, 0, tokens);
         let mut layer = None;
         let extension = Extension { rows: 0..tokens, first_position: 0, cache: &mut layer };

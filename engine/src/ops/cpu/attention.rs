@@ -4,6 +4,9 @@
 //! queries `[n, D]`, keys and values `[p + n, D]` where the segment continues a prefix of p tokens,
 //! whose keys and values are copied in front of its own. So a unit's products run on contiguous
 //! memory, and its results are a slice of its own.
+//!
+//! In bf16 all products multiply bf16: q̂, k̂ and v are kept rounded, and so are do, P and dS where
+//! they are multiplied. The softmax and all sums are in f32.
 
 pub(in crate::ops) mod cached;
 mod kernels;
@@ -15,6 +18,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
+use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,15 +26,18 @@ use std::sync::Arc;
 use self::kernels::{
     Block, causal_softmax, causal_softmax_backward, inner_product, rotate, rotate_back,
 };
-use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add};
+use super::bf16::{in_f32, round, rounded_values};
+use super::gemm::{Elements, MatMut, MatRef, Threads, gemm, gemm_add};
 use super::isa::Isa;
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 use crate::batch::Segment;
 use crate::models::rope::RotaryTable;
 use crate::ops::attention::{Heads, Scores};
 
+/// Rows of all heads that one task puts together at least.
+const ROWS_PER_TASK: usize = 16;
 /// Queries whose scores are held at a time; a block skips the keys after its last query.
-const QUERY_BLOCK: usize = 128;
+const QUERY_BLOCK: usize = 64;
 
 pub(in crate::ops) fn attention(
     qkv: Tensor<2>,
@@ -43,12 +50,17 @@ pub(in crate::ops) fn attention(
     let step = Attention.prepare::<NoCheckpointing>([qkv.node()]).compute_bound();
     let qkv = contiguous(qkv.into_primitive());
     let layout = Layout::new(heads, scores, segments, rotary);
-    let mut inputs = layout.split(&qkv);
-    let output = layout.forward(&mut inputs);
+    let inputs = if scores.bf16 {
+        layout.split(&qkv, Values::Bf16)
+    } else {
+        layout.split(&qkv, Values::F32)
+    };
+    let (output, log_sum) = layout.forward(&inputs);
     let output = from_values(output, [dims(&qkv)[0], heads.query_width()]);
     tensor(match step.stateful() {
         OpsKind::Tracked(step) => {
-            let saved = Saved { layout, inputs: Arc::new(inputs), output: output.clone() };
+            let (inputs, log_sum) = (Arc::new(inputs), log_sum.into());
+            let saved = Saved { layout, inputs, log_sum, output: output.clone() };
             step.finish(saved, output)
         }
         OpsKind::UnTracked(step) => step.finish(output),
@@ -62,6 +74,8 @@ struct Attention;
 struct Saved {
     layout: Layout,
     inputs: Arc<Inputs>,
+    /// log Σ exp of each query's scores, `[n]` unit by unit.
+    log_sum: Arc<[f32]>,
     output: FlexTensor,
 }
 
@@ -74,12 +88,10 @@ impl Backward<Flex, 1> for Attention {
         gradients: &mut Gradients,
         _checkpointer: &mut Checkpointer,
     ) {
-        let d_output = contiguous(gradients.consume::<Flex>(&ops.node));
+        let d_output = in_f32(contiguous(gradients.consume::<Flex>(&ops.node)));
         let [Some(parent)] = ops.parents else { return };
-        let Saved { layout, inputs, output } = ops.state;
-        let d_inputs = layout.backward(&inputs, values(&output), values(&d_output));
-        let d_qkv = layout.merge(d_inputs);
-        let shape = [dims(&output)[0], layout.heads.qkv_width()];
+        let shape = [dims(&d_output)[0], ops.state.layout.heads.qkv_width()];
+        let d_qkv = ops.state.layout.merge(ops.state.backward(values(&d_output)));
         gradients.register::<Flex>(parent.id, from_values(d_qkv, shape));
     }
 }
@@ -118,14 +130,62 @@ impl Placed {
     }
 }
 
-/// q̂, k̂ and v, or their gradients, unit by unit.
+/// q̂, k̂ and v, unit by unit.
 #[derive(Debug)]
 struct Inputs {
+    q: Values,
+    k: Values,
+    v: Values,
+}
+
+/// Their gradients.
+struct InputGradients {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    /// log Σ exp of each query's scores, `[n]` unit by unit; empty until they are known.
-    log_sum: Vec<f32>,
+}
+
+/// Numbers as products take them.
+#[derive(Debug)]
+enum Values {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+impl Values {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Some of them, as rows of `width`.
+    fn rows(&self, range: Range<usize>, width: usize) -> MatRef<'_> {
+        let rows = range.len() / width;
+        let elements = match self {
+            Self::F32(values) => Elements::F32(&values[range]),
+            Self::Bf16(values) => Elements::Bf16(&values[range]),
+        };
+        MatRef::of(elements, rows, width)
+    }
+}
+
+/// What [`Values`] are made of.
+trait Number: Clone + Default + Send {
+    fn put(values: &[f32], target: &mut [Self]);
+}
+
+impl Number for f32 {
+    fn put(values: &[f32], target: &mut [f32]) {
+        target.copy_from_slice(values);
+    }
+}
+
+impl Number for bf16 {
+    fn put(values: &[f32], target: &mut [bf16]) {
+        round(Isa::detect(), values, target);
+    }
 }
 
 impl Layout {
@@ -198,61 +258,65 @@ impl Layout {
     }
 
     /// Cuts a buffer with `width` values for each query into units.
-    fn cut_queries<'a>(&self, buffer: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
+    fn cut_queries<'a, T>(&self, buffer: &'a mut [T], width: usize) -> Vec<&'a mut [T]> {
         let lengths = self.units(self.heads.query).map(|(segment, _)| segment.queries() * width);
         cut(buffer, lengths)
     }
 
     /// Cuts a buffer of keys or values into units.
-    fn cut_keys<'a>(&self, buffer: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+    fn cut_keys<'a, T>(&self, buffer: &'a mut [T]) -> Vec<&'a mut [T]> {
         let (count, dim) = (self.heads.key_value, self.heads.dim);
         cut(buffer, self.units(count).map(|(segment, _)| segment.keys() * dim))
     }
 
-    /// Takes rows apart into units, and rotates queries and keys.
-    fn split(&self, qkv: &FlexTensor) -> Inputs {
+    /// Takes rows apart into units, and rotates queries and keys; `kept` says as what they are kept.
+    fn split<T: Number>(&self, qkv: &FlexTensor, kept: fn(Vec<T>) -> Values) -> Inputs {
         let (heads, dim) = (self.heads, self.heads.dim);
         let rows = MatrixRows { values: values(qkv), width: heads.qkv_width() };
-        // One row's values of one head, at the row's position.
-        let take = |token: usize, position: usize, first: usize, rotated: bool, y: &mut [f32]| {
-            let source = rows.part(token, first, dim);
-            if rotated {
-                let (cos, sin) = self.rotary.row(position);
-                rotate(self.isa, source, cos, sin, y);
-            } else {
-                y.copy_from_slice(source);
+        // Some tokens' values of one head, of which the first is at position 0 of `first`.
+        let fill = |unit: &mut [T],
+                    tokens: &mut dyn Iterator<Item = usize>,
+                    (column, first_position): (usize, Option<usize>),
+                    rotated: &mut Vec<f32>| {
+            rotated.resize(dim, 0.0);
+            for (i, (token, y)) in tokens.zip(unit.chunks_exact_mut(dim)).enumerate() {
+                let source = rows.part(token, column, dim);
+                match first_position {
+                    Some(first) => {
+                        let (cos, sin) = self.rotary.row(first + i);
+                        rotate(self.isa, source, cos, sin, rotated);
+                        T::put(rotated, y);
+                    }
+                    None => T::put(source, y),
+                }
             }
         };
-        let mut q = vec![0.0; self.tokens() * heads.query_width()];
+        let mut q = vec![T::default(); self.tokens() * heads.query_width()];
         let units: Vec<_> = self.units(heads.query).zip(self.cut_queries(&mut q, dim)).collect();
-        units.into_par_iter().for_each(|((segment, head), unit)| {
-            for (i, y) in unit.chunks_exact_mut(dim).enumerate() {
-                let (token, position) = (segment.tokens.start + i, segment.prefix_len + i);
-                take(token, position, head * dim, true, y);
-            }
+        units.into_par_iter().for_each_init(Vec::new, |rotated, ((segment, head), unit)| {
+            let mut tokens = segment.tokens.clone();
+            fill(unit, &mut tokens, (head * dim, Some(segment.prefix_len)), rotated);
         });
-        let gather = |first_column: usize, rotated: bool| {
-            let mut buffer = vec![0.0; self.keys() * heads.key_value_width()];
+        let gather = |first_column: usize, first_position: Option<usize>| {
+            let mut buffer = vec![T::default(); self.keys() * heads.key_value_width()];
             let units: Vec<_> =
                 self.units(heads.key_value).zip(self.cut_keys(&mut buffer)).collect();
-            units.into_par_iter().for_each(|((segment, head), unit)| {
+            units.into_par_iter().for_each_init(Vec::new, |rotated, ((segment, head), unit)| {
                 let prefix =
                     segment.prefix.map_or(0..0, |index| self.segments[index].tokens.clone());
-                let tokens = prefix.chain(segment.tokens.clone());
-                for ((position, token), y) in tokens.enumerate().zip(unit.chunks_exact_mut(dim)) {
-                    take(token, position, first_column + head * dim, rotated, y);
-                }
+                let mut tokens = prefix.chain(segment.tokens.clone());
+                fill(unit, &mut tokens, (first_column + head * dim, first_position), rotated);
             });
-            buffer
+            kept(buffer)
         };
-        let k = gather(heads.query_width(), true);
-        let v = gather(heads.query_width() + heads.key_value_width(), false);
-        Inputs { q, k, v, log_sum: Vec::new() }
+        let k = gather(heads.query_width(), Some(0));
+        let v = gather(heads.query_width() + heads.key_value_width(), None);
+        Inputs { q: kept(q), k, v }
     }
 
     /// The inverse of [`Layout::split`] for gradients: those of copied keys and values are added
     /// to the originals'.
-    fn merge(&self, mut inputs: Inputs) -> Vec<f32> {
+    fn merge(&self, mut inputs: InputGradients) -> Vec<f32> {
         self.return_copies(&mut inputs.k);
         self.return_copies(&mut inputs.v);
         let (heads, dim) = (self.heads, self.heads.dim);
@@ -260,7 +324,8 @@ impl Layout {
         let mut rows = vec![0.0; self.tokens() * width];
         let by_segment = cut(&mut rows, self.segments.iter().map(|s| s.queries() * width));
         self.segments.par_iter().zip(by_segment).for_each(|(segment, rows)| {
-            rows.par_chunks_exact_mut(width).enumerate().for_each(|(i, row)| {
+            let rows = rows.par_chunks_exact_mut(width).with_min_len(ROWS_PER_TASK);
+            rows.enumerate().for_each(|(i, row)| {
                 let position = segment.prefix_len + i;
                 let (cos, sin) = self.rotary.row(position);
                 let (q_row, rest) = row.split_at_mut(heads.query_width());
@@ -298,8 +363,8 @@ impl Layout {
         }
     }
 
-    /// o, as rows `[tokens, H·D]`; fills `log_sum`.
-    fn forward(&self, inputs: &mut Inputs) -> Vec<f32> {
+    /// o, as rows `[tokens, H·D]`, and log Σ exp of each query's scores, `[n]` unit by unit.
+    fn forward(&self, inputs: &Inputs) -> (Vec<f32>, Vec<f32>) {
         let (heads, dim) = (self.heads, self.heads.dim);
         let mut log_sum = vec![0.0; self.tokens() * heads.query];
         let mut by_unit = vec![0.0; self.tokens() * heads.query_width()];
@@ -308,7 +373,9 @@ impl Layout {
             .zip(self.cut_queries(&mut by_unit, dim))
             .zip(self.cut_queries(&mut log_sum, 1))
             .collect();
-        units.into_par_iter().for_each_init(Vec::new, |scores, (((segment, head), o), log_sum)| {
+        let scratch = <(Vec<f32>, Vec<bf16>)>::default;
+        units.into_par_iter().for_each_init(scratch, |scratch, (((segment, head), o), log_sum)| {
+            let (scores, rounded) = scratch;
             let (q, k, v) = self.unit_inputs(inputs, segment, head);
             scores.resize(self.block_scores(segment), 0.0);
             let blocks = o.chunks_mut(QUERY_BLOCK * dim).zip(log_sum.chunks_mut(QUERY_BLOCK));
@@ -321,26 +388,28 @@ impl Layout {
                 let q = q.rows(first..first + queries);
                 gemm(target, 1.0, q, k.rows(seen.clone()).t(), Threads::One);
                 causal_softmax(self.isa, block, scores, log_sum);
-                let p = MatRef::new(scores, queries, keys);
+                let p = factor(self.isa, self.scores.bf16, scores, keys, rounded);
                 gemm(MatMut::new(o, queries, dim), 1.0, p, v.rows(seen), Threads::One);
             }
         });
-        inputs.log_sum = log_sum;
-        self.join_heads(&by_unit)
+        (self.join_heads(&by_unit), log_sum)
     }
 
     /// Units of query heads to rows.
     fn join_heads(&self, by_unit: &[f32]) -> Vec<f32> {
-        let (count, dim) = (self.heads.query, self.heads.dim);
-        let mut rows = Vec::with_capacity(by_unit.len());
-        for segment in self.segments.iter() {
-            for i in 0..segment.queries() {
-                for head in 0..count {
-                    let start = self.query_unit(segment, head, dim).start + i * dim;
-                    rows.extend_from_slice(&by_unit[start..start + dim]);
-                }
-            }
-        }
+        let (width, dim) = (self.heads.query_width(), self.heads.dim);
+        let mut rows = vec![0.0; by_unit.len()];
+        let by_segment = cut(&mut rows, self.segments.iter().map(|s| s.queries() * width));
+        self.segments.par_iter().zip(by_segment).for_each(|(segment, rows)| {
+            rows.par_chunks_exact_mut(width).with_min_len(ROWS_PER_TASK).enumerate().for_each(
+                |(i, row)| {
+                    for (head, target) in row.chunks_exact_mut(dim).enumerate() {
+                        let start = self.query_unit(segment, head, dim).start + i * dim;
+                        target.copy_from_slice(&by_unit[start..start + dim]);
+                    }
+                },
+            );
+        });
         rows
     }
 
@@ -354,33 +423,39 @@ impl Layout {
         let dim = self.heads.dim;
         let own = self.query_unit(segment, head, dim);
         let shared = self.key_unit(segment, head / self.heads.group());
-        (
-            MatRef::new(&inputs.q[own], segment.queries(), dim),
-            MatRef::new(&inputs.k[shared.clone()], segment.keys(), dim),
-            MatRef::new(&inputs.v[shared], segment.keys(), dim),
-        )
+        (inputs.q.rows(own, dim), inputs.k.rows(shared.clone(), dim), inputs.v.rows(shared, dim))
     }
+}
 
-    /// The gradients of q̂, k̂ and v, from o and do as rows.
-    fn backward(&self, inputs: &Inputs, output: &[f32], d_output: &[f32]) -> Inputs {
-        let (heads, dim) = (self.heads, self.heads.dim);
+impl Saved {
+    /// The gradients of q̂, k̂ and v, from do as rows.
+    fn backward(&self, d_output: &[f32]) -> InputGradients {
+        let Self { layout, inputs, .. } = self;
+        let (heads, dim) = (layout.heads, layout.heads.dim);
+        let rounded = match inputs.q {
+            Values::F32(_) => None,
+            Values::Bf16(_) => Some(rounded_values(d_output)),
+        };
+        let factor = rounded.as_deref().map_or(Elements::F32(d_output), Elements::Bf16);
+        let factor = MatRef::of(factor, layout.tokens(), heads.query_width());
         let mut dq = vec![0.0; inputs.q.len()];
-        let units: Vec<_> = self.units(heads.query).zip(self.cut_queries(&mut dq, dim)).collect();
+        let units: Vec<_> =
+            layout.units(heads.query).zip(layout.cut_queries(&mut dq, dim)).collect();
         // Each query head has its own share of dk and dv; the shares of a group are then added in
         // the order of its heads.
         let shares: Vec<(Vec<f32>, Vec<f32>)> = units
             .into_par_iter()
             .map_init(Scratch::default, |scratch, ((segment, head), dq)| {
-                let unit = UnitBackward { layout: self, inputs, output, d_output, segment, head };
+                let unit = UnitBackward { saved: self, d_output, factor, segment, head };
                 unit.run(scratch, dq)
             })
             .collect();
         let mut dk = vec![0.0; inputs.k.len()];
         let mut dv = vec![0.0; inputs.v.len()];
-        let groups: Vec<_> = self
+        let groups: Vec<_> = layout
             .cut_keys(&mut dk)
             .into_iter()
-            .zip(self.cut_keys(&mut dv))
+            .zip(layout.cut_keys(&mut dv))
             .zip(shares.chunks(heads.group()))
             .collect();
         groups.into_par_iter().for_each(|((dk, dv), shares)| {
@@ -389,7 +464,7 @@ impl Layout {
                 dv.iter_mut().zip(dv_share).for_each(|(sum, value)| *sum += value);
             }
         });
-        Inputs { q: dq, k: dk, v: dv, log_sum: Vec::new() }
+        InputGradients { q: dq, k: dk, v: dv }
     }
 }
 
@@ -398,15 +473,17 @@ impl Layout {
 struct Scratch {
     scores: Vec<f32>,
     d_scores: Vec<f32>,
+    rounded: Vec<bf16>,
+    d_rounded: Vec<bf16>,
     inner: Vec<f32>,
 }
 
 /// The backward pass of one query head of one segment.
 struct UnitBackward<'a> {
-    layout: &'a Layout,
-    inputs: &'a Inputs,
-    output: &'a [f32],
+    saved: &'a Saved,
     d_output: &'a [f32],
+    /// The same as products multiply it.
+    factor: MatRef<'a>,
     segment: &'a Placed,
     head: usize,
 }
@@ -414,18 +491,17 @@ struct UnitBackward<'a> {
 impl UnitBackward<'_> {
     /// Writes dq̂; returns this head's shares of dk̂ and dv.
     fn run(&self, scratch: &mut Scratch, dq: &mut [f32]) -> (Vec<f32>, Vec<f32>) {
-        let Layout { isa, heads, .. } = *self.layout;
+        let Saved { layout, inputs, log_sum, output } = self.saved;
+        let Layout { isa, heads, .. } = *layout;
         let dim = heads.dim;
-        let (q, k, v) = self.layout.unit_inputs(self.inputs, self.segment, self.head);
-        let log_sum = &self.inputs.log_sum[self.layout.query_unit(self.segment, self.head, 1)];
+        let (q, k, v) = layout.unit_inputs(inputs, self.segment, self.head);
+        let log_sum = &log_sum[layout.query_unit(self.segment, self.head, 1)];
         let columns = self.head * dim..(self.head + 1) * dim;
-        let d_output = MatRef::new(self.d_output, self.layout.tokens(), heads.query_width())
-            .rows(self.segment.tokens.clone())
-            .columns(columns.clone());
+        let d_output = self.factor.rows(self.segment.tokens.clone()).columns(columns.clone());
 
         let width = heads.query_width();
         let (o_rows, do_rows) = (
-            MatrixRows { values: self.output, width },
+            MatrixRows { values: values(output), width },
             MatrixRows { values: self.d_output, width },
         );
         scratch.inner.clear();
@@ -436,7 +512,7 @@ impl UnitBackward<'_> {
                 o_rows.part(token, columns.start, dim),
             )
         }));
-        let block_size = self.layout.block_scores(self.segment);
+        let block_size = layout.block_scores(self.segment);
         scratch.scores.resize(block_size, 0.0);
         scratch.d_scores.resize(block_size, 0.0);
 
@@ -445,7 +521,7 @@ impl UnitBackward<'_> {
         for (block, dq) in dq.chunks_mut(QUERY_BLOCK * dim).enumerate() {
             let (first, queries) = (block * QUERY_BLOCK, dq.len() / dim);
             let rows = first..first + queries;
-            let (block, seen) = self.layout.block(self.segment, rows.clone());
+            let (block, seen) = layout.block(self.segment, rows.clone());
             let keys = block.keys;
             let scores = &mut scratch.scores[..queries * keys];
             let d_scores = &mut scratch.d_scores[..queries * keys];
@@ -455,8 +531,8 @@ impl UnitBackward<'_> {
             gemm(MatMut::new(d_scores, queries, keys), 1.0, d_output, v.t(), Threads::One);
             let (log_sum, inner) = (&log_sum[rows.clone()], &scratch.inner[rows]);
             causal_softmax_backward(isa, block, scores, d_scores, log_sum, inner);
-            let p = MatRef::new(scores, queries, keys);
-            let ds = MatRef::new(d_scores, queries, keys);
+            let p = factor(isa, layout.scores.bf16, scores, keys, &mut scratch.rounded);
+            let ds = factor(isa, layout.scores.bf16, d_scores, keys, &mut scratch.d_rounded);
             gemm(MatMut::new(dq, queries, dim), 1.0, ds, k, Threads::One);
             let dk = MatMut::new(&mut dk[seen.start * dim..seen.end * dim], keys, dim);
             gemm_add(dk, 1.0, ds.t(), q, Threads::One);
@@ -467,8 +543,26 @@ impl UnitBackward<'_> {
     }
 }
 
+/// Rows of `width` as products multiply them; `scratch` holds them where these multiply bf16.
+fn factor<'a>(
+    isa: Isa,
+    bf16: bool,
+    values: &'a [f32],
+    width: usize,
+    scratch: &'a mut Vec<bf16>,
+) -> MatRef<'a> {
+    let elements = if bf16 {
+        scratch.resize(values.len(), bf16::ZERO);
+        round(isa, values, scratch);
+        Elements::Bf16(scratch)
+    } else {
+        Elements::F32(values)
+    };
+    MatRef::of(elements, values.len() / width, width)
+}
+
 /// Cuts a buffer into consecutive parts of these lengths.
-fn cut(buffer: &mut [f32], lengths: impl Iterator<Item = usize>) -> Vec<&mut [f32]> {
+fn cut<T>(buffer: &mut [T], lengths: impl Iterator<Item = usize>) -> Vec<&mut [T]> {
     let mut rest = buffer;
     lengths.map(|length| rest.split_off_mut(..length).expect("a part")).collect()
 }

@@ -8,6 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use super::bf16::in_f32;
 use super::isa::{Isa, simd_kernels};
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 
@@ -65,7 +66,7 @@ impl Backward<Flex, 2> for AddBias {
         _checkpointer: &mut Checkpointer,
     ) {
         let isa = Isa::detect();
-        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let dy = in_f32(contiguous(gradients.consume::<Flex>(&ops.node)));
         let [x_node, bias_node] = ops.parents;
         let [_, width] = dims(&dy);
         if let Some(parent) = bias_node {

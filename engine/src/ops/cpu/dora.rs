@@ -10,7 +10,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-use super::bf16::rounded;
+use super::bf16::{in_bf16, in_f32};
 use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
 use super::linear::{Branch, base_product, drop_elements, dropped, like};
 use super::step::{Node, absent, contiguous, dims, from_values, matrix, tensor, values};
@@ -51,7 +51,7 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
 
     let [x, a, b, magnitude] = [x, a, b, magnitude].map(|input| contiguous(input.into_primitive()));
     // As in plain LoRA: beside a weight in bf16, the input is rounded once.
-    let x = if rounds { rounded(&x) } else { x };
+    let x = if rounds { in_bf16(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));
     let ([tokens, _], [outputs, _]) = (dims(&x), weight.dims());
     let mut branch = Branch::new(a, b, scale, parts);
@@ -75,7 +75,7 @@ pub(super) fn linear(inputs: Inputs, scale: f32, parts: Arc<[LowRankPart]>) -> T
             .map_or_else(|| vec![0.0; tokens * outputs], |residual| values(&residual).to_vec());
         (y, base_product(&x, &weight, None))
     };
-    branch.forward(&x, &mut u, outputs);
+    branch.add_to(&x, &mut u, outputs);
     y.par_chunks_mut(outputs).zip(u.par_chunks(outputs)).for_each(|(y, u)| {
         for ((y, u), gain) in y.iter_mut().zip(u).zip(&gains) {
             *y += gain * u;
@@ -124,7 +124,7 @@ impl Backward<Flex, 6> for WeightDecomposed {
         gradients: &mut Gradients,
         _checkpointer: &mut Checkpointer,
     ) {
-        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let dy = in_f32(contiguous(gradients.consume::<Flex>(&ops.node)));
         let [x_node, weight_node, residual_node, a_node, b_node, magnitude_node] = ops.parents;
         let saved = ops.state;
         let Saved { x, weight, branch, magnitude, .. } = &saved;

@@ -5,15 +5,17 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
+use half::bf16;
 
 use super::again::Again;
-use super::bf16::{rounded, widened_part};
+use super::bf16::{in_f32, round, widen};
 use super::isa::{Isa, simd_kernels};
 use super::math::{exp, tanh};
-use super::step::{contiguous, dims, from_values, node, tensor, values};
+use super::step::{
+    both_filled, contiguous, dims, filled, from_bf16, from_values, node, tensor, values,
+};
 use crate::models::config::Activation;
 use crate::ops::gated_activation::{GELU_CUBIC, GELU_SCALE};
 use crate::ops::linear::Input;
@@ -80,17 +82,21 @@ fn forward_row(isa: Isa, activation: Activation, gate: &[f32], up: &[f32], y: &m
 pub(in crate::ops) fn gated_activation(
     gate_up: Tensor<2>,
     activation: Activation,
-    keep_bf16: bool,
+    bf16: bool,
 ) -> Input {
     let isa = Isa::detect();
     let gate_up = node(gate_up);
     let step = GatedActivation.prepare::<NoCheckpointing>([gate_up.node()]).compute_bound();
     let gate_up = contiguous(gate_up.into_primitive());
+    if bf16 {
+        let (y, kept) = activated_bf16(isa, &gate_up, activation);
+        return match step.stateful() {
+            OpsKind::Tracked(step) => tensor(step.finish((kept, activation), y)).into(),
+            OpsKind::UnTracked(step) => tensor(step.finish(y)).into(),
+        };
+    }
     let y = activated(isa, &gate_up, activation);
     match step.stateful() {
-        OpsKind::Tracked(step) if keep_bf16 => {
-            tensor(step.finish((rounded(&gate_up), activation), y)).into()
-        }
         OpsKind::Tracked(step) => {
             let kept = gate_up.clone();
             let again = Again::new(move || activated(isa, &kept, activation));
@@ -104,16 +110,43 @@ pub(in crate::ops) fn gated_activation(
 fn activated(isa: Isa, gate_up: &FlexTensor, activation: Activation) -> FlexTensor {
     let [rows, doubled] = dims(gate_up);
     let width = doubled / 2;
-    let mut y = vec![0.0; rows * width];
-    y.par_chunks_mut(BLOCK_ROWS * width)
-        .zip(values(gate_up).par_chunks(BLOCK_ROWS * doubled))
-        .for_each(|(y, gate_up)| {
-            for (y, gate_up) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(doubled)) {
-                let (gate, up) = gate_up.split_at(width);
-                forward_row(isa, activation, gate, up, y);
-            }
-        });
+    let y = filled(rows * width, BLOCK_ROWS * width, |block, y: &mut [f32]| {
+        let gate_up = &values(gate_up)[block * BLOCK_ROWS * doubled..][..2 * y.len()];
+        for (y, gate_up) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(doubled)) {
+            let (gate, up) = gate_up.split_at(width);
+            forward_row(isa, activation, gate, up, y);
+        }
+    });
     from_values(y, [rows, width])
+}
+
+/// y, and gate and up, rounded to bf16.
+fn activated_bf16(
+    isa: Isa,
+    gate_up: &FlexTensor,
+    activation: Activation,
+) -> (FlexTensor, FlexTensor) {
+    let [rows, doubled] = dims(gate_up);
+    let width = doubled / 2;
+    let [y, kept] = both_filled(
+        [rows * width, rows * doubled],
+        [BLOCK_ROWS * width, BLOCK_ROWS * doubled],
+        |block, y: &mut [bf16], kept: &mut [bf16]| {
+            let gate_up = &values(gate_up)[block * BLOCK_ROWS * doubled..][..kept.len()];
+            let mut exact = vec![0.0; width];
+            for ((y, kept), gate_up) in y
+                .chunks_exact_mut(width)
+                .zip(kept.chunks_exact_mut(doubled))
+                .zip(gate_up.chunks_exact(doubled))
+            {
+                let (gate, up) = gate_up.split_at(width);
+                forward_row(isa, activation, gate, up, &mut exact);
+                round(isa, &exact, y);
+                round(isa, gate_up, kept);
+            }
+        },
+    );
+    (from_bf16(y, [rows, width]), from_bf16(kept, [rows, doubled]))
 }
 
 #[derive(Debug)]
@@ -130,7 +163,7 @@ impl Backward<Flex, 1> for GatedActivation {
         _checkpointer: &mut Checkpointer,
     ) {
         let isa = Isa::detect();
-        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let dy = in_f32(contiguous(gradients.consume::<Flex>(&ops.node)));
         let [Some(parent)] = ops.parents else { return };
         let (gate_up, activation) = ops.state;
         let backward_row = match activation {
@@ -139,25 +172,35 @@ impl Backward<Flex, 1> for GatedActivation {
         };
         let [rows, doubled] = dims(&gate_up);
         let width = doubled / 2;
-        let mut d_gate_up = vec![0.0; rows * doubled];
-        d_gate_up
-            .par_chunks_mut(BLOCK_ROWS * doubled)
-            .zip(values(&dy).par_chunks(BLOCK_ROWS * width))
-            .enumerate()
-            .for_each_init(Vec::new, |scratch, (block, (d_gate_up, dy))| {
-                let start = block * BLOCK_ROWS * doubled;
-                let gate_up = widened_part(&gate_up, start..start + d_gate_up.len(), scratch);
-                let rows = d_gate_up
-                    .chunks_exact_mut(doubled)
-                    .zip(gate_up.chunks_exact(doubled))
-                    .zip(dy.chunks_exact(width));
-                for ((d_gate_up, gate_up), dy) in rows {
-                    let (gate, up) = gate_up.split_at(width);
-                    let (dg, du) = d_gate_up.split_at_mut(width);
-                    backward_row(isa, dy, gate, up, dg, du);
+        let row_gradient = |row: usize, gate_up: &[f32], d_gate_up: &mut [f32]| {
+            let (gate, up) = gate_up.split_at(width);
+            let (dg, du) = d_gate_up.split_at_mut(width);
+            backward_row(isa, &values(&dy)[row * width..][..width], gate, up, dg, du);
+        };
+        let (length, block) = (rows * doubled, BLOCK_ROWS * doubled);
+        // What is kept in bf16 has a gradient in bf16, as the product before it multiplies it.
+        let d_gate_up = if gate_up.dtype() == DType::BF16 {
+            let gate_up = gate_up.as_slice::<bf16>().expect("a contiguous bf16 tensor");
+            let gradient = filled(length, block, |number, d_gate_up: &mut [bf16]| {
+                let (mut wide, mut exact) = (vec![0.0; doubled], vec![0.0; doubled]);
+                for (i, d_gate_up) in d_gate_up.chunks_exact_mut(doubled).enumerate() {
+                    let row = number * BLOCK_ROWS + i;
+                    widen(isa, &gate_up[row * doubled..][..doubled], &mut wide);
+                    row_gradient(row, &wide, &mut exact);
+                    round(isa, &exact, d_gate_up);
                 }
             });
-        gradients.register::<Flex>(parent.id, from_values(d_gate_up, [rows, doubled]));
+            from_bf16(gradient, [rows, doubled])
+        } else {
+            let gradient = filled(length, block, |number, d_gate_up: &mut [f32]| {
+                for (i, d_gate_up) in d_gate_up.chunks_exact_mut(doubled).enumerate() {
+                    let row = number * BLOCK_ROWS + i;
+                    row_gradient(row, &values(&gate_up)[row * doubled..][..doubled], d_gate_up);
+                }
+            });
+            from_values(gradient, [rows, doubled])
+        };
+        gradients.register::<Flex>(parent.id, d_gate_up);
     }
 }
 

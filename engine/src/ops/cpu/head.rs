@@ -20,9 +20,9 @@ use crate::ops::head::HeadLoss;
 /// Logits that are held at a time: 64 MiB of them.
 const CHUNK_LOGITS: usize = 1 << 24;
 /// Rows that a chunk has at least, as a product of few rows is slow.
-pub(in crate::ops) const MIN_CHUNK_ROWS: usize = 64;
-/// Rows that a chunk has at most: beyond this a product gets no faster.
-const MAX_CHUNK_ROWS: usize = 256;
+const MIN_CHUNK_ROWS: usize = 64;
+/// Rows of a usual chunk at most: with more, a product gets hardly faster.
+pub(in crate::ops) const MAX_CHUNK_ROWS: usize = 256;
 /// Exponentials that are summed in f32 before they go into the f64 sum.
 const SUM_BLOCK: usize = 512;
 
@@ -106,9 +106,12 @@ pub(super) fn row_loss(
     row
 }
 
-/// Rows of logits that are held at a time.
-fn chunk_rows(vocabulary: usize) -> usize {
-    (CHUNK_LOGITS / vocabulary).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS)
+/// Rows of logits that are held at a time. Chunks are of one size, within a half of the usual one: a
+/// last one of few rows would cost nearly as much as a whole one, as the head is packed for each.
+fn chunk_rows(targets: usize, vocabulary: usize) -> usize {
+    let usual = (CHUNK_LOGITS / vocabulary).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS);
+    let count = ((targets + usual / 2) / usual).max(1);
+    targets.div_ceil(count).max(1)
 }
 
 /// A chunk of targets with their logits' gradients.
@@ -138,7 +141,7 @@ pub(super) fn for_each_chunk(
     let ([_, width], [vocabulary, _]) = (dims(hidden), dims(weight));
     let rounds = weight.dtype() == DType::BF16;
     let weight = matrix(weight);
-    let chunk_rows = chunk_rows(vocabulary);
+    let chunk_rows = chunk_rows(targets.len(), vocabulary);
     let mut logits = vec![0.0; chunk_rows.min(targets.len()) * vocabulary];
     for (index, chunk) in targets.chunks(chunk_rows).enumerate() {
         let mut rows = Vec::with_capacity(chunk.len() * width);
@@ -314,6 +317,15 @@ mod tests {
             multiply(isa, &mut capped, &slopes);
             assert!((capped[5] - 30.0 * (logits[5] / 30.0).tanh() * slopes[5]).abs() < 1e-4);
         }
+    }
+
+    #[test]
+    fn chunks_are_even_and_none_is_small_beside_others() {
+        let rows = |targets| chunk_rows(targets, 49_152);
+        assert_eq!([1, 255, 256, 269, 383].map(rows), [1, 255, 256, 269, 383]);
+        assert_eq!([384, 568, 639, 640, 1024].map(rows), [192, 284, 320, 214, 256]);
+        assert_eq!([64, 95, 96].map(|targets| chunk_rows(targets, 1 << 20)), [64, 95, 48]);
+        assert_eq!(rows(0), 1);
     }
 
     #[test]

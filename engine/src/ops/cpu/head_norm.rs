@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::bf16::in_f32;
 use super::isa::Isa;
 use super::rms_norm::{backward_rows, factor, forward_rows, weight_gradient};
 use super::step::{contiguous, dims, from_values, node, tensor, values};
@@ -103,7 +104,7 @@ impl Backward<Flex, 3> for HeadNorm {
         _checkpointer: &mut Checkpointer,
     ) {
         let isa = Isa::detect();
-        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let dy = in_f32(contiguous(gradients.consume::<Flex>(&ops.node)));
         let [qkv_node, query_node, key_node] = ops.parents;
         let Saved { qkv, weights, inverse_root, heads } = ops.state;
         let (parts, roots) = (Parts::new(heads), heads.query + heads.key_value);

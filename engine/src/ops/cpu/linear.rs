@@ -12,9 +12,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::again::Again;
-use super::bf16::{rounded, widened_values};
+use super::bf16::{in_bf16, in_f32, widened_values};
 use super::dora::{self, Inputs};
-use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_plus};
+use super::gemm::{MatMut, MatRef, Threads, gemm, gemm_add, product, product_of_two, product_plus};
 use super::step::{absent, contiguous, dims, from_values, matrix, node, tensor, values};
 use super::weight::Stored;
 use crate::ops::bf16::is_bf16;
@@ -60,16 +60,19 @@ pub(in crate::ops) fn linear(
 
     let x = contiguous(x.into_primitive());
     // Beside a weight in bf16, the input is rounded once, for the backward pass too.
-    let x = if rounds { rounded(&x) } else { x };
+    let x = if rounds { in_bf16(&x) } else { x };
     let residual = residual.map(|residual| contiguous(residual.into_primitive()));
     let ([tokens, _], [outputs, _]) = (dims(&x), weight.dims());
-    let mut y = base_product(&x, &weight, residual.as_ref());
-    let branch = branch.map(|(scale, parts)| {
-        let (a, b) = (contiguous(a.into_primitive()), contiguous(b.into_primitive()));
-        let mut branch = Branch::new(a, b, scale, parts);
-        branch.forward(&x, &mut y, outputs);
-        branch
-    });
+    let residual = residual.as_ref();
+    let (y, branch) = match branch {
+        Some((scale, parts)) => {
+            let (a, b) = (contiguous(a.into_primitive()), contiguous(b.into_primitive()));
+            let mut branch = Branch::new(a, b, scale, parts);
+            let y = branch.forward(&x, &weight, residual);
+            (y, Some(branch))
+        }
+        None => (base_product(&x, &weight, residual), None),
+    };
     let y = from_values(y, [tokens, outputs]);
     tensor(match step.stateful() {
         OpsKind::Tracked(step) => {
@@ -125,7 +128,7 @@ impl Operand {
     fn values(self, rounds: bool) -> Option<FlexTensor> {
         match self {
             Self::Kept(x) => Some(x),
-            Self::Again(again) if rounds => Some(rounded(&again.compute())),
+            Self::Again(again) if rounds => Some(in_bf16(&again.compute())),
             Self::Again(again) => Some(again.compute()),
             Self::NotNeeded => None,
         }
@@ -139,7 +142,7 @@ pub(super) struct Branch {
     pub(super) b: FlexTensor,
     pub(super) scale: f32,
     parts: Arc<[LowRankPart]>,
-    /// The zᵢ side by side, `[tokens, parts · r]`.
+    /// The s·zᵢ side by side, `[tokens, parts · r]`.
     z: Arc<[f32]>,
 }
 
@@ -155,7 +158,9 @@ impl Backward<Flex, 5> for Linear {
         let dy = contiguous(gradients.consume::<Flex>(&ops.node));
         let [x_node, weight_node, residual_node, a_node, b_node] = ops.parents;
         let Saved { x, shape, rounds, weight, branch } = ops.state;
-        let dy_view = matrix(&dy);
+        // Beside a weight in bf16, the gradient is rounded once, for all products.
+        let rounded_dy = rounds.then(|| in_bf16(&dy));
+        let dy_view = matrix(rounded_dy.as_ref().unwrap_or(&dy));
         let needed = a_node.is_some() || weight_node.is_some();
         let x = needed.then(|| x.values(rounds)).flatten();
 
@@ -177,18 +182,14 @@ impl Backward<Flex, 5> for Linear {
         }
         drop(x);
         if let Some(parent) = x_node {
-            let mut dx = if rounds {
-                product(1.0, matrix(&rounded(&dy)), weight.view(), Threads::Shared)
-            } else {
-                product(1.0, dy_view, weight.view(), Threads::Shared)
+            let dx = match &dz {
+                Some((branch, dz)) => branch.x_gradient(dz, dy_view, &weight, shape),
+                None => product(1.0, dy_view, weight.view(), Threads::Shared),
             };
-            if let Some((branch, dz)) = &dz {
-                branch.add_x_gradient(dz, &mut dx, shape);
-            }
             gradients.register::<Flex>(parent.id, from_values(dx, shape));
         }
         if let Some(parent) = residual_node {
-            gradients.register::<Flex>(parent.id, dy);
+            gradients.register::<Flex>(parent.id, in_f32(dy));
         }
     }
 }
@@ -216,29 +217,71 @@ impl Branch {
         self.parts.iter().any(|part| part.dropout.is_some())
     }
 
-    /// Computes z, and adds s·zᵢ·Bᵢᵀ to the outputs of each part.
-    pub(super) fn forward(&mut self, x: &FlexTensor, y: &mut [f32], outputs: usize) {
+    /// residual + x·Wᵀ, and s·zᵢ·Bᵢᵀ at the outputs of each part; keeps s·z.
+    fn forward(
+        &mut self,
+        x: &FlexTensor,
+        weight: &Stored,
+        residual: Option<&FlexTensor>,
+    ) -> Vec<f32> {
+        let ([tokens, _], [outputs, _]) = (dims(x), weight.dims());
+        self.z = self.inner(x).into();
+        let spread = self.spread_b(outputs);
+        let z = MatRef::new(&self.z, tokens, dims(&self.a)[0]);
+        let b = spread.as_deref().map_or_else(
+            || matrix(&self.b),
+            |spread| MatRef::new(spread, outputs, dims(&self.a)[0]),
+        );
+        let base = residual.map(values);
+        product_of_two(base, [matrix(x), weight.view().t()], [z, b.t()], Threads::Shared)
+    }
+
+    /// Keeps s·z, and adds s·zᵢ·Bᵢᵀ to the outputs of each part.
+    pub(super) fn add_to(&mut self, x: &FlexTensor, y: &mut [f32], outputs: usize) {
         let [tokens, _] = dims(x);
-        let z_width = dims(&self.a)[0];
-        let z = if self.has_dropout() {
-            let mut z = vec![0.0; tokens * z_width];
-            for (part, z_columns, _) in self.parts() {
-                let dropped = dropped(x, part.dropout);
-                let a = matrix(&self.a).rows(z_columns.clone());
-                let target = MatMut::new(&mut z, tokens, z_width).columns(z_columns);
-                gemm(target, 1.0, like(&dropped, x), a.t(), Threads::Shared);
-            }
-            z
-        } else {
-            product(1.0, matrix(x), matrix(&self.a).t(), Threads::Shared)
-        };
-        let z_view = MatRef::new(&z, tokens, z_width);
+        self.z = self.inner(x).into();
+        let z = MatRef::new(&self.z, tokens, dims(&self.a)[0]);
         for (part, z_columns, b_rows) in self.parts() {
             let target = MatMut::new(y, tokens, outputs).columns(part.outputs.clone());
             let b = matrix(&self.b).rows(b_rows);
-            gemm_add(target, self.scale, z_view.columns(z_columns), b.t(), Threads::Shared);
+            gemm_add(target, 1.0, z.columns(z_columns), b.t(), Threads::Shared);
         }
-        self.z = z.into();
+    }
+
+    /// The s·zᵢ side by side.
+    fn inner(&self, x: &FlexTensor) -> Vec<f32> {
+        let [tokens, _] = dims(x);
+        let z_width = dims(&self.a)[0];
+        if !self.has_dropout() {
+            return product(self.scale, matrix(x), matrix(&self.a).t(), Threads::Shared);
+        }
+        let mut z = vec![0.0; tokens * z_width];
+        for (part, z_columns, _) in self.parts() {
+            let dropped = dropped(x, part.dropout);
+            let a = matrix(&self.a).rows(z_columns.clone());
+            let target = MatMut::new(&mut z, tokens, z_width).columns(z_columns);
+            gemm(target, self.scale, like(&dropped, x), a.t(), Threads::Shared);
+        }
+        z
+    }
+
+    /// B as it is multiplied by all of z, `[out, parts · r]`: each Bᵢ at its own rows and columns,
+    /// and 0 elsewhere. None where that is B itself.
+    fn spread_b(&self, outputs: usize) -> Option<Vec<f32>> {
+        let [b_rows, rank] = dims(&self.b);
+        let z_width = dims(&self.a)[0];
+        if z_width == rank && b_rows == outputs {
+            return None;
+        }
+        let b = values(&self.b);
+        let mut spread = vec![0.0; outputs * z_width];
+        for (part, z_columns, b_rows) in self.parts() {
+            for (output, b_row) in part.outputs.clone().zip(b_rows) {
+                spread[output * z_width..][z_columns.clone()]
+                    .copy_from_slice(&b[b_row * rank..][..rank]);
+            }
+        }
+        Some(spread)
     }
 
     /// dB, part below part.
@@ -248,7 +291,7 @@ impl Branch {
         let mut db = Vec::with_capacity(self.rank() * dims(&self.b)[0]);
         for (part, z_columns, _) in self.parts() {
             let dy = dy.columns(part.outputs.clone());
-            db.extend(product(self.scale, dy.t(), z.columns(z_columns), Threads::Shared));
+            db.extend(product(1.0, dy.t(), z.columns(z_columns), Threads::Shared));
         }
         db
     }
@@ -280,6 +323,23 @@ impl Branch {
             da.extend(product(1.0, dz.t(), like(&dropped, x), Threads::Shared));
         }
         da
+    }
+
+    /// dx.
+    fn x_gradient(
+        &self,
+        dz: &[f32],
+        dy: MatRef<'_>,
+        weight: &Stored,
+        shape: [usize; 2],
+    ) -> Vec<f32> {
+        if self.has_dropout() {
+            let mut dx = product(1.0, dy, weight.view(), Threads::Shared);
+            self.add_x_gradient(dz, &mut dx, shape);
+            return dx;
+        }
+        let dz = MatRef::new(dz, shape[0], dims(&self.a)[0]);
+        product_of_two(None, [dy, weight.view()], [dz, matrix(&self.a)], Threads::Shared)
     }
 
     /// Adds Σᵢ dropᵢ∘(dzᵢ·Aᵢ) to dx.

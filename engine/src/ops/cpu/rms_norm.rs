@@ -7,13 +7,15 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
+use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
 use super::again::Again;
-use super::isa::{Isa, simd_kernels};
+use super::bf16::{in_f32, round};
+use super::isa::{Isa, MulAdd, simd_kernels};
 use super::math::dot;
-use super::step::{contiguous, dims, from_values, node, tensor, values};
+use super::step::{contiguous, dims, filled, from_bf16, from_values, node, tensor, values};
 use crate::ops::linear::Input;
 use crate::ops::rms_norm::Norm;
 
@@ -26,12 +28,19 @@ simd_kernels! {
         let width = weight.len();
         let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
         for ((x, y), inverse_root) in rows {
-            let mean = dot::<M>(x, x) / width as f32 + epsilon;
-            let rho = 1.0 / mean.sqrt() + 0.0 * mean;
+            let rho = inverse_root_of::<M>(x, epsilon);
             *inverse_root = rho;
             for i in 0..width {
                 y[i] = x[i] * rho * weight[i];
             }
+        }
+    }
+
+    /// Writes ρ of some rows.
+    fn inverse_roots(x: &[f32], epsilon: f32, inverse_root: &mut [f32]) {
+        let width = x.len() / inverse_root.len();
+        for (x, inverse_root) in x.chunks_exact(width).zip(inverse_root) {
+            *inverse_root = inverse_root_of::<M>(x, epsilon);
         }
     }
 
@@ -73,6 +82,13 @@ simd_kernels! {
     }
 }
 
+/// ρ of a row.
+#[inline(always)]
+fn inverse_root_of<M: MulAdd>(x: &[f32], epsilon: f32) -> f32 {
+    let mean = dot::<M>(x, x) / x.len() as f32 + epsilon;
+    1.0 / mean.sqrt() + 0.0 * mean
+}
+
 /// ŵ: what x·ρ is multiplied by.
 pub(super) fn factor(weight: FlexTensor, norm: Norm) -> FlexTensor {
     let weight = contiguous(weight);
@@ -83,23 +99,16 @@ pub(super) fn factor(weight: FlexTensor, norm: Norm) -> FlexTensor {
     from_values(factor, dims(&weight))
 }
 
-pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Input {
+/// With `bf16`, y is rounded to that.
+pub(in crate::ops) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) -> Input {
     let isa = Isa::detect();
     let (x, weight) = (node(x), node(weight));
     let step = RmsNorm.prepare::<NoCheckpointing>([x.node(), weight.node()]).compute_bound();
     let (x, weight) = (contiguous(x.into_primitive()), factor(weight.into_primitive(), norm));
-    let epsilon = norm.epsilon as f32;
-    let [rows, width] = dims(&x);
-    let mut y = vec![0.0; rows * width];
-    let mut inverse_root = vec![0.0; rows];
-    y.par_chunks_mut(BLOCK_ROWS * width)
-        .zip(values(&x).par_chunks(BLOCK_ROWS * width))
-        .zip(inverse_root.par_chunks_mut(BLOCK_ROWS))
-        .for_each(|((y, x), root)| forward_rows(isa, x, values(&weight), epsilon, y, root));
-    let y = from_values(y, [rows, width]);
+    let saved = Saved::new(isa, x, weight, norm.epsilon as f32, bf16);
+    let y = saved.normalised(isa);
     match step.stateful() {
         OpsKind::Tracked(step) => {
-            let saved = Saved { x, weight, inverse_root: inverse_root.into() };
             let kept = saved.clone();
             let again = Again::new(move || kept.normalised(isa));
             Input { x: tensor(step.finish(saved, y)), again: Some(again) }
@@ -118,19 +127,38 @@ struct Saved {
     weight: FlexTensor,
     /// ρ of each row.
     inverse_root: Arc<[f32]>,
+    /// Whether y is.
+    bf16: bool,
 }
 
 impl Saved {
-    /// y, as it was.
+    fn new(isa: Isa, x: FlexTensor, weight: FlexTensor, epsilon: f32, bf16: bool) -> Self {
+        let [rows, width] = dims(&x);
+        let inverse_root = filled(rows, BLOCK_ROWS, |block, roots: &mut [f32]| {
+            let x = &values(&x)[block * BLOCK_ROWS * width..][..roots.len() * width];
+            inverse_roots(isa, x, epsilon, roots);
+        });
+        Self { x, weight, inverse_root: inverse_root.into(), bf16 }
+    }
+
+    /// y.
     fn normalised(&self, isa: Isa) -> FlexTensor {
         let [rows, width] = dims(&self.x);
-        let block = BLOCK_ROWS * width;
-        let mut y = vec![0.0; rows * width];
-        y.par_chunks_mut(block)
-            .zip(values(&self.x).par_chunks(block))
-            .zip(self.inverse_root.par_chunks(BLOCK_ROWS))
-            .for_each(|((y, x), root)| scale_rows(isa, x, values(&self.weight), root, y));
-        from_values(y, [rows, width])
+        let scaled = |block: usize, y: &mut [f32]| {
+            let x = &values(&self.x)[block * BLOCK_ROWS * width..][..y.len()];
+            let roots = &self.inverse_root[block * BLOCK_ROWS..][..y.len() / width];
+            scale_rows(isa, x, values(&self.weight), roots, y);
+        };
+        if self.bf16 {
+            let y = filled(rows * width, BLOCK_ROWS * width, |block, y: &mut [bf16]| {
+                let mut exact = vec![0.0; y.len()];
+                scaled(block, &mut exact);
+                round(isa, &exact, y);
+            });
+            from_bf16(y, [rows, width])
+        } else {
+            from_values(filled(rows * width, BLOCK_ROWS * width, scaled), [rows, width])
+        }
     }
 }
 
@@ -144,20 +172,18 @@ impl Backward<Flex, 2> for RmsNorm {
         _checkpointer: &mut Checkpointer,
     ) {
         let isa = Isa::detect();
-        let dy = contiguous(gradients.consume::<Flex>(&ops.node));
+        let dy = in_f32(contiguous(gradients.consume::<Flex>(&ops.node)));
         let [x_node, weight_node] = ops.parents;
-        let Saved { x, weight, inverse_root } = ops.state;
+        let Saved { x, weight, inverse_root, .. } = ops.state;
         let [rows, width] = dims(&x);
         let block = BLOCK_ROWS * width;
         if let Some(parent) = x_node {
-            let mut dx = vec![0.0; rows * width];
-            dx.par_chunks_mut(block)
-                .zip(values(&dy).par_chunks(block))
-                .zip(values(&x).par_chunks(block))
-                .zip(inverse_root.par_chunks(BLOCK_ROWS))
-                .for_each(|(((dx, dy), x), root)| {
-                    backward_rows(isa, dy, x, values(&weight), root, dx);
-                });
+            let dx = filled(rows * width, block, |number, dx: &mut [f32]| {
+                let place = number * block..number * block + dx.len();
+                let (dy, x) = (&values(&dy)[place.clone()], &values(&x)[place]);
+                let root = &inverse_root[number * BLOCK_ROWS..][..dx.len() / width];
+                backward_rows(isa, dy, x, values(&weight), root, dx);
+            });
             gradients.register::<Flex>(parent.id, from_values(dx, [rows, width]));
         }
         if let Some(parent) = weight_node {

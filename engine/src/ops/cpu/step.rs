@@ -1,9 +1,19 @@
-//! The way between device-erased tensors and slices of f32 on the Flex backend.
+//! The way between device-erased tensors and slices of f32 on the Flex backend, and new memory that
+//! threads fill.
+
+#![expect(
+    unsafe_code,
+    reason = "a vector gets its length after its memory was filled, block by block"
+)]
+
+use std::mem::MaybeUninit;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 use burn_flex::{FlexTensor, Layout};
+use half::bf16;
+use rayon::prelude::*;
 
 use super::gemm::{Elements, MatRef};
 
@@ -56,6 +66,63 @@ pub(super) fn dims(tensor: &FlexTensor) -> [usize; 2] {
     let shape = tensor.layout().shape();
     assert_eq!(shape.len(), 2, "a matrix");
     [shape[0], shape[1]]
+}
+
+/// `length` values that threads fill block by block: `fill` gets the number of a block, and its
+/// values, which are 0. So each block is zeroed by the thread that fills it, when it is in its cache
+/// anyway; `vec![0.0; length]` would zero them all beforehand, on one thread.
+pub(super) fn filled<T: Copy + Default + Send>(
+    length: usize,
+    block: usize,
+    fill: impl Fn(usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let [values, _] =
+        both_filled([length, 0], [block, 1], |number, values: &mut [T], _: &mut [T]| {
+            fill(number, values);
+        });
+    values
+}
+
+/// Two vectors of as many blocks, the second of which may be empty.
+pub(super) fn both_filled<T: Copy + Default + Send>(
+    [first, second]: [usize; 2],
+    [first_block, second_block]: [usize; 2],
+    fill: impl Fn(usize, &mut [T], &mut [T]) + Sync,
+) -> [Vec<T>; 2] {
+    let mut vectors = [Vec::with_capacity(first), Vec::with_capacity(second)];
+    let [a, b] = &mut vectors;
+    let (a, b) = (&mut a.spare_capacity_mut()[..first], &mut b.spare_capacity_mut()[..second]);
+    let work = |number: usize, a: &mut [MaybeUninit<T>], b: &mut [MaybeUninit<T>]| {
+        fill(number, zeroed(a), zeroed(b));
+    };
+    if second == 0 {
+        a.par_chunks_mut(first_block).enumerate().for_each(|(i, a)| work(i, a, &mut []));
+    } else {
+        assert_eq!(first.div_ceil(first_block), second.div_ceil(second_block), "equal blocks");
+        let pairs = a.par_chunks_mut(first_block).zip(b.par_chunks_mut(second_block));
+        pairs.enumerate().for_each(|(i, (a, b))| work(i, a, b));
+    }
+    // SAFETY: the blocks cover both vectors, and `zeroed` has written every element.
+    unsafe {
+        vectors[0].set_len(first);
+        vectors[1].set_len(second);
+    }
+    vectors
+}
+
+fn zeroed<T: Copy + Default>(values: &mut [MaybeUninit<T>]) -> &mut [T] {
+    for value in values.iter_mut() {
+        value.write(T::default());
+    }
+    // SAFETY: all of them were written just now.
+    unsafe { values.assume_init_mut() }
+}
+
+/// A tensor of bf16 that takes over `values`.
+pub(super) fn from_bf16<const D: usize>(values: Vec<bf16>, shape: [usize; D]) -> FlexTensor {
+    let shape = Shape::from(shape);
+    assert_eq!(values.len(), shape.num_elements(), "values of a tensor");
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::BF16)
 }
 
 /// A tensor that takes over `values`.

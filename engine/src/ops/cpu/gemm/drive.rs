@@ -2,23 +2,30 @@
 //!
 //! ```text
 //! for each group of k blocks, rows and columns, of which the packed operands fit the last cache
-//!   pack the rows of A and the columns of B, in parallel
+//!   pack the columns of B, and the rows of A unless they are lanes as they lie, in parallel
 //!   in parallel over blocks of C:
 //!     for each k block
-//!       for each panel of B, which stays in the first-level cache
-//!         for each panel of A, from the second-level cache
-//!           register tile
+//!       A packed: for each panel of B, for each panel of A, from the second-level cache
+//!       else:     for each panel of A, for each panel of B, from the second-level cache
+//!         register tile
 //! ```
 //!
 //! An element of C is the sum over the steps of a k block, in order, added block by block, in
 //! order. As blocks depend on k alone, its bits depend neither on the threads nor on what is
-//! packed, nor on how many rows and columns there are beside it, but for the next case.
+//! packed, nor on how many rows and columns there are beside it, but for the next cases.
+//!
+//! A product may have a second pair of operands, A′·B′, with few k. They are packed behind the last
+//! k block, as if its rows and columns went on; where A is read where it lies, a tile adds them as
+//! one more block, while its part of C is still in the first-level cache.
 //!
 //! Very few rows or columns, as when text is generated, are computed as inner products: each
-//! operand is read once. Where one operand has few rows or columns, packing the other would cost as much as the product:
-//! then a tile reads the large one where it lies, if its elements are lanes already. If it is on
-//! the side where a tile cannot do that, the transposed product is computed.
+//! operand is read once. Where one operand has few rows or columns, packing the other would cost as
+//! much as the product: then a tile reads the large one where it lies, if its elements are lanes
+//! already. If it is on the side where a tile cannot do that, the transposed product is computed.
 
+use std::ops::Range;
+
+use half::bf16;
 use rayon::prelude::*;
 
 use super::leaf::{Lane, LanesOfA, LanesOfB, Leaf, Target};
@@ -35,24 +42,34 @@ const DOT_BLOCK: usize = 64;
 const FEW_COLUMNS: usize = 48;
 /// Rows up to which B is read where it lies: each panel of rows goes through all of it.
 const FEW_ROWS: usize = 16;
+/// What a tile's loads and its start cost, in rows of it.
+const TILE_LOADS: usize = 2;
 /// Rows, and columns, that are packed at a time.
 const GROUP_ITEMS: usize = 2048;
 /// Lanes that are packed at a time, of both operands: 4 MiB, to stay in the last cache.
 const GROUP_LANES: usize = 1 << 20;
-/// Lanes of A to one block of C: half of a second-level cache of 512 KiB.
+/// Lanes to one block of C of the operand that stays in the second-level cache: half of one of 512
+/// KiB.
 const BLOCK_LANES: usize = 1 << 16;
+/// Bytes of a page, and of one way of a first-level cache.
+const PAGE: usize = 4096;
 /// Panels that one job packs.
 const PACK_PANELS: usize = 8;
-/// Blocks of C to a thread, so that threads that fell behind cost little.
-const BLOCKS_PER_THREAD: usize = 4;
+/// Tiles of a block of C: so few that threads wait for the last one only shortly, and enough to be
+/// worth handing over.
+const BLOCK_TILES: usize = 16;
+/// Blocks of rows to a thread at least, where there are few columns.
+const ROW_BLOCKS_PER_THREAD: usize = 4;
 
-/// C = base + α·A·B. In what follows rows are those of A, and columns those of B, also where C is
-/// written transposed.
+/// C = base + α·(A·B + A′·B′). In what follows rows are those of A, and columns those of B, also
+/// where C is written transposed.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
     pub(super) leaf: &'static Leaf,
     pub(super) a: MatRef<'a>,
     pub(super) b: MatRef<'a>,
+    /// A′ and B′.
+    pub(super) more: Option<[MatRef<'a>; 2]>,
     pub(super) alpha: f32,
     pub(super) c: Destination,
     /// Whether other threads of the pool take part.
@@ -79,10 +96,12 @@ unsafe impl Sync for Destination {}
 /// An operand as tiles read it.
 struct Side<'a> {
     view: MatRef<'a>,
+    /// A′ or B′.
+    more: Option<MatRef<'a>>,
+    /// Whether this is B.
+    is_b: bool,
     /// Rows of A, or columns of B.
     items: usize,
-    /// Whether a row in memory holds the k of one item.
-    k_in_rows: bool,
     /// Read where it lies.
     direct: bool,
     width: usize,
@@ -106,13 +125,24 @@ struct Blocks {
     /// Steps of a block; the last one may have fewer.
     steps: usize,
     count: usize,
+    /// k of the second pair of operands, behind the last block.
+    more: usize,
+    /// Steps of the last block, and of the second pair behind it.
+    last: [usize; 2],
 }
 
 impl Blocks {
-    fn new(leaf: &Leaf, k: usize) -> Self {
+    fn new(leaf: &Leaf, k: usize, more: usize) -> Self {
         let steps = k.div_ceil(leaf.depth);
         let count = steps.div_ceil(leaf.steps).max(1);
-        Self { k, depth: leaf.depth, steps: steps.div_ceil(count).max(1), count }
+        let most = steps.div_ceil(count).max(1);
+        let last = [steps.saturating_sub(most * (count - 1)), more.div_ceil(leaf.depth)];
+        Self { k, depth: leaf.depth, steps: most, count, more, last }
+    }
+
+    /// Steps of a block, and of the second pair of operands behind it.
+    fn steps(self, block: usize) -> [usize; 2] {
+        if block + 1 == self.count { self.last } else { [self.steps, 0] }
     }
 
     /// The first k of a block, and how many there are.
@@ -123,26 +153,26 @@ impl Blocks {
 }
 
 impl<'a> Side<'a> {
-    fn rows_of(a: MatRef<'a>, leaf: &Leaf) -> Self {
-        let k_in_rows = !a.transposed;
+    fn rows_of(a: MatRef<'a>, more: Option<MatRef<'a>>, leaf: &Leaf) -> Self {
         Self {
             view: a,
+            more,
+            is_b: false,
             items: a.rows,
-            k_in_rows,
-            direct: k_in_rows && is_lanes(&a, leaf),
+            direct: !a.transposed && is_lanes(&a, leaf),
             width: leaf.rows,
             lanes_per_step: leaf.a_stride,
         }
     }
 
-    fn columns_of(b: MatRef<'a>, leaf: &Leaf) -> Self {
-        let k_in_rows = b.transposed;
+    fn columns_of(b: MatRef<'a>, more: Option<MatRef<'a>>, leaf: &Leaf) -> Self {
         Self {
             view: b,
+            more,
+            is_b: true,
             items: b.columns,
-            k_in_rows,
             // A pair of k is two rows apart here.
-            direct: !k_in_rows && leaf.depth == 1 && is_lanes(&b, leaf),
+            direct: more.is_none() && !b.transposed && leaf.depth == 1 && is_lanes(&b, leaf),
             width: leaf.columns,
             lanes_per_step: leaf.columns,
         }
@@ -159,46 +189,80 @@ impl<'a> Side<'a> {
         panels.div_ceil(groups).max(1)
     }
 
-    /// Lanes of one panel of one full k block, padding included.
+    /// Whether only the second operand is packed.
+    fn packs_only_more(&self) -> bool {
+        self.direct && !self.is_b
+    }
+
+    /// Lanes of one packed panel of one full k block, padding included.
     fn panel_lanes(&self, blocks: Blocks) -> usize {
-        panel_stride(blocks.steps, self.lanes_per_step)
+        let [_, more] = blocks.last;
+        let steps = if self.packs_only_more() { more } else { blocks.steps + more };
+        panel_stride(steps, self.lanes_per_step)
     }
 
     /// Whether a panel is read where it lies: of B only a full one, as a tile reads whole vectors.
-    fn reads_direct(&self, panel: usize, is_b: bool) -> bool {
-        self.direct && (!is_b || (panel + 1) * self.width <= self.items)
+    fn reads_direct(&self, panel: usize) -> bool {
+        self.direct && (!self.is_b || (panel + 1) * self.width <= self.items)
     }
 
-    /// Packs some panels of one k block.
+    /// Packs some panels of one k block, and of the second operand what comes behind it.
     ///
     /// # Safety
     /// The CPU has the leaf's instructions; `target` is valid for the panels.
     unsafe fn pack(
         &self,
         leaf: &Leaf,
-        first_panel: usize,
-        panels: usize,
+        panels: Range<usize>,
+        (blocks, block): (Blocks, usize),
+        target: *mut Lane,
+    ) {
+        let stride = self.panel_lanes(blocks);
+        let (first_k, k) = blocks.range(block);
+        // SAFETY: as the caller promises. A panel has room for the block's steps and those behind
+        // it, which are written last, as packing may write a little more than is asked for.
+        unsafe {
+            let mut target = target;
+            if !self.packs_only_more() {
+                self.pack_view(leaf, &self.view, panels.clone(), (first_k, k), stride, target);
+                target = target.add(blocks.steps(block)[0] * self.lanes_per_step);
+            }
+            if let Some(more) = self.more.as_ref().filter(|_| blocks.steps(block)[1] > 0) {
+                self.pack_view(leaf, more, panels, (0, blocks.more), stride, target);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Side::pack`].
+    unsafe fn pack_view(
+        &self,
+        leaf: &Leaf,
+        view: &MatRef<'_>,
+        panels: Range<usize>,
         (first_k, k): (usize, usize),
         panel_stride: usize,
         target: *mut Lane,
     ) {
-        let first = first_panel * self.width;
-        let items = (panels * self.width).min(self.items - first);
-        let [row, column] = if self.k_in_rows { [first, first_k] } else { [first_k, first] };
-        let (rows, columns) = if self.k_in_rows { (items, k) } else { (k, items) };
-        let position = self.view.start + row * self.view.stride + column;
+        // Whether a row in memory holds the k of one item.
+        let k_in_rows = view.transposed == self.is_b;
+        let first = panels.start * self.width;
+        let items = (panels.len() * self.width).min(self.items - first);
+        let [row, column] = if k_in_rows { [first, first_k] } else { [first_k, first] };
+        let (rows, columns) = if k_in_rows { (items, k) } else { (k, items) };
+        let position = view.start + row * view.stride + column;
         let mut decoded = None;
-        let (source, stride) = match self.view.elements.memory(position) {
-            Some(source) => (source, self.view.stride),
+        let (source, stride) = match view.elements.memory(position) {
+            Some(source) => (source, view.stride),
             None => {
                 let scratch = decoded.insert(Scratch::take(Slot::Decoded, rows * columns));
-                (self.view.decode(position, rows, columns, scratch), columns)
+                (view.decode(position, rows, columns, scratch), columns)
             }
         };
         let job = PackJob {
             source,
             stride,
-            k_in_rows: self.k_in_rows,
+            k_in_rows,
             items,
             k,
             width: self.width,
@@ -209,6 +273,18 @@ impl<'a> Side<'a> {
         // SAFETY: the view lies inside of its memory, and the target is as the caller promises.
         unsafe { (leaf.pack)(&job) }
     }
+}
+
+/// Whether the rows of a matrix in memory begin at the same place of a page: the lines of a tile's
+/// rows would then share their sets of the first-level cache.
+fn rows_collide(view: &MatRef<'_>) -> bool {
+    let bytes = if view.elements.is_bf16() { size_of::<bf16>() } else { size_of::<f32>() };
+    (view.stride * bytes).is_multiple_of(PAGE)
+}
+
+/// The size of equal parts of `count`, each at most `most`.
+fn even_part(count: usize, most: usize) -> usize {
+    count.div_ceil(count.div_ceil(most))
 }
 
 /// Whether the elements in memory are lanes as the leaf's tile reads them.
@@ -235,7 +311,8 @@ impl<'a> Product<'a> {
             base_row: base_column,
             base_column: base_row,
         };
-        Self { a: self.b.t(), b: self.a.t(), c, ..self }
+        let more = self.more.map(|[a, b]| [b.t(), a.t()]);
+        Self { a: self.b.t(), b: self.a.t(), more, c, ..self }
     }
 
     /// Computes it.
@@ -257,29 +334,47 @@ impl<'a> Product<'a> {
             }
             let few_rows = self.a.rows <= FEW_ROWS;
             let few_columns = self.b.columns <= FEW_COLUMNS;
-            let a = Side::rows_of(self.a, self.leaf);
-            let b = Side::columns_of(self.b, self.leaf);
+            let (a, b) = self.sides();
             if few_columns && a.direct {
                 return self.compute(a, Side { direct: false, ..b });
             }
             if few_rows && b.direct {
                 return self.compute(Side { direct: false, ..a }, b);
             }
-            let turned_a = Side::rows_of(turned.a, self.leaf);
-            let turned_b = Side::columns_of(turned.b, self.leaf);
+            let (turned_a, turned_b) = turned.sides();
             if turned.b.columns <= FEW_COLUMNS && turned_a.direct {
                 return turned.compute(turned_a, Side { direct: false, ..turned_b });
             }
             if turned.a.rows <= FEW_ROWS && turned_b.direct {
                 return turned.compute(Side { direct: false, ..turned_a }, turned_b);
             }
-            self.compute(Side { direct: false, ..a }, Side { direct: false, ..b });
+            let a = Side { direct: a.direct && !rows_collide(&self.a), ..a };
+            let b = Side { direct: false, ..b };
+            // All of the turned product's elements are put one by one: it must be worth that.
+            if !a.direct && turned.tile_cost() * 4 < self.tile_cost() * 3 {
+                let packed = |side| Side { direct: false, ..side };
+                return turned.compute(packed(turned_a), packed(turned_b));
+            }
+            self.compute(a, b);
         }
+    }
+
+    fn sides(&self) -> (Side<'a>, Side<'a>) {
+        let [more_a, more_b] = self.more.map_or([None; 2], |more| more.map(Some));
+        (Side::rows_of(self.a, more_a, self.leaf), Side::columns_of(self.b, more_b, self.leaf))
+    }
+
+    /// What a step of k costs in tiles, that have few rows or columns at the edges: in rows of a
+    /// tile, of which its loads are some more.
+    fn tile_cost(&self) -> usize {
+        let row_panels = self.a.rows.div_ceil(self.leaf.rows);
+        let column_panels = self.b.columns.div_ceil(self.leaf.columns);
+        (self.a.rows + row_panels * TILE_LOADS) * column_panels
     }
 
     /// Whether the rows of A and the columns of B lie in memory as inner products read them.
     fn is_dots(&self) -> bool {
-        let along_k = !self.a.transposed && self.b.transposed;
+        let along_k = self.more.is_none() && !self.a.transposed && self.b.transposed;
         along_k && self.leaf.depth == 1 && [self.a, self.b].iter().all(|x| is_lanes(x, self.leaf))
     }
 
@@ -329,15 +424,20 @@ impl<'a> Product<'a> {
     /// # Safety
     /// As for [`Product::run`].
     unsafe fn compute(self, a: Side<'_>, b: Side<'_>) {
-        let blocks = Blocks::new(self.leaf, self.a.columns);
+        let blocks =
+            Blocks::new(self.leaf, self.a.columns, self.more.map_or(0, |[a, _]| a.columns));
         let (a_panels, b_panels) = (a.group_panels(), b.group_panels());
         let (a_lanes, b_lanes) = (a.panel_lanes(blocks), b.panel_lanes(blocks));
         let per_block = if a.direct { 0 } else { a_panels * a_lanes }
             + if b.direct { 0 } else { b_panels * b_lanes };
         let group_blocks = (GROUP_LANES / per_block.max(1)).clamp(1, blocks.count);
 
-        // A partial panel of an operand that is read where it lies is still packed.
-        let a_scratch = if a.direct { 0 } else { a_panels * a_lanes * group_blocks };
+        // Of an operand that is read where it lies, a partial panel of B is still packed, and A′.
+        let a_scratch = match (a.direct, a.more) {
+            (true, None) => 0,
+            (true, Some(_)) => a_panels * a_lanes,
+            (false, _) => a_panels * a_lanes * group_blocks,
+        };
         let b_scratch = (if b.direct { 1 } else { b_panels }) * b_lanes * group_blocks;
         let mut a_scratch = (a_scratch > 0).then(|| Scratch::take(Slot::A, a_scratch));
         let mut b_scratch = Scratch::take(Slot::B, b_scratch);
@@ -425,25 +525,41 @@ impl Work<'_> {
     /// Lanes from one k block to the next in a group's buffer, and from one panel to the next.
     fn strides(&self, side: &Side<'_>, group: Group) -> (usize, usize) {
         let panel = side.panel_lanes(self.blocks);
-        let panels = if side.direct { 1 } else { group.panels };
+        let panels = match (side.direct, side.is_b) {
+            (false, _) => group.panels,
+            (true, true) => 1,
+            // A′ is there once.
+            (true, false) => 0,
+        };
         (panels * panel, panel)
+    }
+
+    /// Jobs that pack the panels of a group, for each k block of it.
+    fn pack_jobs(group: Group) -> usize {
+        group.panels.div_ceil(PACK_PANELS)
     }
 
     /// # Safety
     /// As for [`Product::run`]; the buffers hold the groups.
     unsafe fn pack(&self, pack_a: bool, pack_b: bool) {
-        let a_jobs = if !pack_a || self.a.direct {
-            0
-        } else {
-            self.a_group.panels.div_ceil(PACK_PANELS) * self.a_group.blocks
+        let a_blocks = match (self.a.direct, self.a.more) {
+            (false, _) => self.a_group.blocks,
+            // Behind the last k block.
+            (true, Some(_))
+                if self.a_group.first_block + self.a_group.blocks == self.blocks.count =>
+            {
+                1
+            }
+            (true, _) => 0,
         };
+        let a_jobs = if pack_a { Self::pack_jobs(self.a_group) * a_blocks } else { 0 };
         let b_last = self.b_group.first_panel + self.b_group.panels - 1;
-        let b_jobs = if !pack_b || self.b.reads_direct(b_last, true) {
+        let b_jobs = if !pack_b || self.b.reads_direct(b_last) {
             0
         } else if self.b.direct {
             self.b_group.blocks
         } else {
-            self.b_group.panels.div_ceil(PACK_PANELS) * self.b_group.blocks
+            Self::pack_jobs(self.b_group) * self.b_group.blocks
         };
         self.product.for_each(a_jobs + b_jobs, |job| {
             let (side, group, target, job) = if job < a_jobs {
@@ -451,21 +567,22 @@ impl Work<'_> {
             } else {
                 (self.b, self.b_group, self.packed.b, job - a_jobs)
             };
-            let (block, first, panels) = if side.direct {
+            let (block, first, panels) = if side.direct && side.is_b {
                 (job, group.panels - 1, 1)
             } else {
-                let jobs = group.panels.div_ceil(PACK_PANELS);
+                let jobs = Self::pack_jobs(group);
                 let first = job % jobs * PACK_PANELS;
-                (job / jobs, first, PACK_PANELS.min(group.panels - first))
+                let block = if side.direct { group.blocks - 1 } else { job / jobs };
+                (block, first, PACK_PANELS.min(group.panels - first))
             };
             let (block_stride, panel_stride) = self.strides(side, group);
-            let slot = if side.direct { 0 } else { first };
-            let range = self.blocks.range(group.first_block + block);
+            let slot = if side.direct && side.is_b { 0 } else { first };
             // SAFETY: as the caller promises; the slot lies inside of the buffer.
             unsafe {
                 let target = target.add(block * block_stride + slot * panel_stride);
                 let first = group.first_panel + first;
-                side.pack(self.product.leaf, first, panels, range, panel_stride, target);
+                let block = group.first_block + block;
+                side.pack(self.product.leaf, first..first + panels, (self.blocks, block), target);
             }
         });
     }
@@ -473,21 +590,34 @@ impl Work<'_> {
     /// # Safety
     /// As for [`Product::run`]; what is not read where it lies is packed.
     unsafe fn multiply(&self) {
+        let (a_panels, b_panels, k_blocks) =
+            (self.a_group.panels, self.b_group.panels, self.a_group.blocks);
         let threads = if self.product.shared { rayon::current_num_threads() } else { 1 };
-        let (a_panels, b_panels) = (self.a_group.panels, self.b_group.panels);
-        let block_panels = (BLOCK_LANES / self.a.panel_lanes(self.blocks)).max(1);
-        let wanted = if threads > 1 { threads * BLOCKS_PER_THREAD } else { 1 };
-        let row_blocks = a_panels.div_ceil(block_panels).max(wanted.min(a_panels) / 2).max(1);
-        let rows = a_panels.div_ceil(row_blocks);
-        let row_blocks = a_panels.div_ceil(rows);
-        let column_blocks = wanted.div_ceil(row_blocks).min(b_panels);
-        let columns = b_panels.div_ceil(column_blocks);
-        let column_blocks = b_panels.div_ceil(columns);
+        let most_rows =
+            if threads > 1 { a_panels.div_ceil(threads * ROW_BLOCKS_PER_THREAD) } else { a_panels };
+        let fitting =
+            |side: &Side<'_>| (BLOCK_LANES / (side.panel_lanes(self.blocks) * k_blocks)).max(1);
+        let filling = |panels: usize| BLOCK_TILES.div_ceil(panels * k_blocks);
+        // The operand of which several panels stay in the second-level cache: B where A is read
+        // where it lies, which takes a line of the first-level cache for every row.
+        let (rows, columns) = if self.a.direct {
+            let columns = even_part(b_panels, fitting(self.b));
+            (even_part(a_panels, filling(columns).clamp(1, most_rows)), columns)
+        } else {
+            let rows = even_part(a_panels, fitting(self.a).min(most_rows));
+            (rows, even_part(b_panels, filling(rows)))
+        };
+        let (row_blocks, column_blocks) = (a_panels.div_ceil(rows), b_panels.div_ceil(columns));
         self.product.for_each(row_blocks * column_blocks, |block| {
-            let (row, column) = (block / column_blocks * rows, block % column_blocks * columns);
-            let rows = row..(row + rows).min(a_panels);
-            let columns = column..(column + columns).min(b_panels);
-            for block in 0..self.a_group.blocks {
+            // Blocks next to each other have these panels in common.
+            let (row, column) = if self.a.direct {
+                (block % row_blocks, block / row_blocks)
+            } else {
+                (block / column_blocks, block % column_blocks)
+            };
+            let rows = row * rows..(row * rows + rows).min(a_panels);
+            let columns = column * columns..(column * columns + columns).min(b_panels);
+            for block in 0..k_blocks {
                 // SAFETY: as the caller promises; blocks of C are disjoint.
                 unsafe {
                     if self.a.direct {
@@ -515,22 +645,26 @@ impl Work<'_> {
         let (row, column) = (i_panel * leaf.rows, j_panel * leaf.columns);
         let rows = leaf.rows.min(self.a.items - row);
         let columns = leaf.columns.min(self.b.items - column);
-        let (first_k, k) = self.blocks.range(self.a_group.first_block + block);
-        let steps = k.div_ceil(leaf.depth);
+        let k_block = self.a_group.first_block + block;
+        let (first_k, _) = self.blocks.range(k_block);
+        let [own_steps, more_steps] = self.blocks.steps(k_block);
         // SAFETY: as the caller promises, all offsets lie inside of the views, of the packed
         // groups or of C.
         unsafe {
-            let (a, kernels) = if self.a.direct {
+            let packed_a = {
+                let (block_stride, panel_stride) = self.strides(self.a, self.a_group);
+                let start = self.packed.a.wrapping_add(block * block_stride + i * panel_stride);
+                LanesOfA { start, row: 1, step: leaf.a_stride }
+            };
+            let (a, kernels, steps) = if self.a.direct {
                 let view = &self.a.view;
                 let start = view.elements.lanes(view.start + row * view.stride + first_k);
-                let row = view.stride / leaf.depth;
-                (LanesOfA { start, row, step: 1 }, leaf.direct)
+                let row = if leaf.depth == 2 { view.stride / 2 } else { view.stride };
+                (LanesOfA { start, row, step: 1 }, leaf.direct, own_steps)
             } else {
-                let (block_stride, panel_stride) = self.strides(self.a, self.a_group);
-                let start = self.packed.a.add(block * block_stride + i * panel_stride);
-                (LanesOfA { start, row: 1, step: leaf.a_stride }, leaf.packed)
+                (packed_a, leaf.packed, own_steps + more_steps)
             };
-            let b = if self.b.reads_direct(j_panel, true) {
+            let b = if self.b.reads_direct(j_panel) {
                 let view = &self.b.view;
                 let start = view.elements.lanes(view.start + first_k * view.stride + column);
                 LanesOfB { start, step: view.stride }
@@ -549,13 +683,22 @@ impl Work<'_> {
             } else {
                 (c.base.add(row * c.base_row + column * c.base_column), c.base_row, c.base_column)
             };
-            let kernel = kernels[rows - 1];
+            let (kernel, more_kernel) = (kernels[rows - 1], leaf.packed[rows - 1]);
+            let compute = |target: Target| {
+                kernel(steps, a, b, target);
+                if self.a.direct && more_steps > 0 {
+                    let b = LanesOfB { start: b.start.add(own_steps * b.step), ..b };
+                    let base = target.c.cast_const();
+                    let target = Target { base, base_stride: target.c_stride, ..target };
+                    more_kernel(more_steps, packed_a, b, target);
+                }
+            };
             let alpha = self.product.alpha;
             let whole =
                 columns == leaf.columns && c.column == 1 && (base.is_null() || base_column == 1);
             if whole {
                 let target = Target { c: at, c_stride: c.row, base, base_stride: base_row, alpha };
-                return kernel(steps, a, b, target);
+                return compute(target);
             }
             // The tile that does not fit is computed beside C.
             let mut beside = [0f32; MAX_TILE];
@@ -567,7 +710,7 @@ impl Work<'_> {
                 base_stride: 0,
                 alpha,
             };
-            kernel(steps, a, b, target);
+            compute(target);
             let put = |i: usize, j: usize| {
                 let mut value = beside[i * leaf.columns + j];
                 if !base.is_null() {

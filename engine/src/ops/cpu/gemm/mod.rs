@@ -1,4 +1,5 @@
-//! Matrix products on views into slices: C = base + α·A·B, with sums in f32.
+//! Matrix products on views into slices: C = base + α·A·B, with sums in f32. One may be of two pairs
+//! of operands, A·B + A′·B′.
 //!
 //! A product of f32 by f32 is computed in f32. Where one of the operands is bf16 in memory, the
 //! other is rounded to bf16 as well (to nearest, ties to even), so that the numbers are of one
@@ -205,7 +206,7 @@ pub(in crate::ops) fn gemm(
 ) {
     let target = c.target(Base::Nothing);
     // SAFETY: `target` is the view of a unique borrow, inside of its slice.
-    unsafe { write(target, alpha, a, b, threads, None) }
+    unsafe { write(target, alpha, Operands::of(a, b), threads, None) }
 }
 
 /// C += α·A·B.
@@ -218,33 +219,17 @@ pub(in crate::ops) fn gemm_add(
 ) {
     let target = c.target(Base::Itself);
     // SAFETY: as in `gemm`.
-    unsafe { write(target, alpha, a, b, threads, None) }
+    unsafe { write(target, alpha, Operands::of(a, b), threads, None) }
 }
 
-/// α·A·B in a new row-major matrix, whose memory is written once: zeroing it first would cost a
-/// tenth of the product's time.
+/// α·A·B in a new row-major matrix.
 pub(in crate::ops) fn product(
     alpha: f32,
     a: MatRef<'_>,
     b: MatRef<'_>,
     threads: Threads,
 ) -> Vec<f32> {
-    let (rows, columns) = (a.rows, b.columns);
-    let mut values = Vec::with_capacity(rows * columns);
-    let target = Target {
-        data: values.as_mut_ptr(),
-        rows,
-        columns,
-        row_stride: columns,
-        base: Base::Nothing,
-    };
-    // SAFETY: the capacity holds rows · columns elements. The product writes every one of them and,
-    // as it has no base, reads none.
-    unsafe {
-        write(target, alpha, a, b, threads, None);
-        values.set_len(rows * columns);
-    }
-    values
+    product_of(None, alpha, Operands::of(a, b), threads)
 }
 
 /// base + α·A·B in a new row-major matrix; `base` has the product's shape, row by row.
@@ -255,22 +240,66 @@ pub(in crate::ops) fn product_plus(
     b: MatRef<'_>,
     threads: Threads,
 ) -> Vec<f32> {
-    let (rows, columns) = (a.rows, b.columns);
-    assert_eq!(base.len(), rows * columns, "the base of a {rows} x {columns} matrix");
+    product_of(Some(base), alpha, Operands::of(a, b), threads)
+}
+
+/// base + A·B + A′·B′ in a new row-major matrix; what A′ and B′ are in memory does not count for the
+/// numbers that are multiplied, but what A and B are.
+pub(in crate::ops) fn product_of_two(
+    base: Option<&[f32]>,
+    [a, b]: [MatRef<'_>; 2],
+    more: [MatRef<'_>; 2],
+    threads: Threads,
+) -> Vec<f32> {
+    product_of(base, 1.0, Operands { a, b, more: Some(more) }, threads)
+}
+
+/// base + α·(A·B + A′·B′) in a new row-major matrix, whose memory is written once: zeroing it first
+/// would cost a tenth of the product's time.
+fn product_of(
+    base: Option<&[f32]>,
+    alpha: f32,
+    operands: Operands<'_>,
+    threads: Threads,
+) -> Vec<f32> {
+    let (rows, columns) = (operands.a.rows, operands.b.columns);
+    let base = base.map_or(Base::Nothing, |base| {
+        assert_eq!(base.len(), rows * columns, "the base of a {rows} x {columns} matrix");
+        Base::Other(base)
+    });
     let mut values = Vec::with_capacity(rows * columns);
-    let target = Target {
-        data: values.as_mut_ptr(),
-        rows,
-        columns,
-        row_stride: columns,
-        base: Base::Other(base),
-    };
-    // SAFETY: as in `product`; the base is as large.
+    let target = Target { data: values.as_mut_ptr(), rows, columns, row_stride: columns, base };
+    // SAFETY: the capacity holds rows · columns elements, and so does the base. The product writes
+    // every one of them and, as it is not its own base, reads none.
     unsafe {
-        write(target, alpha, a, b, threads, None);
+        write(target, alpha, operands, threads, None);
         values.set_len(rows * columns);
     }
     values
+}
+
+/// What is multiplied.
+#[derive(Clone, Copy)]
+struct Operands<'a> {
+    a: MatRef<'a>,
+    b: MatRef<'a>,
+    /// A′ and B′.
+    more: Option<[MatRef<'a>; 2]>,
+}
+
+impl<'a> Operands<'a> {
+    fn of(a: MatRef<'a>, b: MatRef<'a>) -> Self {
+        Self { a, b, more: None }
+    }
+
+    fn assert_fit(&self, c: &Target<'_>) {
+        for [a, b] in [Some([self.a, self.b]), self.more].into_iter().flatten() {
+            assert_eq!((c.rows, c.columns), (a.rows, b.columns), "shape of the product");
+            assert_eq!(a.columns, b.rows, "inner dimension of the product");
+            a.assert_inside();
+            b.assert_inside();
+        }
+    }
 }
 
 /// What a product is added to.
@@ -309,15 +338,13 @@ impl<'a> MatMut<'a> {
 unsafe fn write(
     c: Target<'_>,
     alpha: f32,
-    a: MatRef<'_>,
-    b: MatRef<'_>,
+    operands: Operands<'_>,
     threads: Threads,
     leaf: Option<&'static Leaf>,
 ) {
-    assert_eq!((c.rows, c.columns), (a.rows, b.columns), "shape of the product");
-    assert_eq!(a.columns, b.rows, "inner dimension of the product");
-    a.assert_inside();
-    b.assert_inside();
+    operands.assert_fit(&c);
+    let Operands { a, b, more } = operands;
+    let more = more.filter(|[a, _]| a.columns > 0);
     if c.rows == 0 || c.columns == 0 {
         return;
     }
@@ -327,6 +354,7 @@ unsafe fn write(
         Base::Other(base) => (base.as_ptr(), c.columns),
     };
     if a.columns == 0 {
+        assert!(more.is_none(), "a second pair of operands beside a first one without k");
         for row in 0..c.rows {
             // SAFETY: the rows lie inside of the target and of the base.
             unsafe {
@@ -350,6 +378,7 @@ unsafe fn write(
         leaf,
         a,
         b,
+        more,
         alpha,
         c: Destination { c: c.data, row: c.row_stride, column: 1, base, base_row, base_column: 1 },
         shared: threads == Threads::Shared && multiply_adds > PARALLEL_MIN_MULTIPLY_ADDS,

@@ -2,8 +2,8 @@
 //!
 //! Two cases, whichever side of the product the operand is on. Where k runs along the rows of the
 //! matrix in memory, blocks of it are transposed in registers. Where k is the row's number, rows
-//! are copied, or for lanes of two k zipped in pairs. A last odd k gets a partner of 0, and so does
-//! what a panel has beyond the operand.
+//! are copied, or for lanes of two k zipped in pairs. A last odd k gets a partner of 0; what a
+//! panel has beyond the operand is of no use to anyone.
 
 use half::bf16;
 
@@ -130,9 +130,6 @@ pub(super) unsafe fn pack<P: PackVector<L>, const L: usize>(job: &PackJob) {
     }
 }
 
-/// Elements that a row is asked for ahead: so many rows are too many streams for the hardware.
-const AHEAD: usize = 96;
-
 /// Item i, k at `source[i · stride + k]`.
 #[inline(always)]
 unsafe fn transposed<P: PackVector<L>, E: Element, const L: usize>(
@@ -140,44 +137,71 @@ unsafe fn transposed<P: PackVector<L>, E: Element, const L: usize>(
     source: *const E,
 ) {
     let steps = job.k.div_ceil(P::DEPTH);
-    let panel = job.panel_stride;
+    // Of blocks of L steps all but the last are full.
+    let full = job.k / (L * P::DEPTH) * L;
     for p in 0..job.items.div_ceil(job.width) {
         let first_item = p * job.width;
         let items = job.width.min(job.items - first_item);
         for first_lane in (0..job.lanes_per_step).step_by(L) {
-            let present = items.saturating_sub(first_lane).min(L);
-            for first_step in (0..steps).step_by(L) {
-                let first_k = first_step * P::DEPTH;
-                let left = (job.k - first_k).min(L * P::DEPTH);
-                // SAFETY: items and k lie inside of the source. Stores of whole vectors lie inside
-                // of the panel and its padding: what a store leaves beyond its step is overwritten
-                // by the next one, as steps ascend.
-                unsafe {
-                    let corner =
-                        source.wrapping_add((first_item + first_lane) * job.stride + first_k);
-                    let mut rows = [P::zero(); L];
-                    for (i, row) in rows.iter_mut().enumerate() {
-                        if i < present {
-                            let elements = corner.wrapping_add(i.wrapping_mul(job.stride));
-                            P::prefetch(elements.wrapping_add(AHEAD).cast());
-                            *row = if left == L * P::DEPTH {
-                                E::along::<P, L>(elements, L * P::DEPTH)
-                            } else {
-                                E::along::<P, L>(elements, left)
-                            };
-                        }
-                    }
-                    let columns = P::transpose(rows);
-                    let target =
-                        job.target.add(p * panel + first_step * job.lanes_per_step + first_lane);
-                    for (step, column) in columns.into_iter().enumerate() {
-                        if step < steps - first_step {
-                            P::store(
-                                target.wrapping_add(step.wrapping_mul(job.lanes_per_step)),
-                                column,
-                            );
-                        }
-                    }
+            // Beyond the operand its last item is repeated: no one reads these lanes' sums.
+            let last = items.saturating_sub(first_lane + 1).min(L - 1);
+            let first_item = (first_item + first_lane).min(job.items - 1);
+            let block = Block { job, source, first_item, last, panel: p, first_lane };
+            // SAFETY: as the caller promises.
+            unsafe {
+                for first_step in (0..full).step_by(L) {
+                    block.transpose::<P, L, true>(first_step, L);
+                }
+                if full < steps {
+                    block.transpose::<P, L, false>(full, steps - full);
+                }
+            }
+        }
+    }
+}
+
+/// L lanes of a panel, along k.
+struct Block<'a, E> {
+    job: &'a PackJob,
+    source: *const E,
+    first_item: usize,
+    /// The item of the last lane that has one of its own, from the first on.
+    last: usize,
+    panel: usize,
+    first_lane: usize,
+}
+
+impl<E: Element> Block<'_, E> {
+    /// `steps` of them, which are L where `FULL`.
+    #[inline(always)]
+    unsafe fn transpose<P: PackVector<L>, const L: usize, const FULL: bool>(
+        &self,
+        first_step: usize,
+        steps: usize,
+    ) {
+        let job = self.job;
+        let first_k = first_step * P::DEPTH;
+        // SAFETY: items and k lie inside of the source. Stores of whole vectors lie inside of the
+        // panel and its padding: what a store leaves beyond its step is overwritten by the next
+        // one, as steps ascend.
+        unsafe {
+            let corner = self.source.wrapping_add(self.first_item * job.stride + first_k);
+            let mut rows = [P::zero(); L];
+            for (i, row) in rows.iter_mut().enumerate() {
+                let elements = corner.wrapping_add(i.min(self.last).wrapping_mul(job.stride));
+                // So many rows are too many streams for the hardware, which also would not know
+                // that the rows below are next.
+                P::prefetch(elements.wrapping_add(L.wrapping_mul(job.stride)).cast());
+                let count = if FULL { L * P::DEPTH } else { job.k - first_k };
+                *row = E::along::<P, L>(elements, count);
+            }
+            let columns = P::transpose(rows);
+            let target = job.target.wrapping_add(
+                self.panel * job.panel_stride + first_step * job.lanes_per_step + self.first_lane,
+            );
+            for (step, column) in columns.into_iter().enumerate() {
+                if FULL || step < steps {
+                    P::store(target.wrapping_add(step.wrapping_mul(job.lanes_per_step)), column);
                 }
             }
         }

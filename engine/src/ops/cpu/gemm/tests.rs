@@ -127,6 +127,8 @@ struct Case {
     m: usize,
     n: usize,
     k: usize,
+    /// That of the second pair, which lies the other way around; 0 for none.
+    more: usize,
     transposed: [bool; 2],
     kinds: [Kind; 2],
     margin: usize,
@@ -137,7 +139,13 @@ struct Case {
 const SENTINEL: f32 = 12_345.0;
 
 /// C with a margin of sentinels, from `leaf`.
-fn compute(case: &Case, leaf: &'static Leaf, a: &Operand, b: &Operand, base: &[f32]) -> Vec<f32> {
+fn compute(
+    case: &Case,
+    leaf: &'static Leaf,
+    [a, b]: &[Operand; 2],
+    more: &[Operand; 2],
+    base: &[f32],
+) -> Vec<f32> {
     let &Case { m, n, margin, alpha, .. } = case;
     let stride = n + 2 * margin;
     let mut c = vec![SENTINEL; m * stride];
@@ -150,29 +158,39 @@ fn compute(case: &Case, leaf: &'static Leaf, a: &Operand, b: &Operand, base: &[f
         BaseKind::Itself => Base::Itself,
         BaseKind::Other => Base::Other(base),
     });
+    let more = (case.more > 0).then(|| more.each_ref().map(Operand::view));
+    let operands = Operands { a: a.view(), b: b.view(), more };
     // SAFETY: the view of a unique borrow; `leaves` lists only what this CPU has.
-    unsafe { write(target, alpha, a.view(), b.view(), Threads::Shared, Some(leaf)) }
+    unsafe { write(target, alpha, operands, Threads::Shared, Some(leaf)) }
     c
 }
 
 fn check(case: &Case) {
-    let &Case { m, n, k, transposed, kinds, margin, base: base_kind, alpha } = case;
-    let a = Operand::new(m, k, transposed[0], kinds[0], margin, 1);
-    let b = Operand::new(k, n, transposed[1], kinds[1], margin, 2);
+    let &Case { m, n, k, more, transposed, kinds, margin, base: base_kind, alpha } = case;
+    let operands = |k: usize, transposed: [bool; 2], kinds: [Kind; 2], seed: u32| {
+        [
+            Operand::new(m, k, transposed[0], kinds[0], margin, seed),
+            Operand::new(k, n, transposed[1], kinds[1], margin, seed + 1),
+        ]
+    };
+    let first = operands(k, transposed, kinds, 1);
+    let second = operands(more, transposed.map(|is| !is), [kinds[1], kinds[0]], 3);
     let base: Vec<f32> = (0..m * n).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
     for Runnable { name, class, leaf } in leaves() {
         // An f32 leaf takes only f32, as `write` sees to.
         if class == Class::Fp32 && kinds.contains(&Kind::Bf16) {
             continue;
         }
-        let c = compute(case, leaf, &a, &b, &base);
+        let c = compute(case, leaf, &first, &second, &base);
         let stride = n + 2 * margin;
         for i in 0..m {
             let row = &c[i * stride..][..stride];
             let (left, right) = (&row[..margin], &row[margin + n..]);
             assert!(left.iter().chain(right).all(|&x| x == SENTINEL), "{name}: margin");
             for j in 0..n {
-                let terms = (0..k).map(|p| a.value(i, p, class) * b.value(p, j, class));
+                let terms = [(&first, k), (&second, more)].into_iter().flat_map(|([a, b], k)| {
+                    (0..k).map(|p| a.value(i, p, class) * b.value(p, j, class))
+                });
                 let (sum, size) =
                     terms.fold((0.0, 0.0), |(sum, size): (f64, f64), x| (sum + x, size + x.abs()));
                 let added = match base_kind {
@@ -182,8 +200,8 @@ fn check(case: &Case) {
                 let expected = f64::from(alpha) * sum + added;
                 let error = (f64::from(row[margin + j]) - expected).abs();
                 // Each of the k steps may round by 2⁻²⁴ of what was summed so far.
-                let bound =
-                    1e-7 * (1.0 + added.abs() + f64::from(alpha).abs() * size * (k as f64).sqrt());
+                let rounding = size * ((k + more) as f64).sqrt();
+                let bound = 1e-7 * (1.0 + added.abs() + f64::from(alpha).abs() * rounding);
                 assert!(
                     error <= bound,
                     "{name} at ({i}, {j}) of {m} x {n} x {k}: {} instead of {expected}",
@@ -209,12 +227,13 @@ proptest! {
     #[test]
     fn product_of_any_shape_layout_and_element_is_that_of_f64(
         m in length(), n in length(), k in length(),
+        more in prop_oneof![Just(0), 1..40usize],
         transposed in any::<[bool; 2]>(), kinds in [kind(), kind()],
         margin in 0..4usize, base in 0..3usize,
         alpha in prop_oneof![Just(1.0f32), -2.0..2.0f32],
     ) {
         let base = [BaseKind::Nothing, BaseKind::Itself, BaseKind::Other][base];
-        check(&Case { m, n, k, transposed, kinds, margin, base, alpha });
+        check(&Case { m, n, k, more, transposed, kinds, margin, base, alpha });
     }
 }
 
@@ -224,7 +243,20 @@ fn several_blocks_of_k_add_up_onto_every_base() {
         for transposed in [[false, true], [false, false], [true, false]] {
             for (m, n) in [(7, 100), (100, 5), (33, 70)] {
                 let kinds = [Kind::F32; 2];
-                check(&Case { m, n, k: 1001, transposed, kinds, margin: 1, base, alpha: 0.5 });
+                for more in [0, 17] {
+                    let case = Case {
+                        m,
+                        n,
+                        k: 1001,
+                        more,
+                        transposed,
+                        kinds,
+                        margin: 1,
+                        base,
+                        alpha: 0.5,
+                    };
+                    check(&case);
+                }
             }
         }
     }
@@ -236,9 +268,9 @@ fn pairs_of_bf16_are_read_where_they_lie_in_several_blocks() {
         let kinds = [Kind::Bf16, Kind::F32];
         let base = BaseKind::Nothing;
         let transposed = [false, true];
-        check(&Case { m: 31, n: 5, k, transposed, kinds, margin: 0, base, alpha: 1.0 });
+        check(&Case { m: 31, n: 5, k, more: 0, transposed, kinds, margin: 0, base, alpha: 1.0 });
         let kinds = [Kind::F32, Kind::Bf16];
-        check(&Case { m: 3, n: 50, k, transposed, kinds, margin: 2, base, alpha: 1.0 });
+        check(&Case { m: 3, n: 50, k, more: 0, transposed, kinds, margin: 2, base, alpha: 1.0 });
     }
 }
 
