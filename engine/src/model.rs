@@ -67,7 +67,7 @@ impl TrainableModel {
 
     /// As [`TrainableModel::load`], in the precision that `device` makes of `precision`.
     ///
-    /// In bf16, products of the base model's matrices multiply bf16 and add in f32; the matrices
+    /// In bf16, products multiply bf16 and add in f32, on the CPU attention's too; the matrices
     /// beside an adapter are stored in bf16, and so are the inputs that projections keep for the
     /// backward pass. What trains, its gradients and the optimiser's memory stay f32.
     ///

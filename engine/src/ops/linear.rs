@@ -319,6 +319,11 @@ mod tests {
     }
 
     #[test]
+    fn adapters_of_a_high_rank_on_two_projections() {
+        assert_forms_equal([5, 12, 21], 70, &[part(0..9), part(9..21)], true);
+    }
+
+    #[test]
     fn adapters_on_the_outer_two_of_three_projections_with_residual() {
         assert_forms_equal([6, 10, 20], 3, &[part(0..9), part(15..20)], true);
     }

@@ -172,7 +172,8 @@ fn lora_in_bf16_goes_on_bit_equal_in_the_middle_of_an_epoch() {
 #[test]
 fn a_run_goes_on_in_the_precision_of_its_checkpoint_whatever_the_device_would_choose() {
     let bench = Bench::new(13);
-    let fields = ten_steps(json!({"type": "full"}));
+    let mut fields = ten_steps(json!({"type": "full"}));
+    fields["precision"] = json!("auto");
     let (first, _) = run(&bench.request("first", &fields), &TrainOptions::default(), Some(4));
     let chosen = first.started().precision;
     assert_ne!(chosen, Precision::Auto);

@@ -180,8 +180,15 @@ impl Bench {
         self.dir.path().join("base")
     }
 
-    /// A request with `hyperparameters` that writes to the directory `name`.
+    /// A request with `hyperparameters` that writes to the directory `name`. Products multiply f32
+    /// unless another `precision` is named: what tests compare is exact to that, on any CPU.
     pub(crate) fn request(&self, name: &str, hyperparameters: &Value) -> TrainRequest {
+        let mut hyperparameters = hyperparameters.clone();
+        hyperparameters
+            .as_object_mut()
+            .expect("an object")
+            .entry("precision")
+            .or_insert("fp32".into());
         let output_dir = self.dir.path().join(name);
         fs::create_dir_all(&output_dir).expect("output directory");
         let fields = hyperparameters.as_object().expect("an object");

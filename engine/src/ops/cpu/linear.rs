@@ -21,6 +21,10 @@ use crate::ops::bf16::is_bf16;
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::{Input, LowRank, LowRankPart, Weight};
 
+/// Columns of all z up to which each output is multiplied by all of them, and not by its part's
+/// alone: a few zeros cost less than another pass over the outputs.
+const MAX_SPREAD: usize = 128;
+
 pub(in crate::ops) fn linear(
     input: Input,
     weight: Weight,
@@ -224,14 +228,18 @@ impl Branch {
         weight: &Stored,
         residual: Option<&FlexTensor>,
     ) -> Vec<f32> {
-        let ([tokens, _], [outputs, _]) = (dims(x), weight.dims());
+        let ([tokens, _], [outputs, _], [z_width, _]) = (dims(x), weight.dims(), dims(&self.a));
+        if self.parts.len() > 1 && z_width > MAX_SPREAD {
+            let mut y = base_product(x, weight, residual);
+            self.add_to(x, &mut y, outputs);
+            return y;
+        }
         self.z = self.inner(x).into();
         let spread = self.spread_b(outputs);
-        let z = MatRef::new(&self.z, tokens, dims(&self.a)[0]);
-        let b = spread.as_deref().map_or_else(
-            || matrix(&self.b),
-            |spread| MatRef::new(spread, outputs, dims(&self.a)[0]),
-        );
+        let z = MatRef::new(&self.z, tokens, z_width);
+        let b = spread
+            .as_deref()
+            .map_or_else(|| matrix(&self.b), |spread| MatRef::new(spread, outputs, z_width));
         let base = residual.map(values);
         product_of_two(base, [matrix(x), weight.view().t()], [z, b.t()], Threads::Shared)
     }
