@@ -5,7 +5,7 @@
 //! other is rounded to bf16 as well (to nearest, ties to even), so that the numbers are of one
 //! class on every CPU, whether or not it multiplies bf16 itself. Encoded elements count as f32.
 //!
-//! [`drive`] cuts a product into tiles, [`pack`] lays the operands out for them, and a [`leaf`]
+//! [`drive`] cuts a product into tiles of its [`side`]s, [`pack`] lays the operands out for them, and a [`leaf`]
 //! computes them: [`avx512`], [`avx2`] or [`portable`], chosen at run time.
 
 #![expect(
@@ -27,6 +27,7 @@ mod leaf;
 mod pack;
 mod portable;
 mod scratch;
+mod side;
 #[cfg(test)]
 mod tests;
 mod tile;
