@@ -273,7 +273,7 @@ impl Layout {
     fn split<T: Number>(&self, qkv: &FlexTensor, kept: fn(Vec<T>) -> Values) -> Inputs {
         let (heads, dim) = (self.heads, self.heads.dim);
         let rows = MatrixRows { values: values(qkv), width: heads.qkv_width() };
-        // Some tokens' values of one head, of which the first is at position 0 of `first`.
+        // Some tokens' values of one head, rotated where the position of the first is given.
         let fill = |unit: &mut [T],
                     tokens: &mut dyn Iterator<Item = usize>,
                     (column, first_position): (usize, Option<usize>),
@@ -432,10 +432,7 @@ impl Saved {
     fn backward(&self, d_output: &[f32]) -> InputGradients {
         let Self { layout, inputs, .. } = self;
         let (heads, dim) = (layout.heads, layout.heads.dim);
-        let rounded = match inputs.q {
-            Values::F32(_) => None,
-            Values::Bf16(_) => Some(rounded_values(d_output)),
-        };
+        let rounded = layout.scores.bf16.then(|| rounded_values(d_output));
         let factor = rounded.as_deref().map_or(Elements::F32(d_output), Elements::Bf16);
         let factor = MatRef::of(factor, layout.tokens(), heads.query_width());
         let mut dq = vec![0.0; inputs.q.len()];

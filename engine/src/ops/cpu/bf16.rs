@@ -10,6 +10,7 @@ use burn_flex::FlexTensor;
 use half::bf16;
 use std::ops::Range;
 
+use super::gemm::round_to_bf16;
 use super::isa::{Isa, simd_kernels};
 use super::step::{contiguous, dims, filled, from_bf16, from_values, node, tensor, values};
 
@@ -21,12 +22,7 @@ simd_kernels! {
     pub(super) fn round(x: &[f32], y: &mut [bf16]) {
         let y = &mut y[..x.len()];
         for i in 0..x.len() {
-            let bits = x[i].to_bits();
-            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-            // One of the last bits of a NaN may be all that is left of it.
-            let quiet = (bits >> 16) | 0x40;
-            let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
-            y[i] = bf16::from_bits(if is_nan { quiet } else { rounded } as u16);
+            y[i] = bf16::from_bits((round_to_bf16(x[i].to_bits()) >> 16) as u16);
         }
     }
 

@@ -17,7 +17,7 @@ use super::step::{contiguous, dims, from_values, matrix, node, tensor, values};
 use crate::batch::Target;
 use crate::ops::head::HeadLoss;
 
-/// Logits that are held at a time: 64 MiB of them.
+/// Logits of a usual chunk at most: 64 MiB of them.
 const CHUNK_LOGITS: usize = 1 << 24;
 /// Rows that a chunk has at least, as a product of few rows is slow.
 const MIN_CHUNK_ROWS: usize = 64;

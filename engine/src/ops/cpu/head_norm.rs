@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::bf16::in_f32;
 use super::isa::Isa;
-use super::rms_norm::{backward_rows, factor, forward_rows, weight_gradient};
+use super::rms_norm::{backward_rows, factor, inverse_roots, scale_rows, weight_gradient};
 use super::step::{contiguous, dims, from_values, node, tensor, values};
 use crate::ops::attention::Heads;
 use crate::ops::rms_norm::Norm;
@@ -48,7 +48,8 @@ pub(in crate::ops) fn head_norm(
                 for (part, weight) in parts.0.iter().zip(&weights) {
                     let (x, y) = (&x[part.columns.clone()], &mut y[part.columns.clone()]);
                     let root = &mut root[part.roots.clone()];
-                    forward_rows(isa, x, values(weight), norm.epsilon as f32, y, root);
+                    inverse_roots(isa, x, norm.epsilon as f32, root);
+                    scale_rows(isa, x, values(weight), root, y);
                 }
             }
         });

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::again::Again;
 use super::bf16::{in_f32, round};
-use super::isa::{Isa, MulAdd, simd_kernels};
+use super::isa::{Isa, simd_kernels};
 use super::math::dot;
 use super::step::{contiguous, dims, filled, from_bf16, from_values, node, tensor, values};
 use crate::ops::linear::Input;
@@ -23,29 +23,17 @@ use crate::ops::rms_norm::Norm;
 const BLOCK_ROWS: usize = 64;
 
 simd_kernels! {
-    /// Writes y and ρ of some rows.
-    pub(super) fn forward_rows(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], inverse_root: &mut [f32]) {
-        let width = weight.len();
-        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
-        for ((x, y), inverse_root) in rows {
-            let rho = inverse_root_of::<M>(x, epsilon);
-            *inverse_root = rho;
-            for i in 0..width {
-                y[i] = x[i] * rho * weight[i];
-            }
-        }
-    }
-
     /// Writes ρ of some rows.
-    fn inverse_roots(x: &[f32], epsilon: f32, inverse_root: &mut [f32]) {
+    pub(super) fn inverse_roots(x: &[f32], epsilon: f32, inverse_root: &mut [f32]) {
         let width = x.len() / inverse_root.len();
         for (x, inverse_root) in x.chunks_exact(width).zip(inverse_root) {
-            *inverse_root = inverse_root_of::<M>(x, epsilon);
+            let mean = dot::<M>(x, x) / width as f32 + epsilon;
+            *inverse_root = 1.0 / mean.sqrt() + 0.0 * mean;
         }
     }
 
     /// Writes y of some rows, whose ρ are known.
-    fn scale_rows(x: &[f32], weight: &[f32], inverse_root: &[f32], y: &mut [f32]) {
+    pub(super) fn scale_rows(x: &[f32], weight: &[f32], inverse_root: &[f32], y: &mut [f32]) {
         let width = weight.len();
         let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse_root);
         for ((x, y), rho) in rows {
@@ -80,13 +68,6 @@ simd_kernels! {
             }
         }
     }
-}
-
-/// ρ of a row.
-#[inline(always)]
-fn inverse_root_of<M: MulAdd>(x: &[f32], epsilon: f32) -> f32 {
-    let mean = dot::<M>(x, x) / x.len() as f32 + epsilon;
-    1.0 / mean.sqrt() + 0.0 * mean
 }
 
 /// ŵ: what x·ρ is multiplied by.
@@ -222,7 +203,8 @@ mod tests {
             let mut dx = vec![0.0; rows * width];
             let mut dw = vec![0.5; width];
             let mut root = vec![0.0; rows];
-            forward_rows(isa, &x, &weight, epsilon, &mut y, &mut root);
+            inverse_roots(isa, &x, epsilon, &mut root);
+            scale_rows(isa, &x, &weight, &root, &mut y);
             backward_rows(isa, &dy, &x, &weight, &root, &mut dx);
             weight_gradient(isa, &dy, &x, &root, &mut dw);
             let mut expected_dw = vec![0.5; width];

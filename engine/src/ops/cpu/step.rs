@@ -76,36 +76,32 @@ pub(super) fn filled<T: Copy + Default + Send>(
     block: usize,
     fill: impl Fn(usize, &mut [T]) + Sync,
 ) -> Vec<T> {
-    let [values, _] =
-        both_filled([length, 0], [block, 1], |number, values: &mut [T], _: &mut [T]| {
-            fill(number, values);
-        });
+    let mut values = Vec::with_capacity(length);
+    let parts = values.spare_capacity_mut()[..length].par_chunks_mut(block);
+    parts.enumerate().for_each(|(number, part)| fill(number, zeroed(part)));
+    // SAFETY: the blocks cover the vector, and `zeroed` has written every element.
+    unsafe { values.set_len(length) };
     values
 }
 
-/// Two vectors of as many blocks, the second of which may be empty.
+/// The same for two vectors of as many blocks.
 pub(super) fn both_filled<T: Copy + Default + Send>(
-    [first, second]: [usize; 2],
-    [first_block, second_block]: [usize; 2],
+    lengths: [usize; 2],
+    blocks: [usize; 2],
     fill: impl Fn(usize, &mut [T], &mut [T]) + Sync,
 ) -> [Vec<T>; 2] {
-    let mut vectors = [Vec::with_capacity(first), Vec::with_capacity(second)];
-    let [a, b] = &mut vectors;
-    let (a, b) = (&mut a.spare_capacity_mut()[..first], &mut b.spare_capacity_mut()[..second]);
-    let work = |number: usize, a: &mut [MaybeUninit<T>], b: &mut [MaybeUninit<T>]| {
-        fill(number, zeroed(a), zeroed(b));
-    };
-    if second == 0 {
-        a.par_chunks_mut(first_block).enumerate().for_each(|(i, a)| work(i, a, &mut []));
-    } else {
-        assert_eq!(first.div_ceil(first_block), second.div_ceil(second_block), "equal blocks");
-        let pairs = a.par_chunks_mut(first_block).zip(b.par_chunks_mut(second_block));
-        pairs.enumerate().for_each(|(i, (a, b))| work(i, a, b));
-    }
-    // SAFETY: the blocks cover both vectors, and `zeroed` has written every element.
-    unsafe {
-        vectors[0].set_len(first);
-        vectors[1].set_len(second);
+    let mut vectors = lengths.map(Vec::with_capacity);
+    let [first, second] = &mut vectors;
+    let first = first.spare_capacity_mut()[..lengths[0]].par_chunks_mut(blocks[0]);
+    let second = second.spare_capacity_mut()[..lengths[1]].par_chunks_mut(blocks[1]);
+    assert_eq!(first.len(), second.len(), "blocks of both vectors");
+    first
+        .zip(second)
+        .enumerate()
+        .for_each(|(number, (first, second))| fill(number, zeroed(first), zeroed(second)));
+    for (vector, length) in vectors.iter_mut().zip(lengths) {
+        // SAFETY: as in `filled`.
+        unsafe { vector.set_len(length) };
     }
     vectors
 }

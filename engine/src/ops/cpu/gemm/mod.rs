@@ -39,6 +39,7 @@ use half::bf16;
 use self::drive::{Destination, Product};
 use self::leaf::{Class, Lane, Leaf};
 use self::pack::Memory;
+pub(super) use self::pack::round_to_bf16;
 use self::scratch::Scratch;
 use super::isa::Isa;
 

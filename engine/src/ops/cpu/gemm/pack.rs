@@ -244,7 +244,7 @@ unsafe fn copied<P: PackVector<L>, E: Element, const L: usize>(job: &PackJob, so
 
 /// `x` rounded to the nearest bf16, ties to even, as the f32 of that value.
 #[inline(always)]
-pub(super) fn round_to_bf16(x: u32) -> u32 {
+pub(in crate::ops::cpu) fn round_to_bf16(x: u32) -> u32 {
     // Half of the last place that stays, less one bit where that place is even.
     let rounded = x.wrapping_add(0x7fff + ((x >> 16) & 1));
     // A NaN must not be carried over into an infinity.
