@@ -171,24 +171,55 @@ impl<'a> Request<'a> {
         connection: &mut PgConnection,
         made: &str,
     ) -> Result<(), StoreError> {
-        // A key that was forgotten may still have its row.
-        sqlx::query(
-            "INSERT INTO creations (caller, key, creation, request_sha256, made)
-             VALUES ($1, $2, $3, $4, $5)
-             ON CONFLICT (caller, key) WHERE key IS NOT NULL DO UPDATE SET
-                 creation = EXCLUDED.creation, request_sha256 = EXCLUDED.request_sha256,
-                 made = EXCLUDED.made, created_at = now()",
-        )
-        .bind(self.caller)
-        .bind(self.idempotency.key.as_deref())
-        .bind(self.creation.as_str())
-        .bind(self.idempotency.request_sha256.as_slice())
-        .bind(made)
-        .execute(connection)
-        .await?;
+        let statement = concat!(
+            "WITH moved AS (SELECT $5 AS id), ",
+            add_creation!("$1", "$2", "$3", "$4"),
+            " SELECT 1"
+        );
+        self.bind(sqlx::query(statement)).bind(made).execute(connection).await?;
         Ok(())
     }
+
+    /// Binds what [`add_creation`] takes, in its order.
+    pub(crate) fn bind<'q>(&self, query: PgQuery<'q>) -> PgQuery<'q>
+    where
+        'a: 'q,
+    {
+        query
+            .bind(self.caller)
+            .bind(self.idempotency.key.as_deref())
+            .bind(self.creation.as_str())
+            .bind(self.idempotency.request_sha256.as_slice())
+    }
 }
+
+pub(crate) type PgQuery<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
+
+/// The part of a statement that notes what a request made, whose id a CTE called `moved` returns.
+/// The placeholders are those that [`Request::bind`] fills.
+macro_rules! add_creation {
+    ($caller:literal, $key:literal, $creation:literal, $request_sha256:literal) => {
+        // A key that was forgotten may still have its row.
+        concat!(
+            "creation AS (
+                INSERT INTO creations (caller, key, creation, request_sha256, made)
+                SELECT ",
+            $caller,
+            ", ",
+            $key,
+            ", ",
+            $creation,
+            ", ",
+            $request_sha256,
+            ", moved.id FROM moved
+                ON CONFLICT (caller, key) WHERE key IS NOT NULL DO UPDATE SET
+                    creation = EXCLUDED.creation, request_sha256 = EXCLUDED.request_sha256,
+                    made = EXCLUDED.made, created_at = now()
+            )"
+        )
+    };
+}
+pub(crate) use add_creation;
 
 impl crate::Store {
     /// Forgets requests whose keys are not remembered any more. To be called from time to time.

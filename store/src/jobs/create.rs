@@ -1,15 +1,15 @@
 //! Making a job, once, however often a client asks.
 
 use super::{Job, job_columns};
-use crate::events::{self, NewEvent};
+use crate::events::{NewEvent, add_events};
 use crate::files::is_there;
-use crate::idempotency::{Creation, Idempotency, Request};
+use crate::idempotency::{Creation, Idempotency, Request, add_creation};
 use crate::notify::Channel;
 use crate::tenants::Caller;
-use crate::{Store, StoreError, database, models, tenants};
+use crate::{Store, StoreError, database, models};
 use serde_json::{Map, Value};
-use sqlx::PgConnection;
 use sqlx::types::Json;
+use sqlx::{FromRow as _, PgConnection};
 use std::collections::BTreeMap;
 use tunesmith_core::hyperparameters::Method;
 use tunesmith_core::ids::{BaseModelId, FileId, JobId, tuned_model_name};
@@ -75,28 +75,30 @@ impl Store {
     ) -> Result<CreatedJob, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
         let request = Request::new(Creation::Job, caller.api_key_id.as_str(), idempotency);
-        let made = request.made_before(&mut transaction).await?.map(JobId::from);
-        let is_new = made.is_none();
-        let id = match made {
-            Some(id) => id,
+        let created = match request.made_before(&mut transaction).await? {
+            Some(made) => {
+                CreatedJob { job: read(&mut transaction, &made).await?, is_new: false }
+            }
             None => {
                 require_room(&mut transaction, caller, new).await?;
-                let id = insert(&mut transaction, caller, new).await?;
-                request.remember(&mut transaction, id.as_str()).await?;
-                id
+                let job = insert(&mut transaction, caller, new, &request).await?;
+                CreatedJob { job, is_new: true }
             }
         };
-        let job = sqlx::query_as(concat!(
-            "SELECT ",
-            job_columns!(),
-            " FROM jobs JOIN projects ON projects.id = jobs.project_id WHERE jobs.id = $1"
-        ))
-        .bind(id.as_str())
-        .fetch_one(&mut *transaction)
-        .await?;
         transaction.commit().await?;
-        Ok(CreatedJob { job, is_new })
+        Ok(created)
     }
+}
+
+async fn read(connection: &mut PgConnection, id: &str) -> Result<Job, StoreError> {
+    Ok(sqlx::query_as(concat!(
+        "SELECT ",
+        job_columns!(),
+        " FROM jobs JOIN projects ON projects.id = jobs.project_id WHERE jobs.id = $1"
+    ))
+    .bind(id)
+    .fetch_one(connection)
+    .await?)
 }
 
 /// Fails if the project has as many unfinished jobs as it may. Jobs that are being made at the same
@@ -123,73 +125,91 @@ async fn require_room(
     Ok(())
 }
 
+/// The job with its first events, the note of its request, and a call to who validates it, as one
+/// statement: each more would be another trip to the database while the transaction holds its locks.
 async fn insert(
     connection: &mut PgConnection,
     caller: &Caller,
     new: &NewJob,
-) -> Result<JobId, StoreError> {
-    require_files(connection, caller, new).await?;
+    request: &Request<'_>,
+) -> Result<Job, StoreError> {
+    let organization = hold_files(connection, caller, new).await?;
     if new.is_tuned {
         models::hold(connection, &new.model).await?;
     }
-    let organization = tenants::organization_name(&mut *connection, caller).await?;
     let id = JobId::generate(&mut rand::rng());
     let suffix = new.suffix.as_deref();
     let model_name = tuned_model_name(&new.base_model, &organization, suffix, &mut rand::rng());
-    sqlx::query(
-        "INSERT INTO jobs (id, project_id, api_key_id, model, base_model_id, training_file,
-             validation_file, suffix, seed, metadata, hyperparameters, model_name, status, method,
-             start)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
-    )
-    .bind(id.as_str())
-    .bind(caller.project_id.as_str())
-    .bind(caller.api_key_id.as_str())
-    .bind(&new.model)
-    .bind(new.base_model_id.as_str())
-    .bind(new.training_file.as_str())
-    .bind(new.validation_file.as_ref().map(FileId::as_str))
-    .bind(suffix)
-    .bind(crate::rows::bigint(new.seed))
-    .bind(Json(&new.metadata))
-    .bind(Json(&new.hyperparameters))
-    .bind(model_name)
-    .bind(JobStatus::ValidatingFiles.as_str())
-    .bind(new.method.as_str())
-    .bind(new.start.as_ref().map(Json))
-    .execute(&mut *connection)
-    .await?;
     let validating = match &new.validation_file {
         Some(validation) => NewEvent::validating_both_files(&new.training_file, validation),
         None => NewEvent::validating_training_file(&new.training_file),
     };
-    let mut first = vec![NewEvent::job_created(&id), validating];
-    first.extend_from_slice(&new.events);
-    events::insert(connection, &id, &first).await?;
-    sqlx::query("SELECT pg_notify($1, '')")
+    let mut events = vec![NewEvent::job_created(&id), validating];
+    events.extend_from_slice(&new.events);
+    let statement = concat!(
+        "WITH moved AS (
+             INSERT INTO jobs (id, project_id, api_key_id, model, base_model_id, training_file,
+                 validation_file, suffix, seed, metadata, hyperparameters, model_name, status, method,
+                 start)
+             VALUES ($5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+             RETURNING *
+         ), ",
+        add_creation!("$1", "$2", "$3", "$4"),
+        ", ",
+        add_events!("$20"),
+        ", woken AS (SELECT pg_notify($21, ''))
+         SELECT ",
+        job_columns!(),
+        " FROM moved AS jobs JOIN projects ON projects.id = jobs.project_id, woken"
+    );
+    let made = request
+        .bind(sqlx::query(statement))
+        .bind(id.as_str())
+        .bind(caller.project_id.as_str())
+        .bind(caller.api_key_id.as_str())
+        .bind(&new.model)
+        .bind(new.base_model_id.as_str())
+        .bind(new.training_file.as_str())
+        .bind(new.validation_file.as_ref().map(FileId::as_str))
+        .bind(suffix)
+        .bind(crate::rows::bigint(new.seed))
+        .bind(Json(&new.metadata))
+        .bind(Json(&new.hyperparameters))
+        .bind(model_name)
+        .bind(JobStatus::ValidatingFiles.as_str())
+        .bind(new.method.as_str())
+        .bind(new.start.as_ref().map(Json))
+        .bind(Json(events))
         .bind(Channel::Validation.as_str())
-        .execute(connection)
+        .fetch_one(connection)
         .await?;
-    Ok(id)
+    Ok(Job::from_row(&made)?)
 }
 
-/// Checks the files and keeps them from being deleted until the job is there to protect them.
-async fn require_files(
+/// Checks the files and keeps them from being deleted until the job is there to protect them; gives
+/// the name of the caller's organisation.
+async fn hold_files(
     connection: &mut PgConnection,
     caller: &Caller,
     new: &NewJob,
-) -> Result<(), StoreError> {
-    for file in std::iter::once(&new.training_file).chain(&new.validation_file) {
-        sqlx::query(concat!(
-            "SELECT 1 FROM files WHERE id = $1 AND project_id = $2 AND ",
-            is_there!(),
-            " FOR SHARE"
-        ))
-        .bind(file.as_str())
-        .bind(caller.project_id.as_str())
-        .fetch_optional(&mut *connection)
-        .await?
-        .ok_or_else(|| StoreError::not_found("file", file))?;
+) -> Result<String, StoreError> {
+    let files: Vec<&FileId> =
+        std::iter::once(&new.training_file).chain(&new.validation_file).collect();
+    let (organization, held): (String, Vec<String>) = sqlx::query_as(concat!(
+        "WITH held AS (
+             SELECT id FROM files WHERE id = ANY($1) AND project_id = $2 AND ",
+        is_there!(),
+        " FOR SHARE
+         )
+         SELECT name, ARRAY(SELECT id FROM held) FROM organizations WHERE id = $3"
+    ))
+    .bind(files.iter().map(|file| file.as_str()).collect::<Vec<_>>())
+    .bind(caller.project_id.as_str())
+    .bind(caller.organization_id.as_str())
+    .fetch_one(connection)
+    .await?;
+    match files.into_iter().find(|file| !held.iter().any(|held| held == file.as_str())) {
+        Some(missing) => Err(StoreError::not_found("file", missing)),
+        None => Ok(organization),
     }
-    Ok(())
 }
