@@ -65,6 +65,8 @@ pub struct StoreConfig {
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: PgPool,
+    /// Where looks at single jobs are read.
+    look_pool: PgPool,
     objects: Objects,
     looks: Arc<Looks>,
 }
@@ -77,7 +79,7 @@ impl Store {
     pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
         let objects = Objects::open(&config.object_store_url)?;
         let pool = database::connect(&config.database_url).await?;
-        Ok(Self { pool, objects, looks: Arc::default() })
+        Ok(Self { look_pool: pool.clone(), pool, objects, looks: Arc::default() })
     }
 
     /// The same store for one of `threads` threads that each have a runtime of their own: over
@@ -87,7 +89,11 @@ impl Store {
     pub fn of_thread(&self, threads: usize) -> Self {
         let share = database::MAX_CONNECTIONS / u32::try_from(threads).unwrap_or(u32::MAX);
         let pool = database::another(&self.pool, share.max(MIN_SHARE));
-        Self { pool, objects: self.objects.clone(), looks: Arc::default() }
+        // One look is on its way at a time. Always on the same connection: a pool goes through all that it
+        // has in turn, and each of them is a process of the database that has to be woken and whose memory
+        // has gone cold.
+        let look_pool = database::another(&self.pool, 1);
+        Self { pool, look_pool, objects: self.objects.clone(), looks: Arc::default() }
     }
 
     /// Brings the schema up to this program's version; safe to run by many at once.

@@ -76,9 +76,7 @@ impl Store {
         let mut transaction = database::begin(&self.pool).await?;
         let request = Request::new(Creation::Job, caller.api_key_id.as_str(), idempotency);
         let created = match request.made_before(&mut transaction).await? {
-            Some(made) => {
-                CreatedJob { job: read(&mut transaction, &made).await?, is_new: false }
-            }
+            Some(made) => CreatedJob { job: read(&mut transaction, &made).await?, is_new: false },
             None => {
                 require_room(&mut transaction, caller, new).await?;
                 let job = insert(&mut transaction, caller, new, &request).await?;

@@ -27,6 +27,25 @@ const MAX_LOOKS: usize = 64;
 /// How often other tasks go before a statement, at most: whoever asks all the time holds up nobody.
 const MAX_YIELDS: usize = 8;
 
+/// What a look reads of the key's owner and of the job.
+macro_rules! seen_columns {
+    () => {
+        "api_keys.id AS api_key_id, projects.id AS project_id, projects.organization_id,
+         uuid_send(jobs.version) AS version"
+    };
+}
+
+/// From `api_keys` on: the key's project, and its job of the id `$job` if there is one.
+macro_rules! seen_joins {
+    ($job:literal) => {
+        concat!(
+            "JOIN projects ON projects.id = api_keys.project_id AND projects.archived_at IS NULL
+             LEFT JOIN jobs ON jobs.project_id = projects.id AND jobs.id = ",
+            $job
+        )
+    };
+}
+
 /// Whose the key is if it is known, and the job if that project has it.
 type Seen = Option<(Arc<Caller>, Option<Arc<SeenJob>>)>;
 
@@ -97,20 +116,38 @@ impl Looks {
 
     /// What each of `looks` sees, in their order; no two are alike.
     async fn read(&self, pool: &PgPool, looks: &[Look]) -> Result<Vec<Seen>, StoreError> {
-        let secrets: Vec<&[u8]> = looks.iter().map(|look| &*look.secret_sha256).collect();
-        let jobs: Vec<&str> = looks.iter().map(|look| look.job.as_str()).collect();
-        let found = sqlx::query(
-            "SELECT look.place, api_keys.id AS api_key_id, projects.id AS project_id,
-                 projects.organization_id, uuid_send(jobs.version) AS version
-             FROM unnest($1::bytea[], $2::text[]) WITH ORDINALITY AS look (secret, job, place)
-             JOIN api_keys ON api_keys.secret_sha256 = look.secret AND api_keys.revoked_at IS NULL
-             JOIN projects ON projects.id = api_keys.project_id AND projects.archived_at IS NULL
-             LEFT JOIN jobs ON jobs.id = look.job AND jobs.project_id = projects.id",
-        )
-        .bind(secrets)
-        .bind(jobs)
-        .fetch_all(pool)
-        .await?;
+        let found = match looks {
+            // Most are alone, or like all others: a statement about one is the cheapest.
+            [look] => {
+                sqlx::query(concat!(
+                    "SELECT 1::bigint AS place, ",
+                    seen_columns!(),
+                    " FROM api_keys ",
+                    seen_joins!("$2"),
+                    " WHERE api_keys.secret_sha256 = $1 AND api_keys.revoked_at IS NULL"
+                ))
+                .bind(&look.secret_sha256)
+                .bind(look.job.as_str())
+                .fetch_all(pool)
+                .await?
+            }
+            looks => {
+                let secrets: Vec<&[u8]> = looks.iter().map(|look| &*look.secret_sha256).collect();
+                let jobs: Vec<&str> = looks.iter().map(|look| look.job.as_str()).collect();
+                sqlx::query(concat!(
+                    "SELECT look.place, ",
+                    seen_columns!(),
+                    " FROM unnest($1::bytea[], $2::text[]) WITH ORDINALITY AS look (secret, job, place)
+                     JOIN api_keys
+                       ON api_keys.secret_sha256 = look.secret AND api_keys.revoked_at IS NULL ",
+                    seen_joins!("look.job")
+                ))
+                .bind(secrets)
+                .bind(jobs)
+                .fetch_all(pool)
+                .await?
+            }
+        };
         let mut seen = vec![None; looks.len()];
         let mut changed = Vec::new();
         for row in &found {
@@ -193,7 +230,7 @@ impl Store {
                     Ok(seen) => return Ok(seen),
                     // The statement failed, or whoever had it on its way was dropped.
                     Err(_) => {
-                        let alone = self.looks.read_all(&self.pool, vec![look()]);
+                        let alone = self.looks.read_all(&self.look_pool, vec![look()]);
                         return Ok(alone.await?.pop().flatten());
                     }
                 },
@@ -201,7 +238,7 @@ impl Store {
                     self.looks.gather().await;
                     let (looks, askers) = self.looks.next();
                     // Who hears nothing asks alone, and hears what is wrong.
-                    let found = self.looks.read_all(&self.pool, looks);
+                    let found = self.looks.read_all(&self.look_pool, looks);
                     let Ok(found) = found.await else { continue };
                     for (asker, seen) in askers.into_iter().zip(found) {
                         // Who has hung up meanwhile needs no answer.
@@ -277,9 +314,9 @@ mod tests {
         let store = world.store();
         let key = store.create_api_key(&world.caller.project_id, "mine").await.expect("key").secret;
         let job = world.job().await;
-        // One connection, and it is taken: the first look has its turn and waits for it.
-        let store = store.of_thread(usize::MAX);
-        let held = [store.pool.acquire().await, store.pool.acquire().await];
+        // The connection for looks is taken: the first look has its turn and waits for it.
+        let store = store.of_thread(1);
+        let held = store.look_pool.acquire().await;
         let mut first = Box::pin(store.authenticate_for_job(&key, &job.id));
         // It lets others go first, and then waits for a connection.
         assert!(futures::poll!(&mut first).is_pending());
@@ -295,7 +332,7 @@ mod tests {
     async fn each_hears_why_the_database_does_not_answer() {
         let world = World::new().await;
         let store = world.store().of_thread(1);
-        store.pool.close().await;
+        store.look_pool.close().await;
         let id = JobId::from("ftjob-none".to_owned());
         for seen in join_all((0..3).map(|_| store.authenticate_for_job("sk-x", &id))).await {
             assert!(seen.is_err(), "{seen:?}");
