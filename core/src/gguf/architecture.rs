@@ -1,21 +1,13 @@
 //! `config.json` → the architecture's metadata, and Hugging Face's tensor names → GGUF's.
 
-use std::f64::consts::TAU;
-
 use serde_json::Value as Json;
 
 use super::GgufError;
 use super::header::Value;
 
-/// Divisors of the rotary frequencies of Llama 3, which Hugging Face keeps as parameters.
-const ROPE_FREQUENCIES: &str = "rope_freqs.weight";
-/// The two tables of Phi-3's long-context models.
-const LONG_FACTORS: &str = "rope_factors_long.weight";
-const SHORT_FACTORS: &str = "rope_factors_short.weight";
-
 /// A family by the name that GGUF has for it, which also prefixes its metadata keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
+pub(super) enum Family {
     /// Llama, and Mistral, which is the same computation.
     Llama,
     Qwen2,
@@ -36,25 +28,32 @@ const FAMILIES: [(&str, Family, &str); 7] = [
 ];
 
 /// What is done to a tensor's values on their way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Change {
     None,
     /// The rows of each head of so many are permuted, for llama.cpp's rotary embedding.
     Permuted {
         head_dim: usize,
     },
-    /// 1 is added: Gemma's norms multiply by 1 + w, and GGUF stores the sum.
-    PlusOne,
+    /// 1 is added, since Gemma's norms multiply by 1 + w and GGUF stores the sum, and the sum is
+    /// multiplied.
+    Norm {
+        factor: f32,
+    },
+    /// All values are multiplied.
+    Scaled {
+        factor: f32,
+    },
 }
 
 /// A model's shape, as its `config.json` and its tensors say.
 pub(super) struct Architecture<'a> {
-    family: Family,
+    pub(super) family: Family,
     name: &'static str,
-    config: &'a Json,
+    pub(super) config: &'a Json,
     heads: usize,
     key_value_heads: usize,
-    head_dim: usize,
+    pub(super) head_dim: usize,
     pub(super) layers: usize,
     pub(super) vocabulary: usize,
     pub(super) tied_head: bool,
@@ -108,7 +107,7 @@ impl<'a> Architecture<'a> {
         let mut put = |name: &str, value: Value| metadata.push((self.key(name), value));
         let size = |name| size(self.config, name);
         put("block_count", (self.layers as u32).into());
-        put("context_length", (size("max_position_embeddings")? as u32).into());
+        put("context_length", (self.context_length()? as u32).into());
         put("embedding_length", (size("hidden_size")? as u32).into());
         put("feed_forward_length", (size("intermediate_size")? as u32).into());
         put("attention.head_count", (self.heads as u32).into());
@@ -134,45 +133,25 @@ impl<'a> Architecture<'a> {
     /// What one family alone has.
     fn own(&self, put: &mut impl FnMut(&str, Value)) -> Result<(), GgufError> {
         let window = self.config["sliding_window"].as_u64();
-        let softcap = |field: &str| self.config[field].as_f64().map(|cap| Value::F32(cap as f32));
         match self.family {
-            Family::Llama => {
-                let context = size(self.config, "max_position_embeddings")? as u64;
-                if window.is_some_and(|window| window < context) {
-                    return Err(GgufError::new(format!(
-                        "sliding_window is {}, and GGUF has no window for this model_type; \
-                         download it with format=merged",
-                        self.config["sliding_window"]
-                    )));
-                }
-            }
-            Family::Qwen2 | Family::Qwen3 => {
-                if self.config["use_sliding_window"] == true {
-                    return Err(GgufError::new(
-                        "use_sliding_window is true, and GGUF has no window for this model_type; \
-                         download it with format=merged",
-                    ));
-                }
-            }
+            Family::Llama | Family::Qwen2 | Family::Qwen3 => {}
             Family::Gemma2 | Family::Gemma3 => {
-                let (period, largest) =
-                    if self.family == Family::Gemma2 { (2, 46) } else { (6, 62) };
-                self.check_layer_types(period)?;
-                // GGUF does not say: it is a head's width, but in the family's largest model.
-                let scalar = self.config["query_pre_attn_scalar"].as_f64().unwrap_or(256.0);
-                let known = if self.layers == largest {
-                    size(self.config, "hidden_size")? / self.heads
-                } else {
-                    self.head_dim
-                };
-                if scalar != known as f64 {
-                    return Err(GgufError::new(format!(
-                        "query_pre_attn_scalar is {scalar}, where llama.cpp computes with {known}"
-                    )));
+                if let Some(pattern) = self.window_pattern()? {
+                    put("attention.sliding_window_pattern", pattern);
                 }
                 for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
-                    if let Some(cap) = softcap(field) {
-                        put(field, cap);
+                    match self.config[field].as_f64() {
+                        Some(cap) => put(field, Value::F32(cap as f32)),
+                        // Absent, it is the number that llama.cpp knows too.
+                        None if self.family == Family::Gemma2
+                            && self.config.get(field).is_some() =>
+                        {
+                            return Err(GgufError::new(format!(
+                                "{field} is null, and llama.cpp computes no gemma2 without it; \
+                                 download it with format=merged"
+                            )));
+                        }
+                        None => {}
                     }
                 }
                 put("attention.sliding_window", (window.unwrap_or(4096) as u32).into());
@@ -188,155 +167,86 @@ impl<'a> Architecture<'a> {
         Ok(())
     }
 
-    /// llama.cpp lets every `period`-th layer see the whole text.
-    fn check_layer_types(&self, period: usize) -> Result<(), GgufError> {
-        let Some(types) = self.config["layer_types"].as_array() else {
-            let pattern = self.config["sliding_window_pattern"].as_u64();
-            return match pattern.filter(|&pattern| pattern != period as u64) {
-                Some(other) => Err(GgufError::new(format!(
-                    "sliding_window_pattern is {other}, where llama.cpp computes with {period}"
-                ))),
-                None => Ok(()),
-            };
-        };
-        let expected = |layer: usize| {
-            if layer.is_multiple_of(period) { "full_attention" } else { "sliding_attention" }
-        };
-        match types.iter().zip(1..).find(|(kind, layer)| **kind != expected(*layer)) {
-            Some((kind, layer)) => Err(GgufError::new(format!(
-                "layer_types has {kind} for layer {layer}, where llama.cpp computes {}",
-                expected(layer)
-            ))),
-            None => Ok(()),
-        }
+    /// Tokens of the longest text that the file's model may read. Where GGUF has no windows, that is
+    /// what fits into the model's: so short a text each of its layers sees as a whole.
+    fn context_length(&self) -> Result<usize, GgufError> {
+        let context = size(self.config, "max_position_embeddings")?;
+        Ok(self.unsaid_window().map_or(context, |window| context.min(window)))
     }
 
-    /// Parameters of the rotary embedding of full attention, in the spelling of transformers 5 or
-    /// of 4, and θ.
-    fn rope_parameters(&self) -> (&Json, Option<f64>) {
-        let parameters = &self.config["rope_parameters"];
-        let parameters = match &parameters["full_attention"] {
-            Json::Null => parameters,
-            of_type => of_type,
-        };
-        let scaling = match &self.config["rope_scaling"] {
-            Json::Null => parameters,
-            scaling => scaling,
-        };
-        (scaling, parameters["rope_theta"].as_f64().or(self.config["rope_theta"].as_f64()))
-    }
-
-    fn rope(&self, put: &mut impl FnMut(&str, Value)) -> Result<(), GgufError> {
-        let (scaling, theta) = self.rope_parameters();
-        let theta = theta.ok_or_else(|| GgufError::new("config.json has no rope_theta"))?;
-        put("rope.freq_base", Value::F32(theta as f32));
-        put("rope.dimension_count", (self.rotated() as u32).into());
-        if self.family == Family::Gemma3 {
-            let local = self.config["rope_parameters"]["sliding_attention"]["rope_theta"].as_f64();
-            let local = local.or(self.config["rope_local_base_freq"].as_f64()).unwrap_or(10_000.0);
-            put("rope.freq_base_swa", Value::F32(local as f32));
-        }
-        let factor = scaling["factor"].as_f64();
-        match (rope_type(scaling), factor) {
-            ("default", _) | ("llama3", Some(_)) => {}
-            ("linear", Some(factor)) => {
-                put("rope.scaling.type", "linear".into());
-                put("rope.scaling.factor", Value::F32(factor as f32));
-            }
-            ("yarn", Some(factor)) => {
-                let own = ["attention_factor", "beta_fast", "beta_slow", "mscale", "truncate"];
-                if let Some(field) = own.into_iter().find(|field| !scaling[*field].is_null()) {
-                    return Err(GgufError::new(format!(
-                        "rotary scaling has its own {field}, which GGUF cannot say"
-                    )));
+    /// The window of some layers, in a family for which GGUF has no key that says so.
+    fn unsaid_window(&self) -> Option<usize> {
+        let config = self.config;
+        let has_windows = match self.family {
+            Family::Llama => config["model_type"] == "mistral",
+            Family::Qwen2 | Family::Qwen3 if config["use_sliding_window"] == true => {
+                match config["layer_types"].as_array() {
+                    Some(types) => types.iter().any(|kind| kind == "sliding_attention"),
+                    None => config["max_window_layers"].as_u64().unwrap_or(28) < self.layers as u64,
                 }
-                let original = size(scaling, "original_max_position_embeddings")?;
-                put("rope.scaling.type", "yarn".into());
-                put("rope.scaling.factor", Value::F32(factor as f32));
-                put("rope.scaling.original_context_length", (original as u32).into());
             }
-            ("longrope" | "su", _) if self.family == Family::Phi3 => {
-                put("rope.scaling.attn_factor", Value::F32(self.long_attention_factor(scaling)?));
-            }
-            (other, _) => {
-                return Err(GgufError::new(format!(
-                    "rotary scaling {other:?} cannot be carried over; download it with \
-                     format=merged"
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// How many of a head's dimensions turn.
-    fn rotated(&self) -> usize {
-        let share = self.config["partial_rotary_factor"].as_f64();
-        let share = share.or(self.rope_parameters().0["partial_rotary_factor"].as_f64());
-        (self.head_dim as f64 * share.unwrap_or(1.0)) as usize
-    }
-
-    /// √(1 + ln(stretch) / ln(original context)), or what the file says (Ding et al. 2024).
-    fn long_attention_factor(&self, scaling: &Json) -> Result<f32, GgufError> {
-        if let Some(own) = scaling["attention_factor"].as_f64() {
-            return Ok(own as f32);
-        }
-        let context = size(self.config, "max_position_embeddings")? as f64;
-        let original = match scaling["original_max_position_embeddings"].as_f64() {
-            Some(original) => original,
-            None => size(self.config, "original_max_position_embeddings")? as f64,
+            _ => false,
         };
-        let stretch = scaling["factor"].as_f64().unwrap_or(context / original);
-        let factor = if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() };
-        Ok(factor as f32)
+        // Both families' window where the file does not say.
+        let window = config.get("sliding_window").map_or(Some(4096), Json::as_u64);
+        window.filter(|_| has_windows).map(|window| window as usize)
     }
 
-    /// Tensors that stand in `config.json` at Hugging Face: name and values.
-    pub(super) fn tables(&self) -> Result<Vec<(&'static str, Vec<f32>)>, GgufError> {
-        let (scaling, theta) = self.rope_parameters();
-        let table = |field: &str| -> Result<Vec<f32>, GgufError> {
-            let list = scaling[field].as_array().into_iter().flatten();
-            let table: Vec<f32> = list.filter_map(Json::as_f64).map(|x| x as f32).collect();
-            if table.len() == self.rotated() / 2 {
-                return Ok(table);
-            }
-            Err(GgufError::new(format!(
-                "{field} has {} numbers for {} pairs of dimensions",
-                table.len(),
-                self.rotated() / 2
-            )))
+    /// Which layers of a Gemma have a window, where they are not those that llama.cpp takes unless the
+    /// file says: n for all but each n-th, 0 for all. Older llama.cpp reads no list.
+    fn window_pattern(&self) -> Result<Option<Value>, GgufError> {
+        let usual = if self.family == Family::Gemma2 { 2 } else { 6 };
+        let of_period = |period: usize| -> Vec<bool> {
+            let has_window = |layer: usize| period == 0 || !layer.is_multiple_of(period);
+            (1..=self.layers).map(has_window).collect()
         };
-        match rope_type(scaling) {
-            "llama3" => {
-                let number = |field: &str| {
-                    scaling[field].as_f64().ok_or_else(|| {
-                        GgufError::new(format!("the rotary scaling \"llama3\" has no {field}"))
-                    })
-                };
-                let (factor, original) =
-                    (number("factor")?, number("original_max_position_embeddings")?);
-                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
-                let theta = theta.unwrap_or(10_000.0);
-                let divisors = (0..self.head_dim / 2).map(|pair| {
-                    let frequency = theta.powf(-2.0 * pair as f64 / self.head_dim as f64);
-                    let smooth = (original * frequency / TAU - low) / (high - low);
-                    let smooth = smooth.clamp(0.0, 1.0);
-                    (1.0 / ((1.0 - smooth) / factor + smooth)) as f32
-                });
-                Ok(vec![(ROPE_FREQUENCIES, divisors.collect())])
+        let windows: Vec<bool> = match self.config["layer_types"].as_array() {
+            Some(types) => types.iter().map(|kind| kind == "sliding_attention").collect(),
+            None => {
+                let period = self.config["sliding_window_pattern"].as_u64();
+                let period = period.filter(|_| self.family == Family::Gemma3);
+                of_period(period.map_or(usual, |period| period as usize))
             }
-            "longrope" | "su" => Ok(vec![
-                (LONG_FACTORS, table("long_factor")?),
-                (SHORT_FACTORS, table("short_factor")?),
-            ]),
-            _ => Ok(Vec::new()),
+        };
+        // Such a file ends llama.cpp when it is opened.
+        if !windows.contains(&true) {
+            return Err(GgufError::new(format!(
+                "no layer has a window by layer_types or sliding_window_pattern, and llama.cpp \
+                 computes no such {}; download it with format=merged",
+                self.name
+            )));
         }
+        let periods = [usual, 0].into_iter().chain(2..=self.layers);
+        Ok(match periods.into_iter().find(|&period| of_period(period) == windows) {
+            Some(period) if period == usual => None,
+            Some(period) => Some((period as u32).into()),
+            None => Some(Value::Flags(windows)),
+        })
+    }
+
+    /// What queries are multiplied by beside what llama.cpp does to them: Gemma divides scores by the
+    /// root of a number of its own, and llama.cpp by that of a head's width, or in the family's largest
+    /// model, which it knows by its layers, of a head's share of the model's.
+    fn query_factor(&self) -> f32 {
+        let largest = match self.family {
+            Family::Gemma2 => 46,
+            Family::Gemma3 => 62,
+            _ => return 1.0,
+        };
+        let known = if self.layers == largest {
+            self.config["hidden_size"].as_u64().unwrap_or(0) as usize / self.heads.max(1)
+        } else {
+            self.head_dim
+        };
+        let scalar = self.config["query_pre_attn_scalar"].as_f64().unwrap_or(256.0);
+        (known as f64 / scalar).sqrt() as f32
     }
 
     /// GGUF's name of a tensor, and what is done to its values; None for one that has no place in a
     /// file.
     pub(super) fn place(&self, name: &str) -> Option<(String, Change)> {
         let norm = match self.family {
-            Family::Gemma2 | Family::Gemma3 => Change::PlusOne,
+            Family::Gemma2 | Family::Gemma3 => Change::Norm { factor: 1.0 },
             _ => Change::None,
         };
         match name {
@@ -352,22 +262,28 @@ impl<'a> Architecture<'a> {
             *kind == "weight"
                 || *kind == "bias" && matches!(self.family, Family::Llama | Family::Qwen2)
         })?;
-        let gemma = norm == Change::PlusOne;
+        let gemma = norm != Change::None;
         let permuted = match self.family {
             Family::Llama => Change::Permuted { head_dim: self.head_dim },
             _ => Change::None,
         };
+        let factor = self.query_factor();
         let (part, change) = match part {
             "input_layernorm" => ("attn_norm", norm),
             "post_attention_layernorm" if gemma => ("post_attention_norm", norm),
             "post_attention_layernorm" => ("ffn_norm", norm),
             "pre_feedforward_layernorm" if gemma => ("ffn_norm", norm),
             "post_feedforward_layernorm" if gemma => ("post_ffw_norm", norm),
+            "self_attn.q_proj" if self.family == Family::Gemma2 && factor != 1.0 => {
+                ("attn_q", Change::Scaled { factor })
+            }
             "self_attn.q_proj" => ("attn_q", permuted),
             "self_attn.k_proj" => ("attn_k", permuted),
             "self_attn.v_proj" => ("attn_v", Change::None),
             "self_attn.o_proj" => ("attn_output", Change::None),
             "self_attn.qkv_proj" if self.family == Family::Phi3 => ("attn_qkv", Change::None),
+            // Not the weights: a norm stays in f32.
+            "self_attn.q_norm" if gemma => ("attn_q_norm", Change::Norm { factor }),
             "self_attn.q_norm" => ("attn_q_norm", norm),
             "self_attn.k_norm" => ("attn_k_norm", norm),
             "mlp.gate_proj" => ("ffn_gate", Change::None),
@@ -385,11 +301,7 @@ impl<'a> Architecture<'a> {
     }
 }
 
-fn rope_type(scaling: &Json) -> &str {
-    scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default")
-}
-
-fn size(json: &Json, name: &str) -> Result<usize, GgufError> {
+pub(super) fn size(json: &Json, name: &str) -> Result<usize, GgufError> {
     let size = json[name].as_u64().filter(|&size| size <= u64::from(u32::MAX));
     size.map(|size| size as usize)
         .ok_or_else(|| GgufError::new(format!("config.json has no whole number {name}")))

@@ -12,6 +12,7 @@ pub(super) enum Value {
     F32(f32),
     Flag(bool),
     Text(String),
+    Flags(Vec<bool>),
     Integers(Vec<i32>),
     Reals(Vec<f32>),
     Texts(Vec<String>),
@@ -37,7 +38,7 @@ impl Value {
             Self::F32(_) => 6,
             Self::Flag(_) => 7,
             Self::Text(_) => 8,
-            Self::Integers(_) | Self::Reals(_) | Self::Texts(_) => 9,
+            Self::Flags(_) | Self::Integers(_) | Self::Reals(_) | Self::Texts(_) => 9,
         }
     }
 
@@ -51,6 +52,10 @@ impl Value {
             Self::F32(value) => out.extend(value.to_le_bytes()),
             Self::Flag(value) => out.push(u8::from(*value)),
             Self::Text(value) => write_text(value, out),
+            Self::Flags(values) => {
+                list(7, values.len());
+                out.extend(values.iter().map(|&value| u8::from(value)));
+            }
             Self::Integers(values) => {
                 list(5, values.len());
                 out.extend(values.iter().flat_map(|value| value.to_le_bytes()));

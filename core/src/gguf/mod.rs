@@ -12,6 +12,7 @@ mod header;
 mod modelfile;
 mod plan;
 mod pretokenizer;
+mod rope;
 mod storage;
 mod tokenizer;
 

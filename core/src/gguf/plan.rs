@@ -136,7 +136,7 @@ impl PlannedTensor {
     pub fn pieces(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let unit = match self.change {
             Change::Permuted { head_dim } => head_dim,
-            Change::None | Change::PlusOne => 1,
+            Change::None | Change::Norm { .. } | Change::Scaled { .. } => 1,
         };
         let step = (PIECE / (unit * self.columns()).max(1)).max(1) * unit;
         let rows = self.rows();
@@ -151,7 +151,10 @@ impl PlannedTensor {
     pub fn encode(&self, mut values: Vec<f32>) -> Result<Vec<u8>, BeyondType> {
         match self.change {
             Change::None => {}
-            Change::PlusOne => values.iter_mut().for_each(|value| *value += 1.0),
+            Change::Norm { factor } => {
+                values.iter_mut().for_each(|value| *value = (*value + 1.0) * factor);
+            }
+            Change::Scaled { factor } => values.iter_mut().for_each(|value| *value *= factor),
             Change::Permuted { head_dim } => {
                 values = permute(&values, head_dim, self.columns());
             }
@@ -171,7 +174,10 @@ impl PlannedTensor {
     /// # Errors
     /// Those of [`encode`](Self::encode).
     pub fn check(&self, values: Vec<f32>) -> Result<(), BeyondType> {
-        let greatest = FloatType::F16.max();
+        let greatest = match self.change {
+            Change::Scaled { factor } => FloatType::F16.max() / factor.max(1.0),
+            _ => FloatType::F16.max(),
+        };
         if !self.may_be_beyond() || values.iter().all(|value| value.abs() <= greatest) {
             return Ok(());
         }
@@ -319,5 +325,27 @@ mod tests {
         assert_eq!(pieces.len(), 6);
         assert!(pieces.windows(2).all(|pair| pair[0].end == pair[1].start));
         assert!(pieces.iter().all(|piece| piece.len() == 64));
+    }
+
+    #[test]
+    fn a_value_that_half_precision_holds_until_it_is_scaled_is_refused() {
+        let tensor = |change| PlannedTensor {
+            name: String::new(),
+            source: Source::Values(Vec::new()),
+            shape: vec![1, 2],
+            kind: TensorType::F16,
+            change,
+        };
+        let values = vec![1.0, 40_000.0];
+        assert_eq!(tensor(Change::None).check(values.clone()), Ok(()));
+        let scaled = tensor(Change::Scaled { factor: 2.0 });
+        assert_eq!(scaled.check(values.clone()).map_err(|beyond| beyond.value), Err(80_000.0));
+        assert!(scaled.encode(values.clone()).is_err());
+        let shrunk = tensor(Change::Scaled { factor: 0.5 });
+        assert_eq!(shrunk.check(vec![100_000.0, 1.0]), Ok(()));
+        assert_eq!(
+            shrunk.encode(values).expect("held")[2..],
+            half::f16::from_f32(20_000.0).to_le_bytes()
+        );
     }
 }

@@ -1,6 +1,8 @@
 //! Heads and blocks as bytes. That llama.cpp's names are right is tested where its own converter's
 //! files are at hand: in the engine, beside the importer that reads them back.
 
+use std::collections::HashMap;
+
 use half::f16;
 use serde_json::{Value as Json, json};
 
@@ -29,15 +31,20 @@ fn refusal(change: impl Fn(&mut Json)) -> String {
 
 #[test]
 fn head_lists_metadata_and_tensors_and_ends_at_a_multiple_of_32() {
-    let metadata = [("k".to_owned(), Value::Texts(vec!["é".to_owned()]))];
+    let metadata = [
+        ("k".to_owned(), Value::Texts(vec!["é".to_owned()])),
+        ("f".to_owned(), Value::Flags(vec![true, false])),
+    ];
     let place = Place { name: "w", shape: &[3, 32], kind: TensorType::Q8_0, offset: 64 };
     let bytes = header(&metadata, &[place]);
     let mut expected = b"GGUF\x03\0\0\0".to_vec();
-    for count in [1u64, 1] {
+    for count in [1u64, 2] {
         expected.extend(count.to_le_bytes());
     }
     expected.extend([1, 0, 0, 0, 0, 0, 0, 0, b'k', 9, 0, 0, 0, 8, 0, 0, 0]);
     expected.extend([1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0xc3, 0xa9]);
+    expected.extend([1, 0, 0, 0, 0, 0, 0, 0, b'f', 9, 0, 0, 0, 7, 0, 0, 0]);
+    expected.extend([2, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
     expected.extend([1, 0, 0, 0, 0, 0, 0, 0, b'w', 2, 0, 0, 0]);
     for size in [32u64, 3] {
         expected.extend(size.to_le_bytes());
@@ -176,24 +183,45 @@ fn what_a_file_cannot_say_is_refused_by_name() {
     let words = [
         (json!({"model_type": "bloom"}), "model_type \"bloom\""),
         (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\""),
-        (json!({"sliding_window": 32}), "sliding_window is 32"),
         (json!({"rms_norm_eps": null}), "no rms_norm_eps"),
         (json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "\"dynamic\""),
-        (
-            json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16,
-                "original_max_position_embeddings": 32}}),
-            "beta_fast",
-        ),
+        (json!({"rope_scaling": {"rope_type": "yarn", "beta_fast": 16}}), "beta_fast 16"),
+        (json!({"rope_scaling": {"rope_type": "yarn", "beta_slow": 2}}), "beta_slow 2"),
+        (json!({"rope_scaling": {"rope_type": "yarn", "truncate": false}}), "truncate false"),
         (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), "original_max"),
+        // Only a Llama's file has its table.
         (
-            json!({"model_type": "gemma2", "hidden_act": null, "query_pre_attn_scalar": 224,
-                "layer_types": ["sliding_attention", "full_attention"]}),
-            "query_pre_attn_scalar is 224",
+            json!({"model_type": "qwen2", "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32}}),
+            "\"llama3\"",
         ),
         (
-            json!({"model_type": "gemma2", "hidden_act": null, "query_pre_attn_scalar": 4,
-                "layer_types": ["full_attention", "full_attention"]}),
-            "layer_types has \"full_attention\" for layer 1",
+            gemma("gemma2", json!({"layer_types": ["full_attention", "full_attention"]})),
+            "layer_types",
+        ),
+        (gemma("gemma3_text", json!({"sliding_window_pattern": 1})), "sliding_window_pattern"),
+        (
+            gemma("gemma2", json!({"attn_logit_softcapping": null})),
+            "attn_logit_softcapping is null",
+        ),
+        (gemma("gemma2", json!({"final_logit_softcapping": null})), "final_logit_softcapping is"),
+        (
+            gemma(
+                "gemma3_text",
+                json!({"rope_parameters": {
+                "full_attention": {"rope_theta": 1e6},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}}),
+            ),
+            "layers with a window too (\"linear\")",
+        ),
+        (
+            gemma(
+                "gemma3_text",
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0,
+                "original_max_position_embeddings": 32, "attention_factor": 1.5}}),
+            ),
+            "attention_factor of its own, 1.5",
         ),
     ];
     for (change, word) in words {
@@ -203,5 +231,181 @@ fn what_a_file_cannot_say_is_refused_by_name() {
             }
         });
         assert!(message.contains(word), "{message}");
+    }
+}
+
+/// Changes that make a Gemma of the small model.
+fn gemma(family: &str, changes: Json) -> Json {
+    let mut all = json!({"model_type": family, "hidden_act": null, "sliding_window": 8,
+        "query_pre_attn_scalar": 4});
+    for (name, value) in changes.as_object().expect("an object") {
+        all[name] = value.clone();
+    }
+    all
+}
+
+/// The metadata of the small model with `changes`.
+fn described(changes: &Json) -> HashMap<String, Value> {
+    let mut config = llama();
+    for (name, value) in changes.as_object().expect("an object") {
+        config[name] = value.clone();
+    }
+    let architecture = Architecture::read(&config).expect("read");
+    architecture.metadata().expect("described").into_iter().collect()
+}
+
+#[test]
+fn where_gguf_has_no_windows_a_text_may_be_no_longer_than_the_models() {
+    let (sliding, full) = ("sliding_attention", "full_attention");
+    let qwen = |changes: Json| {
+        let mut all =
+            json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 16});
+        for (name, value) in changes.as_object().expect("an object") {
+            all[name] = value.clone();
+        }
+        all
+    };
+    for (changes, architecture, context) in [
+        (json!({"model_type": "mistral", "sliding_window": 32}), "llama", 32),
+        (json!({"model_type": "mistral", "sliding_window": 4096}), "llama", 64),
+        (json!({"model_type": "mistral", "sliding_window": null}), "llama", 64),
+        (json!({"model_type": "mistral", "max_position_embeddings": 8192}), "llama", 4096),
+        // No Llama has windows, whatever its file says.
+        (json!({"sliding_window": 32}), "llama", 64),
+        (qwen(json!({"use_sliding_window": false})), "qwen2", 64),
+        (qwen(json!({"max_window_layers": 2})), "qwen2", 64),
+        (qwen(json!({"max_window_layers": 1})), "qwen2", 16),
+        (qwen(json!({"layer_types": [full, full]})), "qwen2", 64),
+        (qwen(json!({"layer_types": [full, sliding]})), "qwen2", 16),
+        (qwen(json!({"model_type": "qwen3", "layer_types": [sliding, full]})), "qwen3", 16),
+        // These files say what their windows are.
+        (json!({"model_type": "phi3", "sliding_window": 16}), "phi3", 64),
+        (gemma("gemma2", json!({})), "gemma2", 64),
+    ] {
+        let key = format!("{architecture}.context_length");
+        assert_eq!(described(&changes)[&key], Value::U32(context), "{changes}");
+    }
+}
+
+#[test]
+fn yarn_is_told_with_what_is_not_in_the_config_and_with_its_factor_where_it_is_unusual() {
+    let key = |name: &str| format!("llama.rope.scaling.{name}");
+    for (extra, factor, original, attention) in [
+        (json!({"factor": 4.0, "original_max_position_embeddings": 16}), 4.0, 16, None),
+        (json!({"original_max_position_embeddings": 16}), 4.0, 16, None),
+        (json!({"factor": 2.0}), 2.0, 64, None),
+        (
+            json!({"factor": 4.0, "beta_fast": 32, "beta_slow": 1.0, "truncate": true}),
+            4.0,
+            64,
+            None,
+        ),
+        (json!({"factor": 4.0, "attention_factor": 1.5}), 4.0, 64, Some(1.5)),
+        (json!({"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}), 4.0, 64, Some(1.0)),
+        (
+            json!({"factor": 4.0, "mscale": 0.5, "mscale_all_dim": 2.0}),
+            4.0,
+            64,
+            Some((0.05 * 4f64.ln() + 1.0) / (0.2 * 4f64.ln() + 1.0)),
+        ),
+        (json!({"factor": 4.0, "mscale": 0.5, "mscale_all_dim": 0.0}), 4.0, 64, None),
+        (json!({"factor": 1.0, "attention_factor": 1.5}), 1.0, 64, Some(1.5)),
+    ] {
+        let mut scaling = extra.clone();
+        scaling["rope_type"] = json!("yarn");
+        let found = described(&json!({ "rope_scaling": scaling }));
+        assert_eq!(found[&key("type")], Value::from("yarn"), "{extra}");
+        assert_eq!(found[&key("factor")], Value::F32(factor), "{extra}");
+        assert_eq!(found[&key("original_context_length")], Value::U32(original), "{extra}");
+        let usual = if factor > 1.0 { 0.1 * f64::from(factor).ln() + 1.0 } else { 1.0 };
+        let attention = attention.map(|own: f64| Value::F32((own / usual) as f32));
+        assert_eq!(found.get(&key("attn_factor")), attention.as_ref(), "{extra}");
+    }
+}
+
+#[test]
+fn a_gemma_says_which_layers_have_windows_where_llama_cpp_would_take_others() {
+    let types = |windows: &str| -> Vec<&str> {
+        windows
+            .chars()
+            .map(|c| if c == 'w' { "sliding_attention" } else { "full_attention" })
+            .collect()
+    };
+    let period = |period| Some(Value::U32(period));
+    let list = |windows: Vec<bool>| Some(Value::Flags(windows));
+    for (family, changes, expected) in [
+        ("gemma2", json!({}), None),
+        ("gemma2", json!({"layer_types": types("wfwf")}), None),
+        ("gemma2", json!({"layer_types": types("wwww")}), period(0)),
+        ("gemma2", json!({"layer_types": types("wwfw")}), period(3)),
+        ("gemma2", json!({"layer_types": types("fwfw")}), list(vec![false, true, false, true])),
+        // Transformers reads that field of a Gemma 3 alone.
+        ("gemma2", json!({"sliding_window_pattern": 3}), None),
+        ("gemma3_text", json!({"layer_types": types("wwww")}), None),
+        ("gemma3_text", json!({"layer_types": types("wfwf")}), period(2)),
+        ("gemma3_text", json!({"layer_types": types("wwwf")}), period(4)),
+        (
+            "gemma3_text",
+            json!({"layer_types": types("wwff")}),
+            list(vec![true, true, false, false]),
+        ),
+        ("gemma3_text", json!({"sliding_window_pattern": 3}), period(3)),
+        ("gemma3_text", json!({"sliding_window_pattern": 3, "layer_types": types("wwww")}), None),
+    ] {
+        let mut changes = gemma(family, changes);
+        changes["num_hidden_layers"] = json!(4);
+        let family = family.trim_end_matches("_text");
+        let found =
+            described(&changes).remove(&format!("{family}.attention.sliding_window_pattern"));
+        assert_eq!(found, expected, "{changes}");
+    }
+}
+
+#[test]
+fn queries_of_a_gemma_are_scaled_where_its_scores_are_divided_by_an_unusual_number() {
+    for (family, changes, part, expected) in [
+        ("gemma2", json!({}), "self_attn.q_proj", Change::None),
+        (
+            "gemma2",
+            json!({"query_pre_attn_scalar": 16}),
+            "self_attn.q_proj",
+            Change::Scaled { factor: 0.5 },
+        ),
+        ("gemma2", json!({"query_pre_attn_scalar": 16}), "self_attn.k_proj", Change::None),
+        ("gemma3_text", json!({}), "self_attn.q_norm", Change::Norm { factor: 1.0 }),
+        (
+            "gemma3_text",
+            json!({"query_pre_attn_scalar": 16}),
+            "self_attn.q_norm",
+            Change::Norm { factor: 0.5 },
+        ),
+        (
+            "gemma3_text",
+            json!({"query_pre_attn_scalar": 16}),
+            "self_attn.k_norm",
+            Change::Norm { factor: 1.0 },
+        ),
+        ("gemma3_text", json!({"query_pre_attn_scalar": 16}), "self_attn.q_proj", Change::None),
+        // The largest of each family divides by another number: 12 / 2 here.
+        (
+            "gemma2",
+            json!({"query_pre_attn_scalar": 6, "num_hidden_layers": 46, "hidden_size": 12, "head_dim": 4}),
+            "self_attn.q_proj",
+            Change::None,
+        ),
+        (
+            "gemma3_text",
+            json!({"query_pre_attn_scalar": 6, "num_hidden_layers": 62, "hidden_size": 12, "head_dim": 4}),
+            "self_attn.q_norm",
+            Change::Norm { factor: 1.0 },
+        ),
+    ] {
+        let mut config = llama();
+        for (name, value) in gemma(family, changes.clone()).as_object().expect("an object") {
+            config[name] = value.clone();
+        }
+        let architecture = Architecture::read(&config).expect("read");
+        let place = architecture.place(&format!("model.layers.0.{part}.weight"));
+        assert_eq!(place.map(|(_, change)| change), Some(expected), "{family} {changes} {part}");
     }
 }

@@ -29,6 +29,7 @@ pub(super) enum Value {
     Integers(Vec<i64>),
     Reals(Vec<f32>),
     Texts(Vec<String>),
+    Flags(Vec<bool>),
     /// A list of another kind, which no model of ours needs.
     Other,
 }
@@ -239,7 +240,14 @@ impl Head<'_> {
                 }
                 Ok(Value::Texts(list))
             }
-            7 | 12 | 9 => {
+            7 => {
+                let mut list = Vec::new();
+                for _ in 0..length {
+                    list.push(self.bytes::<1>()? != [0]);
+                }
+                Ok(Value::Flags(list))
+            }
+            12 | 9 => {
                 for _ in 0..length {
                     if kind == 9 {
                         return Err(self.error(&"is a list of lists"));

@@ -90,6 +90,28 @@ impl Metadata {
         })
     }
 
+    /// Which of so many layers are meant, where that is said: each by itself, or all but every so many,
+    /// where 0 leaves none out.
+    pub(super) fn find_pattern(
+        &self,
+        key: &str,
+        layers: usize,
+    ) -> Result<Option<Vec<bool>>, EngineError> {
+        let kind = format!("a period or a list of {layers}, one for each layer");
+        self.read(key, &kind, |value| match value {
+            Value::Integer(period) => {
+                let period = usize::try_from(*period).ok()?;
+                let is_meant = |layer: usize| period == 0 || !layer.is_multiple_of(period);
+                Some((1..=layers).map(is_meant).collect())
+            }
+            Value::Flags(list) if list.len() == layers => Some(list.clone()),
+            Value::Integers(list) if list.len() == layers => {
+                Some(list.iter().map(|&number| number != 0).collect())
+            }
+            _ => None,
+        })
+    }
+
     /// A list of texts that must be there.
     pub(super) fn texts(&self, key: &str) -> Result<&[String], EngineError> {
         let list = self.read(key, "a list of texts", |value| match value {

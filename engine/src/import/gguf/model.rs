@@ -220,7 +220,7 @@ impl Model {
                 "query_pre_attn_scalar": self.query_scalar(46),
                 "sliding_window": metadata.find_number(&self.key("attention.sliding_window"))?
                     .unwrap_or(4096),
-                "layer_types": self.layer_types(2),
+                "layer_types": self.layer_types(metadata, 2)?,
             }),
             Family::Gemma3 => {
                 let window = metadata.number(&self.key("attention.sliding_window"))?;
@@ -234,8 +234,7 @@ impl Model {
                     "rope_local_base_freq": find_real("rope.freq_base_swa")?
                         .unwrap_or(GEMMA_LOCAL_THETA),
                     "sliding_window": window,
-                    "sliding_window_pattern": 6,
-                    "layer_types": self.layer_types(6),
+                    "layer_types": self.layer_types(metadata, 6)?,
                 })
             }
             Family::Phi3 => {
@@ -260,19 +259,19 @@ impl Model {
         if self.layers == layers_of_largest { self.hidden / self.heads } else { self.head_dim }
     }
 
-    /// Every `period`-th layer sees the whole text, the others a window.
-    fn layer_types(&self, period: usize) -> Vec<&'static str> {
-        (1..=self.layers)
-            .map(
-                |layer| {
-                    if layer.is_multiple_of(period) {
-                        "full_attention"
-                    } else {
-                        "sliding_attention"
-                    }
-                },
-            )
-            .collect()
+    /// Every `period`-th layer sees the whole text, the others a window, unless the file says which.
+    fn layer_types(
+        &self,
+        metadata: &Metadata,
+        period: usize,
+    ) -> Result<Vec<&'static str>, EngineError> {
+        let key = self.key("attention.sliding_window_pattern");
+        let windowed = match metadata.find_pattern(&key, self.layers)? {
+            Some(windowed) => windowed,
+            None => (1..=self.layers).map(|layer| !layer.is_multiple_of(period)).collect(),
+        };
+        let kind = |windowed| if windowed { "sliding_attention" } else { "full_attention" };
+        Ok(windowed.into_iter().map(kind).collect())
     }
 
     /// `rope_scaling` for `config.json`.
@@ -321,6 +320,11 @@ impl Model {
                     "factor": factor,
                     "original_max_position_embeddings": metadata.number(&original)?,
                 });
+                // llama.cpp multiplies the usual factor by it.
+                if let Some(factor_of_it) = real("rope.scaling.attn_factor")? {
+                    let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                    scaling["attention_factor"] = json!(factor_of_it * usual);
+                }
                 for (name, field) in [
                     ("attn_factor", "attention_factor"),
                     ("beta_fast", "beta_fast"),

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use safetensors::SafeTensors;
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 use tunesmith_core::gguf::{ModelFiles, Plan, Source, StorageType};
+use tunesmith_core::hyperparameters::AdapterConfig;
 
 use super::Conversion;
 use super::file::{GgufFile, Value};
+use crate::{Device, TrainableModel};
 
 const MODELS: [&str; 11] = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm", "tekken", "gpt-4o",
@@ -125,5 +127,89 @@ fn metadata_is_what_llama_cpps_converter_writes() {
         }
         assert!(differences.is_empty(), "{name}: {differences:#?}");
         assert_eq!(ours["general.architecture"], converter["general.architecture"], "{name}");
+    }
+}
+
+/// Logits of a Hugging Face directory.
+fn logits(dir: &Path) -> Vec<f32> {
+    let model =
+        TrainableModel::load(dir, &AdapterConfig::full(), 0, &Device::cpu()).expect("a model");
+    let ids: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % 300).collect();
+    model.logits(&ids, &(0..ids.len()).collect::<Vec<_>>()).expect("logits").concat()
+}
+
+fn change(config: &mut Json, changes: &Json) {
+    for (name, value) in changes.as_object().expect("an object") {
+        config[name] = value.clone();
+    }
+}
+
+#[test]
+fn unusual_windows_scalings_and_divisors_come_back_and_compute_the_same() {
+    let types = |windows: &str| -> Vec<&str> {
+        let kind = |c| if c == 'w' { "sliding_attention" } else { "full_attention" };
+        windows.chars().map(kind).collect()
+    };
+    let yarn = |factor: f64| {
+        json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+            "attention_factor": factor})
+    };
+    // Of a model, what is changed in its config, and what of that comes back as something else.
+    for (name, changes, otherwise) in [
+        // Both divide by the width of a head when they come back: their weights are others.
+        (
+            "gemma2",
+            json!({"query_pre_attn_scalar": 24, "layer_types": types("fw")}),
+            json!({"query_pre_attn_scalar": 8}),
+        ),
+        (
+            "gemma3",
+            json!({"query_pre_attn_scalar": 24, "layer_types": types("wfwfwfw")}),
+            json!({"query_pre_attn_scalar": 8}),
+        ),
+        ("gemma2", json!({"layer_types": types("ww")}), json!({})),
+        ("gemma3", json!({"layer_types": types("wwffwfw")}), json!({})),
+        ("qwen2", json!({"rope_scaling": yarn(1.5)}), json!({})),
+        // No more than the window, which so short a file does not need.
+        (
+            "mistral",
+            json!({"model_type": "mistral", "sliding_window": 20}),
+            json!({"model_type": "llama", "max_position_embeddings": 20, "sliding_window": null}),
+        ),
+    ] {
+        let dir = imported(&fixture(name));
+        let usual = logits(dir.path());
+        let path = dir.path().join("config.json");
+        let config = |dir: &TempDir| -> Json {
+            let bytes = fs::read(dir.path().join("config.json")).expect("read");
+            serde_json::from_slice(&bytes).expect("JSON")
+        };
+        let mut expected = config(&dir);
+        change(&mut expected, &changes);
+        fs::write(&path, expected.to_string()).expect("written");
+        let changed = logits(dir.path());
+        let back = imported(&export(dir.path(), StorageType::F16));
+
+        change(&mut expected, &otherwise);
+        let mut found = config(&back);
+        for name in expected.as_object().expect("an object").keys() {
+            // A quotient in 32 bits, where it is there.
+            let own = &expected["rope_scaling"]["attention_factor"];
+            if name == "rope_scaling" && own.is_number() {
+                let back = found[name]["attention_factor"].take();
+                let distance = back.as_f64().expect("a number") - own.as_f64().expect("a number");
+                assert!(distance.abs() < 1e-6, "{back} of {own}");
+                found[name]["attention_factor"] = own.clone();
+            }
+            assert_eq!(found[name], expected[name], "{name} of {changes}");
+        }
+        let back = logits(back.path());
+        let distance =
+            |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let greatest = changed.iter().fold(0f32, |greatest, value| greatest.max(value.abs()));
+        assert!(distance(&back, &changed) < 0.01 * greatest, "{name} {changes}");
+        if name != "mistral" {
+            assert!(distance(&usual, &changed) > 0.02 * greatest, "{name} {changes} counts");
+        }
     }
 }
