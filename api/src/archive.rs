@@ -8,7 +8,7 @@ use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use sha2::{Digest as _, Sha256};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tunesmith_core::export_check::{ExportCheck, ExportManifest};
+use tunesmith_core::export_check::ExportManifest;
 use tunesmith_core::weights::{MANIFEST_NAME, ManifestFile};
 
 const BLOCK: u64 = 512;
@@ -39,29 +39,23 @@ pub(crate) struct Archive {
 pub(crate) type Sums = Arc<Mutex<Vec<ManifestFile>>>;
 
 /// Puts `entries` into an archive, all with the time `modified` (seconds since 1970), and a
-/// manifest with the SHA-256 of each and with the export's `check` behind them.
+/// manifest behind them: `about`, with the SHA-256 of each.
 ///
 /// # Errors
 /// A name that tar cannot hold.
 pub(crate) fn archive(
     entries: Vec<Entry>,
     modified: u64,
-    check: ExportCheck,
+    about: ExportManifest,
 ) -> io::Result<Archive> {
     let sums = Arc::new(Mutex::new(Vec::with_capacity(entries.len())));
     // Every sum has the same length, so the manifest's size is known before its content.
-    let manifest_bytes = manifest_json(
-        entries
-            .iter()
-            .map(|entry| ManifestFile {
-                name: entry.name.clone(),
-                bytes: entry.bytes,
-                sha256: "0".repeat(64),
-            })
-            .collect(),
-        &check,
-    )?
-    .len() as u64;
+    let files = entries.iter().map(|entry| ManifestFile {
+        name: entry.name.clone(),
+        bytes: entry.bytes,
+        sha256: "0".repeat(64),
+    });
+    let manifest_bytes = manifest_json(files.collect(), &about)?.len() as u64;
     let manifest_header = header(MANIFEST_NAME, manifest_bytes, modified)?;
 
     let mut bytes = 2 * BLOCK + BLOCK + manifest_bytes + padding(manifest_bytes);
@@ -74,7 +68,7 @@ pub(crate) fn archive(
     let content = stream::iter(files)
         .map(move |(header, entry)| file(header, entry, Arc::clone(&sums_of_files)))
         .flatten()
-        .chain(manifest(manifest_header, Arc::clone(&sums), check))
+        .chain(manifest(manifest_header, Arc::clone(&sums), about))
         .chain(piece(zeros(2 * BLOCK)));
     Ok(Archive { bytes, content: content.boxed(), sums })
 }
@@ -146,10 +140,10 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The manifest, made when everything before it has gone by.
-fn manifest(header: Bytes, sums: Sums, check: ExportCheck) -> Content {
+fn manifest(header: Bytes, sums: Sums, about: ExportManifest) -> Content {
     let content = async move {
         let files = lock(&sums).clone();
-        let json = manifest_json(files, &check).map_err(|error| ContentError::Merge {
+        let json = manifest_json(files, &about).map_err(|error| ContentError::Merge {
             name: MANIFEST_NAME.to_owned(),
             reason: error.to_string(),
         })?;
@@ -159,8 +153,8 @@ fn manifest(header: Bytes, sums: Sums, check: ExportCheck) -> Content {
     piece(header).chain(stream::once(content).try_flatten()).boxed()
 }
 
-fn manifest_json(files: Vec<ManifestFile>, check: &ExportCheck) -> io::Result<Vec<u8>> {
-    Ok(serde_json::to_vec_pretty(&ExportManifest { files, check: check.clone() })?)
+fn manifest_json(files: Vec<ManifestFile>, about: &ExportManifest) -> io::Result<Vec<u8>> {
+    Ok(serde_json::to_vec_pretty(&ExportManifest { files, ..about.clone() })?)
 }
 
 fn piece(bytes: Bytes) -> Content {
@@ -182,6 +176,7 @@ fn zeros(count: u64) -> Bytes {
 mod tests {
     use super::*;
     use std::io::Read as _;
+    use tunesmith_core::export_check::ExportCheck;
 
     fn entry(name: &str, pieces: &[&'static [u8]]) -> Entry {
         let pieces: Vec<_> = pieces.iter().map(|piece| Ok(Bytes::from_static(piece))).collect();
@@ -203,6 +198,14 @@ mod tests {
             .await
     }
 
+    fn about() -> ExportManifest {
+        ExportManifest {
+            files: Vec::new(),
+            base_model: Some("tiny".to_owned()),
+            check: ExportCheck::not_made("No sampler runs."),
+        }
+    }
+
     #[tokio::test]
     async fn tar_reads_back_every_file_and_the_size_was_told_before() {
         static BLOCK_LONG: [u8; 512] = [7; 512];
@@ -211,8 +214,7 @@ mod tests {
             entry("empty", &[]),
             entry("sub/block", &[&BLOCK_LONG]),
         ];
-        let check = ExportCheck::not_made("No sampler runs.");
-        let archive = archive(entries, 1_700_000_000, check.clone()).expect("archive");
+        let archive = archive(entries, 1_700_000_000, about()).expect("archive");
         let told = archive.bytes;
         let bytes = collected(archive).await.expect("content");
         assert_eq!(bytes.len() as u64, told);
@@ -234,21 +236,21 @@ mod tests {
             assert_eq!(file.bytes, content.len() as u64);
             assert_eq!(file.sha256, hex::encode(Sha256::digest(content)));
         }
-        assert_eq!((manifest.files.len(), manifest.check), (3, check));
+        assert_eq!(manifest.files.len(), 3);
+        assert_eq!(ExportManifest { files: Vec::new(), ..manifest }, about());
     }
 
     #[tokio::test]
     async fn content_that_is_not_what_was_noted_breaks_off() {
         let mut wrong = entry("a", &[b"abc"]);
         wrong.sha256 = Some("0".repeat(64));
-        let unchecked = || ExportCheck::not_made("No sampler runs.");
-        let broken = archive(vec![wrong], 0, unchecked()).expect("archive");
+        let broken = archive(vec![wrong], 0, about()).expect("archive");
         let error = collected(broken).await.expect_err("hash");
         assert!(matches!(error, ContentError::Hash { .. }), "{error}");
 
         let mut short = entry("a", &[b"abc"]);
         short.bytes = 4;
-        let broken = archive(vec![short], 0, unchecked()).expect("archive");
+        let broken = archive(vec![short], 0, about()).expect("archive");
         let error = collected(broken).await.expect_err("size");
         assert!(matches!(error, ContentError::Size { expected: 4, found: 3, .. }), "{error}");
     }

@@ -229,6 +229,10 @@ impl ExportCheck {
 pub struct ExportManifest {
     /// As in a [`Manifest`](crate::weights::Manifest).
     pub files: Vec<ManifestFile>,
+    /// The base model's name here, which is that of a tuned model (`ft:…`) where an adapter goes on
+    /// one. Archives of earlier versions say nothing of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_model: Option<String>,
     /// Whether the export was compared with the served model, and how far it lies from it.
     pub check: ExportCheck,
 }
@@ -289,9 +293,13 @@ mod tests {
         let passed = PassedCheck { checked: true, checked_at: 7, comparison: comparison(), bound };
         let checks = [ExportCheck::Passed(passed), ExportCheck::not_made("No sampler runs.")];
         for check in checks {
-            let manifest = ExportManifest { files: Vec::new(), check };
+            let base_model = Some("tiny".to_owned());
+            let manifest = ExportManifest { files: Vec::new(), base_model, check };
             let json = serde_json::to_string(&manifest).expect("json");
             assert_eq!(serde_json::from_str::<ExportManifest>(&json).expect("back"), manifest);
+            let earlier = json.replace(r#""base_model":"tiny","#, "");
+            let earlier: ExportManifest = serde_json::from_str(&earlier).expect("back");
+            assert_eq!(earlier, ExportManifest { base_model: None, ..manifest });
         }
     }
 }

@@ -10,7 +10,9 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use reqwest::StatusCode;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tunesmith_core::export_check::{CHECK_PATH, CheckOrder, CheckReply, Comparison, ExportCheck};
+use tunesmith_core::export_check::{
+    CHECK_PATH, CheckOrder, CheckReply, Comparison, ExportCheck, ExportManifest,
+};
 use tunesmith_core::serving::TunedWeights;
 use tunesmith_core::weights::{BeyondType, ManifestFile};
 use tunesmith_store::Store;
@@ -118,8 +120,12 @@ impl Upstream {
         order: &CheckOrder,
     ) -> Result<Reply, Failure> {
         let entries = export.entries(&self.store).await?;
-        let check = ExportCheck::not_made("This is the check.");
-        let archive = archive(entries, export.modified(), check).map_err(Failure::internal)?;
+        let about = ExportManifest {
+            files: Vec::new(),
+            base_model: None,
+            check: ExportCheck::not_made("This is the check."),
+        };
+        let archive = archive(entries, export.modified(), about).map_err(Failure::internal)?;
         let mut line = serde_json::to_vec(order).map_err(Failure::internal)?;
         line.push(b'\n');
         // What is wrong with the export is told apart from what is wrong with the sampler.

@@ -14,7 +14,7 @@ use actix_web::http::header::{CONTENT_ENCODING, CONTENT_TYPE, ContentDisposition
 use actix_web::{HttpRequest, HttpResponse, web};
 use sha2::{Digest as _, Sha256};
 use tunesmith_core::errors::{ApiError, ErrorCode};
-use tunesmith_core::export_check::{ExportForm, MergedForm};
+use tunesmith_core::export_check::{ExportForm, ExportManifest, MergedForm};
 use tunesmith_core::gguf::StorageType;
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::weights::{FloatType, MAX_SHARD_SIZE, parse_shard_size};
@@ -78,11 +78,13 @@ pub(crate) async fn download(
     let Export { model, form } = &export;
     let modified = export.modified();
     let filename = format!("{}.tar", model.name.replace([':', '/'], "-"));
+    let base = state.store.base_model_by_id(&model.base_model_id).await?;
+    let about = ExportManifest { files: Vec::new(), base_model: Some(base.name), check };
     // The same weights make the same archive, byte by byte, and so does the same check.
-    let check_json = serde_json::to_string(&check).map_err(Failure::internal)?;
-    let tag = format!("{} {format} {form} {modified} {check_json}", model.place);
+    let about_json = serde_json::to_string(&about).map_err(Failure::internal)?;
+    let tag = format!("{} {format} {form} {modified} {about_json}", model.place);
     let tag = hex::encode(Sha256::digest(tag));
-    let archive = archive(entries, modified, check).map_err(Failure::internal)?;
+    let archive = archive(entries, modified, about).map_err(Failure::internal)?;
     let (mut reply, range) = range::reply(request.headers(), &tag, archive.bytes, "the archive")?;
     warnings::add(&mut reply, &warning);
     let content = state.export_checks.watched(archive.content, &export);

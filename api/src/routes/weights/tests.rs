@@ -39,6 +39,12 @@ fn numbers(file: &[u8], tensor: &str) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four"))).collect()
 }
 
+/// The base model that the manifest names.
+fn base_of(files: &BTreeMap<String, Vec<u8>>) -> String {
+    let manifest: Value = serde_json::from_slice(&files["manifest.json"]).expect("manifest");
+    manifest["base_model"].as_str().expect("a base model").to_owned()
+}
+
 async fn tuned(api: &TestApi, hyperparameters: Value) -> String {
     let job = api.succeeded_job(hyperparameters).await;
     let name = job["fine_tuned_model"].as_str().expect("model");
@@ -362,6 +368,12 @@ async fn an_adapter_goes_on_a_model_that_was_tuned_in_full() {
     let base = api.store.base_model_by_id(&bases[0]).await.expect("base");
     assert_eq!(base.prefix(), own.weights());
 
+    // Each export names what it goes on, and the tuned model itself what it was tuned from.
+    for (model, base) in [(&adapter, &*full), (&further, &*full), (&full, BASE)] {
+        let weights = format!("/v1/models/{model}/weights?check=none");
+        assert_eq!(base_of(&files(&api.get(&weights).await)), base);
+    }
+
     // What is merged is the tuned model's weights and the adapter, also when that model is gone.
     api.delete(&format!("/v1/models/{full}")).await.ok();
     let expected: Vec<f32> = (0..6)
@@ -372,6 +384,7 @@ async fn an_adapter_goes_on_a_model_that_was_tuned_in_full() {
         let merged = files(&api.get(&query).await);
         assert_eq!(numbers(&merged["model.safetensors"], ADAPTED), expected);
         assert_eq!(merged["README.md"], b"the job's facts");
+        assert_eq!(base_of(&merged), full);
     }
     let error = api.post("/v1/fine_tuning/jobs", &body).await.error(400);
     assert_eq!(error["code"], "model_not_found");
