@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use tunesmith_api::{ApiConfig, ApiServer};
 use tunesmith_engine::Device;
 use tunesmith_store::Store;
-use tunesmith_worker::{ChildCommand, WorkerConfig};
+use tunesmith_worker::{ChildCommand, DEFAULT_TUNED_CACHE_BYTES, WorkerConfig};
 
 /// Where the API listens unless it is told otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:8080";
@@ -34,16 +34,35 @@ fn reachable(listening: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listening.port())
 }
 
+/// What a worker and a sampler keep on their disk, which they may share.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct CacheArgs {
+    /// Disk for models that were tuned in full and that adapters go on, in gibibytes; the one that was
+    /// used longest ago makes room, and what is in use stays
+    #[arg(long, env = "TUNESMITH_TUNED_CACHE", value_name = "GIB", default_value_t = DEFAULT_TUNED_CACHE_BYTES >> 30, value_parser = clap::value_parser!(u64).range(..=1 << 30))]
+    tuned_cache: u64,
+}
+
+impl CacheArgs {
+    /// In bytes.
+    pub(crate) fn tuned_cache_bytes(self) -> u64 {
+        self.tuned_cache << 30
+    }
+}
+
 /// A worker whose trainer is this program's own `train`.
 ///
 /// # Errors
 /// When this program's own path cannot be found.
 pub(crate) fn worker_config(
     cache_dir: PathBuf,
+    cache: CacheArgs,
     work_dir: PathBuf,
     device: &str,
 ) -> anyhow::Result<WorkerConfig> {
-    Ok(WorkerConfig::new(cache_dir, work_dir, device, own_command("train")?))
+    let mut config = WorkerConfig::new(cache_dir, work_dir, device, own_command("train")?);
+    config.tuned_cache_bytes = cache.tuned_cache_bytes();
+    Ok(config)
 }
 
 /// A hidden command of this program as a child.

@@ -1,6 +1,6 @@
 //! How a sampler is run: what `up` and `sampler` take alike.
 
-use crate::parts::own_command;
+use crate::parts::{CacheArgs, own_command};
 use std::path::PathBuf;
 use tunesmith_sampler::{
     DEFAULT_CACHE_BYTES, DEFAULT_MAX_ADAPTERS, DEFAULT_MAX_BATCH, DEFAULT_MAX_MODELS,
@@ -41,6 +41,7 @@ impl SamplerArgs {
         &self,
         listen: &str,
         cache_dir: PathBuf,
+        cache: CacheArgs,
         work_dir: PathBuf,
         device: &str,
     ) -> anyhow::Result<SamplerConfig> {
@@ -48,6 +49,7 @@ impl SamplerArgs {
         let device = device.split(',').next().unwrap_or(device).trim();
         let mut config =
             SamplerConfig::new(listen, cache_dir, work_dir, device, own_command("sample")?);
+        config.tuned_cache_bytes = cache.tuned_cache_bytes();
         config.max_models = self.max_models;
         config.max_adapters = self.max_adapters;
         config.max_batch = self.max_batch;
@@ -60,22 +62,29 @@ impl SamplerArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parts;
     use clap::Parser as _;
 
     #[derive(Debug, clap::Parser)]
     struct Program {
         #[command(flatten)]
         sampler: SamplerArgs,
+        #[command(flatten)]
+        cache: CacheArgs,
     }
 
     #[test]
     fn settings_reach_the_sampler_and_its_child_is_this_program() {
-        let program = Program::parse_from(["x", "--max-models", "3", "--cache-memory", "5"]);
-        let config = program.sampler.config("h:1", "c".into(), "w".into(), "cuda:1,cuda:0");
+        let told = ["x", "--max-models", "3", "--cache-memory", "5", "--tuned-cache", "7"];
+        let Program { sampler, cache } = Program::parse_from(told);
+        let config = sampler.config("h:1", "c".into(), cache, "w".into(), "cuda:1,cuda:0");
         let config = config.expect("a program");
         assert_eq!((config.max_models, config.max_adapters), (3, 32));
         assert_eq!((config.cache_bytes, config.device.as_str()), (5 << 20, "cuda:1"));
+        assert_eq!(config.tuned_cache_bytes, 7 << 30);
         assert_eq!(config.child.args, ["sample"]);
+        let worker = parts::worker_config("c".into(), cache, "w".into(), "cpu").expect("a program");
+        assert_eq!(worker.tuned_cache_bytes, 7 << 30);
         assert!(Program::try_parse_from(["x", "--max-batch", "0"]).is_err());
     }
 }

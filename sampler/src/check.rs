@@ -13,8 +13,7 @@ use actix_web::HttpResponse;
 use actix_web::web::{Bytes, Payload};
 use futures::{StreamExt as _, stream};
 use std::io::{self, Read};
-use std::path::{Component, Path, PathBuf};
-use tempfile::TempDir;
+use std::path::{Component, Path};
 use tokio::sync::mpsc;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tunesmith_core::export_check::{CheckFiles, CheckOrder, CheckReply};
@@ -68,9 +67,18 @@ async fn checked(context: &Context, payload: Payload) -> Result<CheckReply, Stop
     let export_dir = dir.path().join("export");
     std::fs::create_dir(&export_dir).map_err(not_made)?;
     let order = receive(payload, &export_dir).await?;
-    let (model_dir, adapter_dir, _own) = fetch(context, &order).await?;
+    let tuned = fetch::tuned(context, &order.tuned).await?;
+    // It stays in the cache until the child has read it.
+    let base = match order.tuned.kind {
+        AdapterType::Full => None,
+        AdapterType::Lora => Some(fetch::base_model(context, &order.base_model).await?),
+    };
+    let (model_dir, adapter_dir) = match &base {
+        None => (tuned.path(), None),
+        Some(base) => (base.path(), Some(tuned.path().to_owned())),
+    };
     let files = CheckFiles {
-        model_dir,
+        model_dir: model_dir.to_owned(),
         adapter_dir,
         export_dir,
         form: order.form,
@@ -133,19 +141,6 @@ fn unpack(mut archive: impl Read, dir: &Path) -> io::Result<()> {
         io::copy(&mut entry, &mut std::fs::File::create_new(target)?)?;
     }
     io::copy(&mut archive, &mut io::sink()).map(|_| ())
-}
-
-/// What is served: the model's directory, the adapter's, and what is to be kept meanwhile.
-async fn fetch(
-    context: &Context,
-    order: &CheckOrder,
-) -> Result<(PathBuf, Option<PathBuf>, TempDir), FetchError> {
-    let tuned = fetch::tuned(context, &order.tuned).await?;
-    let path = tuned.path().to_owned();
-    if order.tuned.kind == AdapterType::Full {
-        return Ok((path, None, tuned));
-    }
-    Ok((fetch::base_model(context, &order.base_model).await?, Some(path), tuned))
 }
 
 async fn ask_child(

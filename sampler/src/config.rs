@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 use tunesmith_core::hyperparameters::Precision;
-use tunesmith_worker::ChildCommand;
+use tunesmith_worker::{ChildCommand, DEFAULT_TUNED_CACHE_BYTES};
 
 /// [`SamplerConfig::max_models`] unless it is told.
 pub const DEFAULT_MAX_MODELS: usize = 1;
@@ -25,6 +25,9 @@ pub struct SamplerConfig {
     pub url: Option<String>,
     /// Base models are kept here, under `models/{id}`; workers and samplers may share it.
     pub cache_dir: PathBuf,
+    /// Bytes of it that models which were tuned in full take at most as base models of adapters, but
+    /// for those in use.
+    pub tuned_cache_bytes: u64,
     /// Weights of tuned models on their way into memory. Nothing in it outlives the process by
     /// more than the start of the next one.
     pub work_dir: PathBuf,
@@ -64,6 +67,7 @@ impl SamplerConfig {
             listen: listen.into(),
             url: None,
             cache_dir: cache_dir.into(),
+            tuned_cache_bytes: DEFAULT_TUNED_CACHE_BYTES,
             work_dir: work_dir.into(),
             device: device.into(),
             precision: Precision::Auto,

@@ -2,14 +2,13 @@
 
 use crate::models::Context;
 use std::io;
-use std::path::PathBuf;
 use tempfile::TempDir;
 use thiserror::Error;
 use tunesmith_core::ids::BaseModelId;
 use tunesmith_core::serving::TunedWeights;
 use tunesmith_store::StoreError;
 use tunesmith_store::objects::ObjectPrefix;
-use tunesmith_worker::{TransferError, fetch_dir};
+use tunesmith_worker::{CachedModel, TransferError, fetch_dir};
 
 /// Why files did not come.
 #[derive(Debug, Error)]
@@ -28,13 +27,16 @@ impl From<StoreError> for FetchError {
     }
 }
 
-/// The directory of a base model, which is the cache's.
+/// A base model of the cache.
 ///
 /// # Errors
 /// What the store or the disk says.
-pub(crate) async fn base_model(context: &Context, id: &BaseModelId) -> Result<PathBuf, FetchError> {
+pub(crate) async fn base_model(
+    context: &Context,
+    id: &BaseModelId,
+) -> Result<CachedModel, FetchError> {
     let base = context.store.base_model_by_id(id).await?;
-    Ok(context.cache.directory(context.store.objects(), &base).await?)
+    Ok(context.cache.model(context.store.objects(), &base).await?)
 }
 
 /// The files of a tuned model in a directory of their own.

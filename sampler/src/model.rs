@@ -4,7 +4,7 @@ use crate::adapters::{Adapters, Need};
 use crate::fetch::{self, FetchError};
 use crate::models::Context;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -14,7 +14,7 @@ use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::AdapterType;
 use tunesmith_core::sampling::{FromSampler, SampleRequest, ToSampler};
 use tunesmith_core::serving::{SampleLine, SampleOrder};
-use tunesmith_worker::FramedChild;
+use tunesmith_worker::{CachedModel, FramedChild};
 
 /// How long a child that was told to exit may take.
 pub(crate) const EXIT_GRACE: Duration = Duration::from_secs(5);
@@ -51,10 +51,10 @@ pub(crate) async fn run(
     let name = first.in_memory();
     // Nobody closes it.
     let Ok(_slot) = slots.acquire_owned().await else { return };
-    // Its directory lives as long as the child, which may read from it when it likes.
+    // Its files stay as long as the child, which may read from them when it likes.
     let (failure, mut unanswered) = match start(&context, &first).await {
         Err(failure) => (failure, Vec::new()),
-        Ok((child, _own_dir)) => {
+        Ok((child, _files)) => {
             let mut model = Model {
                 context: &context,
                 child,
@@ -91,10 +91,9 @@ pub(crate) async fn run(
     }
 }
 
-/// Starts the child and waits until the model is in its memory. With it comes the directory that
-/// holds the weights, where they are not the cache's.
-async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, Option<TempDir>), String> {
-    let (dir, own_dir) = fetch_model(context, first).await.map_err(|error| {
+/// Starts the child and waits until the model is in its memory. With it come the files that it reads.
+async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, ModelFiles), String> {
+    let files = fetch_model(context, first).await.map_err(|error| {
         tracing::error!(%error, "a model's files did not come");
         format!("The model cannot be loaded: {error}")
     })?;
@@ -107,7 +106,7 @@ async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, Option<
         let mut child = Child::start("sampler's child", &config.child, log)?;
         child
             .send(&ToSampler::Load {
-                base_model_dir: dir,
+                base_model_dir: files.path().to_owned(),
                 device: config.device.clone(),
                 precision: config.precision,
                 max_batch: config.max_batch,
@@ -122,7 +121,7 @@ async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, Option<
     match said {
         Some(FromSampler::Loaded { device }) => {
             tracing::info!(model = first.in_memory(), device, "a model is in memory");
-            Ok((child, own_dir))
+            Ok((child, files))
         }
         Some(FromSampler::LoadFailed { message }) => {
             Err(format!("The model cannot be loaded: {message}"))
@@ -135,16 +134,28 @@ async fn start(context: &Context, first: &SampleOrder) -> Result<(Child, Option<
     }
 }
 
-/// The model's directory: one of the cache, or for a tuned model of its own one that goes with it.
-async fn fetch_model(
-    context: &Context,
-    order: &SampleOrder,
-) -> Result<(PathBuf, Option<TempDir>), FetchError> {
-    if let Some(tuned) = order.tuned.as_ref().filter(|tuned| tuned.kind == AdapterType::Full) {
-        let dir = fetch::tuned(context, tuned).await?;
-        return Ok((dir.path().to_owned(), Some(dir)));
+/// A model's files.
+enum ModelFiles {
+    /// Those of a base model, which the cache keeps meanwhile.
+    Cached(CachedModel),
+    /// A tuned model's own, in a directory that goes with it.
+    Own(TempDir),
+}
+
+impl ModelFiles {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Cached(model) => model.path(),
+            Self::Own(dir) => dir.path(),
+        }
     }
-    Ok((fetch::base_model(context, &order.base_model).await?, None))
+}
+
+async fn fetch_model(context: &Context, order: &SampleOrder) -> Result<ModelFiles, FetchError> {
+    if let Some(tuned) = order.tuned.as_ref().filter(|tuned| tuned.kind == AdapterType::Full) {
+        return Ok(ModelFiles::Own(fetch::tuned(context, tuned).await?));
+    }
+    Ok(ModelFiles::Cached(fetch::base_model(context, &order.base_model).await?))
 }
 
 /// A model in memory.

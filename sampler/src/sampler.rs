@@ -70,7 +70,7 @@ impl Sampler {
         let work_dir = WorkDir::create(&config.work_dir, id.as_str())
             .map_err(|source| SamplerError::WorkDir { path: config.work_dir.clone(), source })?;
         let (max_orders, stop_grace) = (config.max_orders, config.stop_grace);
-        let cache = ModelCache::new(&config.cache_dir);
+        let cache = ModelCache::new(&config.cache_dir, config.tuned_cache_bytes);
         let models =
             Arc::new(Models::new(Context { store: store.clone(), cache, work_dir, config }));
         let desk = web::Data::new(Desk::new(Arc::clone(&models), &token, max_orders));

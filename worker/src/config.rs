@@ -1,6 +1,7 @@
 //! What a worker is told at its start.
 
 use crate::child::ChildCommand;
+use crate::model_cache::DEFAULT_TUNED_CACHE_BYTES;
 use std::path::PathBuf;
 use std::time::Duration;
 use tunesmith_store::lease::LEASE_RENEWAL;
@@ -10,6 +11,8 @@ use tunesmith_store::lease::LEASE_RENEWAL;
 pub struct WorkerConfig {
     /// Base models are kept here, under `models/{id}`; workers may share it.
     pub cache_dir: PathBuf,
+    /// Bytes of it that models which were tuned in full take at most, but for those in use.
+    pub tuned_cache_bytes: u64,
     /// Files and checkpoints of the job at hand; workers may share it. Nothing in it outlives a
     /// worker's process by more than the start of the next one.
     pub work_dir: PathBuf,
@@ -41,6 +44,7 @@ impl WorkerConfig {
     ) -> Self {
         Self {
             cache_dir: cache_dir.into(),
+            tuned_cache_bytes: DEFAULT_TUNED_CACHE_BYTES,
             work_dir: work_dir.into(),
             device: device.into(),
             trainer,

@@ -24,7 +24,7 @@ mod worker;
 
 pub use child::{ChildCommand, ChildError, Exit, FramedChild};
 pub use config::WorkerConfig;
-pub use model_cache::ModelCache;
+pub use model_cache::{CachedModel, DEFAULT_TUNED_CACHE_BYTES, ModelCache};
 pub use transfer::{TransferError, fetch_dir};
 pub use work_dir::WorkDir;
 pub use worker::{Worker, WorkerError};

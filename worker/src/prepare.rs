@@ -1,5 +1,6 @@
 //! Fetching what a trainer needs onto the local disk.
 
+use crate::model_cache::CachedModel;
 use crate::retry::retry;
 use crate::session::{Context, SessionError};
 use crate::transfer::{TransferError, fetch_dir};
@@ -16,12 +17,13 @@ use tunesmith_store::objects::{ObjectKey, ObjectPrefix, Objects};
 use tunesmith_store::{Store, StoreError};
 
 /// Puts base model, files and the weights to begin with or to go on from into place; `dir` is the
-/// job's own.
+/// job's own. With what the trainer is told comes the model of the cache that it reads, which is to
+/// be kept meanwhile.
 pub(crate) async fn prepare(
     context: &Context,
     job: &Job,
     dir: &Path,
-) -> Result<TrainRequest, SessionError> {
+) -> Result<(TrainRequest, Option<CachedModel>), SessionError> {
     let objects = context.store.objects();
     let Some(hyperparameters) = job.resolved.clone() else {
         return Err(SessionError::Attempt("the job was queued before its validation".to_owned()));
@@ -30,9 +32,12 @@ pub(crate) async fn prepare(
     let kind = hyperparameters.adapter.kind;
     let start = fetch_start(objects, job, kind, dir).await?;
     // A model that was tuned in full is its own base; an adapter goes on the base model.
-    let (base_model_dir, start_from) = match start {
-        Some(tuned) if !tuned.join(ADAPTER_CONFIG_NAME).exists() => (tuned, None),
-        adapter => (context.cache.directory(objects, &model).await?, adapter),
+    let (base_model_dir, cached, start_from) = match start {
+        Some(tuned) if !tuned.join(ADAPTER_CONFIG_NAME).exists() => (tuned, None, None),
+        adapter => {
+            let cached = context.cache.model(objects, &model).await?;
+            (cached.path().to_owned(), Some(cached), adapter)
+        }
     };
     let store = &context.store;
     let training_file = fetch_file(store, &job.training_file, "training_file", dir).await?;
@@ -44,7 +49,7 @@ pub(crate) async fn prepare(
         Some(place) => Some(fetch_checkpoint(objects, place, dir).await?),
         None => None,
     };
-    Ok(TrainRequest {
+    let request = TrainRequest {
         job_id: job.id.clone(),
         spec: TrainSpec {
             model: model.name.clone(),
@@ -60,7 +65,8 @@ pub(crate) async fn prepare(
         resume_from,
         output_dir: new_dir(dir.join("output")).await?,
         device: context.config.device.clone(),
-    })
+    };
+    Ok((request, cached))
 }
 
 /// The directory of the weights that the job begins with, where they are not the base model's.

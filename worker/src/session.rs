@@ -4,7 +4,7 @@ use crate::checkpoints::Checkpoints;
 use crate::child::ChildError;
 use crate::config::WorkerConfig;
 use crate::lease::{LeaseKeeper, Orders};
-use crate::model_cache::ModelCache;
+use crate::model_cache::{CachedModel, ModelCache};
 use crate::prepare::prepare;
 use crate::reporter::Reporter;
 use crate::retry::retry;
@@ -114,6 +114,8 @@ pub(crate) struct Session<'a> {
     /// Kept here and not in the future that trains, so that it can be waited for after that
     /// future was dropped.
     trainer: Option<Trainer>,
+    /// What the trainer reads, kept until it has exited.
+    base_model: Option<CachedModel>,
 }
 
 impl<'a> Session<'a> {
@@ -127,7 +129,7 @@ impl<'a> Session<'a> {
         let reporter = Reporter::new(store.clone(), lease.clone(), flush_interval);
         let checkpoints = Checkpoints::new(store.clone(), lease.clone());
         let claim = Claim { context, job, lease };
-        Self { claim, shutdown, reporter, checkpoints, trainer: None }
+        Self { claim, shutdown, reporter, checkpoints, trainer: None, base_model: None }
     }
 
     /// Works on the job until it is let go of. `asked_at` is when its claim was sent.
@@ -189,11 +191,12 @@ impl<'a> Session<'a> {
     async fn train(&mut self, keeper: &LeaseKeeper, dir: &Path) -> Result<Ending, SessionError> {
         let Claim { context, job, lease } = &self.claim;
         let (store, config, job_id) = (&context.store, &context.config, &job.id);
-        let request = tokio::select! {
+        let (request, base_model) = tokio::select! {
             biased;
             reason = give_back_wanted(keeper, self.shutdown) => return Ok(Ending::GiveBack(reason)),
             request = prepare(context, job, dir).instrument(part("prepare")) => request?,
         };
+        self.base_model = base_model;
         let trainer = self.trainer.insert(Trainer::start(&config.trainer, request).await?);
         let mut initial_valid_loss = job.run.as_ref().and_then(|run| run.initial_valid_loss);
         let mut stopping: Option<(GiveBack, Instant)> = None;

@@ -69,7 +69,7 @@ impl Worker {
             })?;
         let context = Context {
             store: self.store,
-            cache: ModelCache::new(&self.config.cache_dir),
+            cache: ModelCache::new(&self.config.cache_dir, self.config.tuned_cache_bytes),
             config: self.config,
             work_dir,
         };

@@ -1,6 +1,7 @@
 //! `tunesmith sampler`: a sampler alone. Any number of them answer for one API.
 
 use crate::installation::StoreArgs;
+use crate::parts::CacheArgs;
 use crate::sampler_args::SamplerArgs;
 use crate::{parts, shutdown};
 use std::path::PathBuf;
@@ -33,6 +34,8 @@ pub(crate) struct Args {
     #[arg(long, env = "TUNESMITH_WORK_DIR", value_name = "DIR", default_value_os_t = default_dir("work"))]
     work_dir: PathBuf,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     sampler: SamplerArgs,
     #[command(flatten)]
     store: StoreArgs,
@@ -42,8 +45,9 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     parts::check_device(&args.device)?;
+    let Args { listen, cache_dir, cache, work_dir, device, .. } = &args;
     let mut config =
-        args.sampler.config(&args.listen, args.cache_dir, args.work_dir, &args.device)?;
+        args.sampler.config(listen, cache_dir.clone(), *cache, work_dir.clone(), device)?;
     config.url = args.url;
     let store = args.store.connect().await?;
     Sampler::bind(store.clone(), config)?.run(stop).await?;

@@ -2,7 +2,7 @@
 
 use crate::api_args::ApiArgs;
 use crate::installation::{self, DEFAULT_DATA_DIR, DataDir};
-use crate::parts::{self, DEFAULT_LISTEN};
+use crate::parts::{self, CacheArgs, DEFAULT_LISTEN};
 use crate::sampler_args::SamplerArgs;
 use crate::{api_key, shutdown};
 use anyhow::{Context as _, bail};
@@ -35,6 +35,8 @@ pub(crate) struct Args {
     #[arg(long, env = "TUNESMITH_NO_SAMPLER")]
     no_sampler: bool,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     sampler: SamplerArgs,
     #[command(flatten)]
     api: ApiArgs,
@@ -45,9 +47,11 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     parts::check_device(&args.device)?;
     let data = DataDir::create(&args.data_dir)?;
-    let worker = parts::worker_config(data.cache_dir(), data.work_dir(), &args.device)?;
+    let (cache_dir, work_dir) = (data.cache_dir(), data.work_dir());
+    let worker =
+        parts::worker_config(cache_dir.clone(), args.cache, work_dir.clone(), &args.device)?;
     let sampler =
-        args.sampler.config("127.0.0.1:0", data.cache_dir(), data.work_dir(), &args.device)?;
+        args.sampler.config("127.0.0.1:0", cache_dir, args.cache, work_dir, &args.device)?;
     let sampler = (!args.no_sampler).then_some(sampler);
     let postgres = Embedded::start(&data.root).await?;
     let api = args.api.config(&args.listen);

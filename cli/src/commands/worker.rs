@@ -1,6 +1,7 @@
 //! `tunesmith worker`: a worker alone. Any number of them share one queue.
 
 use crate::installation::{DEFAULT_DATA_DIR, StoreArgs};
+use crate::parts::CacheArgs;
 use crate::{parts, shutdown};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,6 +20,8 @@ pub(crate) struct Args {
     #[arg(long, env = "TUNESMITH_WORK_DIR", value_name = "DIR", default_value_os_t = default_dir("work"))]
     work_dir: PathBuf,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     store: StoreArgs,
 }
 
@@ -31,7 +34,7 @@ pub(super) fn default_dir(name: &str) -> PathBuf {
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     parts::check_device(&args.device)?;
-    let config = parts::worker_config(args.cache_dir, args.work_dir, &args.device)?;
+    let config = parts::worker_config(args.cache_dir, args.cache, args.work_dir, &args.device)?;
     let store = args.store.connect().await?;
     Worker::new(store.clone(), config).run(stop).await?;
     store.close().await;
