@@ -14,10 +14,14 @@ STEPS = 400
 MIDDLE = 90
 
 
-def start(service):
+# Rows of a job that is still running whenever it is cancelled, however fast the machine.
+ENDLESS = 4000
+
+
+def start(service, rows=32):
     """The job that every test here runs: the same rows, seed and hyperparameters."""
     return service.create_job(
-        sums(32),
+        sums(rows),
         TINY,
         validation=sums(4, start=100),
         n_epochs=50,
@@ -100,13 +104,13 @@ def test_a_drained_worker_gives_the_job_back_and_it_goes_on_bit_for_bit(parts, u
 def test_cancel_in_the_middle_ends_the_trainer_and_frees_the_worker(parts):
     service = parts.service
     worker = parts.start_worker()
-    job = start(service)
+    job = start(service, ENDLESS)
     service.wait_for_step(job.id, MIDDLE)
     service.sdk.fine_tuning.jobs.cancel(job.id)
     cancelled = service.wait_for_status(job.id, "cancelled")
     assert cancelled.finished_at and cancelled.fine_tuned_model is None
     wait_for("the trainer's end", lambda: not trainers_of(worker.pid))
-    assert len(service.curve(job.id)) < STEPS
+    assert len(service.curve(job.id)) >= MIDDLE, "what it has learned stays to be seen"
     following = service.create_job(sums(10), TINY, n_epochs=1, batch_size=10)
     service.finish(following.id)
 
@@ -121,7 +125,7 @@ def test_a_queued_job_is_cancelled_at_once(parts):
 def test_two_workers_share_one_queue(parts):
     service = parts.service
     first, second = parts.start_worker(), parts.start_worker()
-    jobs = [start(service) for _ in range(2)]
+    jobs = [start(service, ENDLESS) for _ in range(2)]
     wait_for("a trainer at each worker", lambda: trainers_of(first.pid) and trainers_of(second.pid))
     assert {service.job(job.id).status for job in jobs} == {"running"}
     for job in jobs:

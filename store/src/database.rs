@@ -9,7 +9,8 @@ use std::time::Duration;
 /// Every migration, embedded.
 pub(crate) static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
 
-/// Connections that one process holds at most: a request takes one for milliseconds.
+/// Connections that the pool of a process holds at most, and those of its threads together: a request
+/// takes one for milliseconds. Each thread has one more, for looks at jobs.
 pub(crate) const MAX_CONNECTIONS: u32 = 16;
 
 /// A connection that was in use so short a time ago is taken to live: asking it costs about as much
