@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "target/demo"
-TUNESMITH = ROOT / "target/release/tunesmith"
+# Where cargo builds, which the environment may say.
+TUNESMITH = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve() / "release/tunesmith"
 MODEL = "SmolLM2-135M-Instruct"
 TRAINING, VALIDATION = ROOT / "demo/support.jsonl", ROOT / "demo/support-validation.jsonl"
 HYPERPARAMETERS = {
