@@ -14,8 +14,8 @@ echo "Importing $name ..." >&2
 gguf=$("$fetch")
 case $profile in
   # The tests' own selection of packages, so that nothing is built twice with other features.
-  dev) what=(--workspace --bins --examples) programs=target/debug ;;
-  release) what=(--release --example import_model) programs=target/release ;;
+  dev) what=(--workspace --bins --examples) programs=${CARGO_TARGET_DIR:-target}/debug ;;
+  release) what=(--release --example import_model) programs=${CARGO_TARGET_DIR:-target}/release ;;
 esac
 cargo build --quiet "${what[@]}" >&2
 rm -rf "$model.part"

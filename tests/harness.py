@@ -18,7 +18,9 @@ from pathlib import Path
 import openai
 
 ROOT = Path(__file__).resolve().parent.parent
-TUNESMITH = Path(os.environ.get("TUNESMITH_BIN", ROOT / "target/debug/tunesmith"))
+# Where cargo builds, which the environment may say.
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve()
+TUNESMITH = Path(os.environ.get("TUNESMITH_BIN", TARGET / "debug/tunesmith"))
 SMOLLM2_DIR = ROOT / "target/test-models/SmolLM2-135M-Instruct"
 
 # Generous, since the machine may be busy: no test depends on how long anything takes.
