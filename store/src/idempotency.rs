@@ -171,16 +171,12 @@ impl<'a> Request<'a> {
         connection: &mut PgConnection,
         made: &str,
     ) -> Result<(), StoreError> {
-        let statement = concat!(
-            "WITH moved AS (SELECT $5 AS id), ",
-            add_creation!("$1", "$2", "$3", "$4"),
-            " SELECT 1"
-        );
+        let statement = concat!("WITH moved AS (SELECT $5 AS id), ", add_creation!(), " SELECT 1");
         self.bind(sqlx::query(statement)).bind(made).execute(connection).await?;
         Ok(())
     }
 
-    /// Binds what [`add_creation`] takes, in its order.
+    /// Binds what [`add_creation`] takes, before all else.
     pub(crate) fn bind<'q>(&self, query: PgQuery<'q>) -> PgQuery<'q>
     where
         'a: 'q,
@@ -193,30 +189,20 @@ impl<'a> Request<'a> {
     }
 }
 
-pub(crate) type PgQuery<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
+type PgQuery<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
 
 /// The part of a statement that notes what a request made, whose id a CTE called `moved` returns.
-/// The placeholders are those that [`Request::bind`] fills.
+/// [`Request::bind`] fills its placeholders, which are the statement's first.
 macro_rules! add_creation {
-    ($caller:literal, $key:literal, $creation:literal, $request_sha256:literal) => {
+    () => {
         // A key that was forgotten may still have its row.
-        concat!(
-            "creation AS (
-                INSERT INTO creations (caller, key, creation, request_sha256, made)
-                SELECT ",
-            $caller,
-            ", ",
-            $key,
-            ", ",
-            $creation,
-            ", ",
-            $request_sha256,
-            ", moved.id FROM moved
-                ON CONFLICT (caller, key) WHERE key IS NOT NULL DO UPDATE SET
-                    creation = EXCLUDED.creation, request_sha256 = EXCLUDED.request_sha256,
-                    made = EXCLUDED.made, created_at = now()
-            )"
-        )
+        "creation AS (
+            INSERT INTO creations (caller, key, creation, request_sha256, made)
+            SELECT $1, $2, $3, $4, moved.id FROM moved
+            ON CONFLICT (caller, key) WHERE key IS NOT NULL DO UPDATE SET
+                creation = EXCLUDED.creation, request_sha256 = EXCLUDED.request_sha256,
+                made = EXCLUDED.made, created_at = now()
+        )"
     };
 }
 pub(crate) use add_creation;

@@ -116,9 +116,8 @@ impl ModelCache {
                 return Ok(());
             }
             let lock_path = dir.with_extension(LOCK_EXTENSION);
-            let Some(_lock) = try_lock(&lock_path).map_err(TransferError::disk(&lock_path))? else {
-                continue;
-            };
+            let lock = try_lock(&lock_path, File::try_lock);
+            let Some(_lock) = lock.map_err(TransferError::disk(&lock_path))? else { continue };
             tracing::info!(model = %dir.display(), bytes = own, "a tuned model leaves the cache");
             remove(&dir).await?;
             remove(&incoming(&dir)).await?;
@@ -209,28 +208,21 @@ async fn remove(dir: &Path) -> Result<(), TransferError> {
     }
 }
 
-fn open_lock(path: &Path) -> io::Result<File> {
-    File::options().create(true).write(true).truncate(false).open(path)
-}
-
 /// Takes the lock on the file at `path` in the way `take`, until the returned file is closed.
 async fn lock(path: &Path, take: fn(&File) -> Result<(), TryLockError>) -> io::Result<File> {
     loop {
-        let file = open_lock(path)?;
-        match take(&file) {
-            Ok(()) if is_at(&file, path)? => return Ok(file),
-            // It was removed meanwhile, and others may hold its successor.
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_POLL).await,
-            Err(TryLockError::Error(error)) => return Err(error),
+        if let Some(file) = try_lock(path, take)? {
+            return Ok(file);
         }
+        tokio::time::sleep(LOCK_POLL).await;
     }
 }
 
-/// The lock on the file at `path`, unless somebody has it.
-fn try_lock(path: &Path) -> io::Result<Option<File>> {
-    let file = open_lock(path)?;
-    match file.try_lock() {
+/// The same, unless somebody has it.
+fn try_lock(path: &Path, take: fn(&File) -> Result<(), TryLockError>) -> io::Result<Option<File>> {
+    let file = File::options().create(true).write(true).truncate(false).open(path)?;
+    match take(&file) {
+        // One that was removed meanwhile is no lock: others may hold its successor.
         Ok(()) => Ok(is_at(&file, path)?.then_some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),

@@ -19,6 +19,14 @@ fn llama() -> Json {
     })
 }
 
+/// `config` with the fields of `changes`.
+fn changed(mut config: Json, changes: &Json) -> Json {
+    for (name, value) in changes.as_object().expect("an object") {
+        config[name] = value.clone();
+    }
+    config
+}
+
 fn refusal(change: impl Fn(&mut Json)) -> String {
     let mut config = llama();
     change(&mut config);
@@ -225,31 +233,21 @@ fn what_a_file_cannot_say_is_refused_by_name() {
         ),
     ];
     for (change, word) in words {
-        let message = refusal(|config| {
-            for (name, value) in change.as_object().expect("an object") {
-                config[name] = value.clone();
-            }
-        });
+        let message = refusal(|config| *config = changed(config.take(), &change));
         assert!(message.contains(word), "{message}");
     }
 }
 
 /// Changes that make a Gemma of the small model.
 fn gemma(family: &str, changes: Json) -> Json {
-    let mut all = json!({"model_type": family, "hidden_act": null, "sliding_window": 8,
+    let all = json!({"model_type": family, "hidden_act": null, "sliding_window": 8,
         "query_pre_attn_scalar": 4});
-    for (name, value) in changes.as_object().expect("an object") {
-        all[name] = value.clone();
-    }
-    all
+    changed(all, &changes)
 }
 
 /// The metadata of the small model with `changes`.
 fn described(changes: &Json) -> HashMap<String, Value> {
-    let mut config = llama();
-    for (name, value) in changes.as_object().expect("an object") {
-        config[name] = value.clone();
-    }
+    let config = changed(llama(), changes);
     let architecture = Architecture::read(&config).expect("read");
     architecture.metadata().expect("described").into_iter().collect()
 }
@@ -258,12 +256,8 @@ fn described(changes: &Json) -> HashMap<String, Value> {
 fn where_gguf_has_no_windows_a_text_may_be_no_longer_than_the_models() {
     let (sliding, full) = ("sliding_attention", "full_attention");
     let qwen = |changes: Json| {
-        let mut all =
-            json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 16});
-        for (name, value) in changes.as_object().expect("an object") {
-            all[name] = value.clone();
-        }
-        all
+        let all = json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 16});
+        changed(all, &changes)
     };
     for (changes, architecture, context) in [
         (json!({"model_type": "mistral", "sliding_window": 32}), "llama", 32),
@@ -400,10 +394,7 @@ fn queries_of_a_gemma_are_scaled_where_its_scores_are_divided_by_an_unusual_numb
             Change::Norm { factor: 1.0 },
         ),
     ] {
-        let mut config = llama();
-        for (name, value) in gemma(family, changes.clone()).as_object().expect("an object") {
-            config[name] = value.clone();
-        }
+        let config = changed(llama(), &gemma(family, changes.clone()));
         let architecture = Architecture::read(&config).expect("read");
         let place = architecture.place(&format!("model.layers.0.{part}.weight"));
         assert_eq!(place.map(|(_, change)| change), Some(expected), "{family} {changes} {part}");

@@ -75,28 +75,16 @@ impl Store {
     ) -> Result<CreatedJob, StoreError> {
         let mut transaction = database::begin(&self.pool).await?;
         let request = Request::new(Creation::Job, caller.api_key_id.as_str(), idempotency);
-        let created = match request.made_before(&mut transaction).await? {
-            Some(made) => CreatedJob { job: read(&mut transaction, &made).await?, is_new: false },
-            None => {
-                require_room(&mut transaction, caller, new).await?;
-                let job = insert(&mut transaction, caller, new, &request).await?;
-                CreatedJob { job, is_new: true }
-            }
-        };
+        if let Some(made) = request.made_before(&mut transaction).await? {
+            drop(transaction);
+            let job = self.job(&caller.project_id, &JobId::from(made)).await?;
+            return Ok(CreatedJob { job, is_new: false });
+        }
+        require_room(&mut transaction, caller, new).await?;
+        let job = insert(&mut transaction, caller, new, &request).await?;
         transaction.commit().await?;
-        Ok(created)
+        Ok(CreatedJob { job, is_new: true })
     }
-}
-
-async fn read(connection: &mut PgConnection, id: &str) -> Result<Job, StoreError> {
-    Ok(sqlx::query_as(concat!(
-        "SELECT ",
-        job_columns!(),
-        " FROM jobs JOIN projects ON projects.id = jobs.project_id WHERE jobs.id = $1"
-    ))
-    .bind(id)
-    .fetch_one(connection)
-    .await?)
 }
 
 /// Fails if the project has as many unfinished jobs as it may. Jobs that are being made at the same
@@ -152,7 +140,7 @@ async fn insert(
              VALUES ($5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
              RETURNING *
          ), ",
-        add_creation!("$1", "$2", "$3", "$4"),
+        add_creation!(),
         ", ",
         add_events!("$20"),
         ", woken AS (SELECT pg_notify($21, ''))

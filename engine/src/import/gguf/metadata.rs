@@ -90,26 +90,27 @@ impl Metadata {
         })
     }
 
-    /// Which of so many layers are meant, where that is said: each by itself, or all but every so many,
-    /// where 0 leaves none out.
-    pub(super) fn find_pattern(
+    /// Which of so many layers are meant: each is told by itself, or all but every so many are, where 0
+    /// leaves none out; `usual` where nothing is said.
+    pub(super) fn pattern(
         &self,
         key: &str,
         layers: usize,
-    ) -> Result<Option<Vec<bool>>, EngineError> {
+        usual: usize,
+    ) -> Result<Vec<bool>, EngineError> {
+        let of_period = |period: usize| -> Vec<bool> {
+            (1..=layers).map(|layer| period == 0 || !layer.is_multiple_of(period)).collect()
+        };
         let kind = format!("a period or a list of {layers}, one for each layer");
-        self.read(key, &kind, |value| match value {
-            Value::Integer(period) => {
-                let period = usize::try_from(*period).ok()?;
-                let is_meant = |layer: usize| period == 0 || !layer.is_multiple_of(period);
-                Some((1..=layers).map(is_meant).collect())
-            }
+        let said = self.read(key, &kind, |value| match value {
+            Value::Integer(period) => usize::try_from(*period).ok().map(of_period),
             Value::Flags(list) if list.len() == layers => Some(list.clone()),
             Value::Integers(list) if list.len() == layers => {
                 Some(list.iter().map(|&number| number != 0).collect())
             }
             _ => None,
-        })
+        })?;
+        Ok(said.unwrap_or_else(|| of_period(usual)))
     }
 
     /// A list of texts that must be there.

@@ -266,10 +266,7 @@ impl Model {
         period: usize,
     ) -> Result<Vec<&'static str>, EngineError> {
         let key = self.key("attention.sliding_window_pattern");
-        let windowed = match metadata.find_pattern(&key, self.layers)? {
-            Some(windowed) => windowed,
-            None => (1..=self.layers).map(|layer| !layer.is_multiple_of(period)).collect(),
-        };
+        let windowed = metadata.pattern(&key, self.layers, period)?;
         let kind = |windowed| if windowed { "sliding_attention" } else { "full_attention" };
         Ok(windowed.into_iter().map(kind).collect())
     }
