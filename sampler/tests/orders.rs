@@ -1,8 +1,9 @@
 //! Orders over HTTP to a sampler with real child processes, over a real PostgreSQL.
 
-use futures::StreamExt as _;
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -20,7 +21,7 @@ use tunesmith_store::base_models::NewBaseModel;
 use tunesmith_store::objects::ObjectPrefix;
 use tunesmith_store::samplers::Sampler as Row;
 use tunesmith_store::test_db::TestDb;
-use tunesmith_worker::ChildCommand;
+use tunesmith_worker::{ChildCommand, ModelCache};
 
 /// What the scripted child does on these tokens.
 const DIE: u32 = 9001;
@@ -49,7 +50,7 @@ impl World {
             args: Vec::new(),
             env: Vec::new(),
         };
-        let (cache, work) = (dir.path().join("cache"), dir.path().join("work"));
+        let (cache, work) = (cache_dir(&dir), dir.path().join("work"));
         let mut config = SamplerConfig::new("127.0.0.1:0", cache, work, "cpu", child);
         change(&mut config);
         let sampler = Sampler::bind(db.store().clone(), config).expect("a free port");
@@ -84,6 +85,19 @@ impl World {
         let row = self.row().await;
         let request = self.http.post(format!("{}{SAMPLE_PATH}", row.url)).bearer_auth(row.token);
         request.json(order).send().await.expect("a reply")
+    }
+
+    /// What is said of an order that never ends, from its first token on.
+    async fn hang(&self) -> impl Stream<Item = reqwest::Result<Bytes>> {
+        let mut said = self.send(&self.order(&[HANG])).await.bytes_stream();
+        loop {
+            let line = said.next().await.expect("a line").expect("bytes");
+            if line.starts_with(b"{\"type\":\"token\"") {
+                return said;
+            }
+            // The child is not ready yet.
+            assert_eq!(line, "{\"type\":\"waiting\"}\n");
+        }
     }
 
     /// All that is said of an order.
@@ -153,6 +167,41 @@ impl World {
         TunedWeights { place: place.into(), kind }
     }
 
+    /// Asks a tuned base model from now on, in a cache that has room for one.
+    async fn on_tuned_base() -> (Self, PathBuf) {
+        // Its only file is `{}`.
+        let mut world = Self::new(|config| config.tuned_cache_bytes = 2).await;
+        let base = world.db.tuned_base("ftjob-base", &world.base).await;
+        assert_eq!(base.bytes(), 2);
+        let dir = cache_dir(&world.dir).join("tuned-models").join(base.id.as_str());
+        world.base = base.id;
+        (world, dir)
+    }
+
+    /// Fetches another tuned base model, as a worker beside the sampler does, and lets go of it.
+    async fn fetch_another(&self, job: &str) {
+        let other = self.db.tuned_base(job, &self.base).await;
+        let cache = ModelCache::new(&cache_dir(&self.dir), other.bytes());
+        let cached = cache.model(self.db.store().objects(), &other).await.expect("a model");
+        assert!(cached.path().join("config.json").exists());
+    }
+
+    /// The directory with which the child of a check says that it waits.
+    async fn waiting_check(&self) -> PathBuf {
+        let below = |dir: PathBuf| std::fs::read_dir(dir).into_iter().flatten().flatten();
+        for _ in 0..600 {
+            let samplers = below(self.dir.path().join("work"));
+            let mut scratch = samplers
+                .flat_map(|sampler| below(sampler.path()))
+                .map(|job| job.path().join("imported"));
+            if let Some(found) = scratch.find(|dir| dir.exists()) {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("no check waits");
+    }
+
     async fn stop(self) {
         self.shutdown.cancel();
         self.task.await.expect("no panic").expect("stopped");
@@ -168,6 +217,14 @@ async fn base_model(db: &TestDb, name: &str) -> BaseModelId {
     std::fs::write(files.path().join("config.json"), "{}").expect("write");
     let new = NewBaseModel { name: name.to_owned(), context_length: 64, config: json!({}) };
     db.store().import_base_model(&new, files.path()).await.expect("import").id
+}
+
+fn cache_dir(dir: &TempDir) -> PathBuf {
+    dir.path().join("cache")
+}
+
+fn is_alive(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
 }
 
 fn failed(lines: &[SampleLine]) -> (ErrorCode, String) {
@@ -211,7 +268,7 @@ async fn one_model_makes_room_for_another_and_a_full_one_is_a_model_of_its_own()
     full.tuned = Some(world.weights("ftjob-full", "config.json", AdapterType::Full).await);
     let second = world.tokens(&full).await[2];
     assert_ne!(second, first);
-    assert!(!PathBuf::from(format!("/proc/{first}")).exists(), "one model at a time");
+    assert!(!is_alive(first), "one model at a time");
     for _ in 0..600 {
         if world.row().await.models == ["ftjob-full-1-2"] {
             break;
@@ -231,15 +288,7 @@ async fn one_model_makes_room_for_another_and_a_full_one_is_a_model_of_its_own()
 #[tokio::test]
 async fn a_client_that_hangs_up_cancels_and_a_full_house_refuses() {
     let world = World::new(|config| config.max_orders = 1).await;
-    let mut said = world.send(&world.order(&[HANG])).await.bytes_stream();
-    loop {
-        let line = said.next().await.expect("a line").expect("bytes");
-        if line.starts_with(b"{\"type\":\"token\"") {
-            break;
-        }
-        // The child is not ready yet.
-        assert_eq!(line, "{\"type\":\"waiting\"}\n");
-    }
+    let said = world.hang().await;
     let refused = world.send(&world.order(&[1])).await;
     assert_eq!(refused.status(), 429);
     assert!(refused.headers().contains_key("retry-after"));
@@ -310,6 +359,54 @@ async fn a_drain_lets_an_order_come_to_its_end() {
     }
     assert!(!world.task.is_finished(), "the order is still under way");
     drop(said);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_tuned_base_stays_while_its_child_runs_and_may_go_then() {
+    let (mut world, dir) = World::on_tuned_base().await;
+    let said = world.hang().await;
+    world.fetch_another("ftjob-b").await;
+    assert!(dir.exists(), "its child answers");
+    drop(said);
+    let child = world.told().await[2];
+    world.fetch_another("ftjob-c").await;
+    assert!(is_alive(child));
+    assert!(dir.exists(), "its child may be asked again");
+
+    world.base = base_model(&world.db, "other").await;
+    assert_ne!(world.told().await[2], child);
+    assert!(!is_alive(child), "one model at a time");
+    world.fetch_another("ftjob-d").await;
+    assert!(!dir.exists(), "nobody uses it");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_tuned_base_whose_child_has_died_may_go() {
+    let (world, dir) = World::on_tuned_base().await;
+    failed(&world.lines(&world.order(&[DIE])).await);
+    assert!(dir.exists());
+    world.fetch_another("ftjob-b").await;
+    assert!(!dir.exists(), "nobody uses it");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_tuned_base_stays_while_an_export_is_checked_beside_it_and_may_go_then() {
+    let (world, dir) = World::on_tuned_base().await;
+    let lora = world.weights("ftjob-a", "adapter_config.json", AdapterType::Lora).await;
+    let meanwhile = async {
+        let scratch = world.waiting_check().await;
+        world.fetch_another("ftjob-b").await;
+        assert!(dir.exists(), "the check reads it");
+        std::fs::remove_dir(scratch).expect("remove");
+    };
+    let (reply, ()) = tokio::join!(world.check(&lora, HANG, &["a.gguf"]), meanwhile);
+    let seen = "a.gguf as model beside config.json and adapter_config.json";
+    assert_eq!(reply, CheckReply::Unfit { reason: seen.to_owned() });
+    world.fetch_another("ftjob-c").await;
+    assert!(!dir.exists(), "nobody uses it");
     world.stop().await;
 }
 

@@ -3,7 +3,10 @@
 //! One private PostgreSQL serves all tests of a process. It ends with the process, and what it
 //! wrote goes too.
 
+use crate::base_models::BaseModel;
 use crate::embedded::{Embedded, Settings};
+use crate::models::Model;
+use crate::objects::ObjectPrefix;
 use crate::{Store, StoreConfig, StoreError};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,7 +14,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::sync::OnceCell;
-use tunesmith_core::ids::JobId;
+use tunesmith_core::hyperparameters::AdapterConfig;
+use tunesmith_core::ids::{BaseModelId, JobId};
+use tunesmith_core::weights::{
+    CONFIG_NAME, CheckpointPlace, MANIFEST_NAME, Manifest, ManifestFile, WeightsPlace,
+};
 
 /// The database that every test's is a copy of.
 const TEMPLATE: &str = "migrated";
@@ -66,6 +73,43 @@ impl TestDb {
             Ok(done) => assert_eq!(done.rows_affected(), 1, "no worker holds {job}"),
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// A model of one small file that was tuned in full from `origin`, as the base model of adapters.
+    /// `job` says which job has made it, and need not be there.
+    ///
+    /// # Panics
+    /// The database or the object store has failed.
+    pub async fn tuned_base(&self, job: &str, origin: &BaseModelId) -> BaseModel {
+        match self.try_tuned_base(job, origin).await {
+            Ok(base) => base,
+            Err(error) => panic!("no tuned base model: {error}"),
+        }
+    }
+
+    async fn try_tuned_base(
+        &self,
+        job: &str,
+        origin: &BaseModelId,
+    ) -> Result<BaseModel, StoreError> {
+        const CONFIG: &str = "{}";
+        let place: WeightsPlace = CheckpointPlace { job: job.into(), attempt: 1, step: 1 }.into();
+        let prefix = ObjectPrefix::from(place.clone());
+        let config = ManifestFile::measure(CONFIG_NAME, CONFIG.as_bytes())
+            .map_err(StoreError::local_file(Path::new(CONFIG_NAME)))?;
+        let manifest = serde_json::to_vec(&Manifest { files: vec![config] })?;
+        let objects = self.store.objects();
+        objects.put_bytes(&prefix.file(CONFIG_NAME), CONFIG.into()).await?;
+        objects.put_bytes(&prefix.file(MANIFEST_NAME), manifest.into()).await?;
+        let model = Model {
+            name: format!("ft:{job}"),
+            organization_id: "org-test".into(),
+            place,
+            base_model_id: origin.clone(),
+            adapter: AdapterConfig::default(),
+            created_at: time::OffsetDateTime::UNIX_EPOCH,
+        };
+        self.store.tuned_base(&model).await
     }
 
     async fn try_new() -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {

@@ -2,6 +2,7 @@
 //! its own and follows a script.
 
 mod support;
+mod tuned_bases;
 
 use serde_json::json;
 use std::time::Duration;

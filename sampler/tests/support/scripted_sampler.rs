@@ -3,6 +3,7 @@
 
 use std::io::{BufReader, Write as _};
 use std::path::Path;
+use std::time::Duration;
 use tunesmith_core::errors::ErrorCode;
 use tunesmith_core::export_check::{CheckFiles, CheckReply};
 use tunesmith_core::protocol::{read_frame, write_frame};
@@ -10,7 +11,7 @@ use tunesmith_core::sampling::{EndReason, FromSampler, SampleRequest, ToSampler,
 
 /// Exits at once with status 9.
 const DIE: u32 = 9001;
-/// Says one token and then nothing more.
+/// Says one token and then nothing more; a check waits until its scratch directory is removed.
 const HANG: u32 = 9002;
 /// Fails by itself.
 const FAIL: u32 = 9003;
@@ -50,6 +51,11 @@ fn main() {
             }
             ToSampler::Cancel { .. } => cancelled += 1,
             ToSampler::Check(files) if files.prompts[0][0] == DIE => std::process::exit(9),
+            ToSampler::Check(files) if files.prompts[0][0] == HANG => {
+                wait_with(&files.scratch_dir);
+                say(&FromSampler::Checked { reply: CheckReply::Unfit { reason: seen(&files) } });
+                return;
+            }
             ToSampler::Check(files) => {
                 say(&FromSampler::Checked { reply: CheckReply::Unfit { reason: seen(&files) } });
                 return;
@@ -74,6 +80,14 @@ fn main() {
                 }
             },
         }
+    }
+}
+
+/// Makes `dir`, which tells that it waits, and returns when somebody has removed it.
+fn wait_with(dir: &Path) {
+    std::fs::create_dir(dir).expect("create");
+    while dir.exists() {
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -13,7 +13,7 @@ use tunesmith_core::metrics::StepMetrics;
 use tunesmith_core::state::JobStatus;
 use tunesmith_core::weights::WeightsPlace;
 use tunesmith_store::Store;
-use tunesmith_store::base_models::NewBaseModel;
+use tunesmith_store::base_models::{BaseModel, NewBaseModel};
 use tunesmith_store::events::{Event, EventType};
 use tunesmith_store::files::{FileFacts, Purpose};
 use tunesmith_store::idempotency::Idempotency;
@@ -35,7 +35,7 @@ pub(crate) struct World {
     pub(crate) store: Store,
     pub(crate) project: ProjectId,
     caller: Caller,
-    base_model: BaseModelId,
+    pub(crate) base_model: BaseModelId,
     training_file: FileId,
     /// For files that a script waits for or writes.
     pub(crate) dir: TempDir,
@@ -75,19 +75,24 @@ impl World {
 
     /// A job that waits for a worker.
     pub(crate) async fn queued_job(&self) -> JobId {
-        self.queued("tiny", None).await
+        self.queued(&self.base_model, "tiny", None).await
     }
 
     /// One that begins with the weights of `model`.
     pub(crate) async fn queued_job_from(&self, model: &Model) -> JobId {
-        self.queued(&model.name, Some(model.place.clone())).await
+        self.queued(&self.base_model, &model.name, Some(model.place.clone())).await
     }
 
-    async fn queued(&self, model: &str, start: Option<WeightsPlace>) -> JobId {
+    /// One that makes an adapter on `base`.
+    pub(crate) async fn queued_job_on(&self, base: &BaseModel) -> JobId {
+        self.queued(&base.id, &base.name, None).await
+    }
+
+    async fn queued(&self, base: &BaseModelId, model: &str, start: Option<WeightsPlace>) -> JobId {
         let new = NewJob {
             model: model.to_owned(),
             is_tuned: start.is_some(),
-            base_model_id: self.base_model.clone(),
+            base_model_id: base.clone(),
             base_model: "tiny".to_owned(),
             start,
             training_file: self.training_file.clone(),
@@ -116,16 +121,16 @@ impl World {
             args: vec![script.to_string().into()],
             env: Vec::new(),
         };
-        let mut config = WorkerConfig::new(
-            self.dir.path().join("cache"),
-            self.dir.path().join("work"),
-            "cpu",
-            trainer,
-        );
+        let mut config =
+            WorkerConfig::new(self.cache_dir(), self.dir.path().join("work"), "cpu", trainer);
         config.poll_interval = Duration::from_millis(50);
         config.renew_interval = Duration::from_millis(100);
         config.flush_interval = Duration::from_millis(20);
         config
+    }
+
+    pub(crate) fn cache_dir(&self) -> PathBuf {
+        self.dir.path().join("cache")
     }
 
     /// A worker at work.
