@@ -8,6 +8,7 @@ mod dora;
 pub(super) mod gemm;
 mod isa;
 mod math;
+mod memory;
 mod step;
 mod weight;
 

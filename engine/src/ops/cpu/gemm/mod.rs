@@ -51,6 +51,8 @@ const PARALLEL_MIN_MULTIPLY_ADDS: usize = 4_000_000;
 pub(in crate::ops) enum Elements<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+    /// The f32 that these are, so that the other operand is not rounded.
+    Widened(&'a [bf16]),
     /// Decoded while the operand is packed.
     Encoded(&'a dyn Decode),
 }
@@ -68,7 +70,7 @@ impl Elements<'_> {
     fn len(&self) -> usize {
         match self {
             Self::F32(values) => values.len(),
-            Self::Bf16(values) => values.len(),
+            Self::Bf16(values) | Self::Widened(values) => values.len(),
             Self::Encoded(values) => values.len(),
         }
     }
@@ -81,7 +83,9 @@ impl Elements<'_> {
     fn memory(&self, first: usize) -> Option<Memory> {
         match self {
             Self::F32(values) => Some(Memory::F32(values.as_ptr().wrapping_add(first))),
-            Self::Bf16(values) => Some(Memory::Bf16(values.as_ptr().wrapping_add(first))),
+            Self::Bf16(values) | Self::Widened(values) => {
+                Some(Memory::Bf16(values.as_ptr().wrapping_add(first)))
+            }
             Self::Encoded(_) => None,
         }
     }
@@ -91,7 +95,7 @@ impl Elements<'_> {
         match self {
             Self::F32(values) => values.as_ptr().wrapping_add(first).cast(),
             Self::Bf16(values) => values.as_ptr().wrapping_add(first).cast(),
-            Self::Encoded(_) => unreachable!("encoded elements are packed"),
+            Self::Widened(_) | Self::Encoded(_) => unreachable!("other elements are packed"),
         }
     }
 }

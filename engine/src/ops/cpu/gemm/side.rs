@@ -202,6 +202,6 @@ pub(super) fn is_lanes(view: &MatRef<'_>, leaf: &Leaf) -> bool {
         Elements::Bf16(_) => {
             leaf.depth == 2 && view.stride.is_multiple_of(2) && view.columns.is_multiple_of(2)
         }
-        Elements::Encoded(_) => false,
+        Elements::Widened(_) | Elements::Encoded(_) => false,
     }
 }
