@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures tunesmith beside PyTorch, TRL and unsloth, in turns, and prints ratios of medians.
+"""Measures tunesmith beside PyTorch, TRL, unsloth and llama.cpp, in turns, and prints ratios of medians.
 
 Needs a release build and the environments of bench/setup.sh: `make bench` sees to both. See
 bench/README.md for what is compared and by which rules.
@@ -233,42 +233,64 @@ def startup_part(bench):
 
 
 def serving_part(bench):
-    """Answering: one stream beside transformers, and many requests over adapters beside one by one."""
+    """Answering: one stream beside transformers and llama.cpp, and many requests over adapters beside
+    one by one. Weights are f32, as the model has them, and bf16, as most models come."""
     prompt = json.loads(random_ids(1, PROMPT_TOKENS).read_text())[0]
-    settings, turns = ("f32", "bf16"), {}
+    turns = {}
+
+    def note(side, result):
+        turns.setdefault(side, []).append(result)
+        speed = result["decode_tokens_per_s"]
+        print(f"  serving  {side:26}{speed:9.1f} tokens/s", flush=True)
+        bench.versions |= result.get("versions", {})
+
+    def transformers(setting, *write):
+        return sides.their_answers(
+            bench.runner, bench.pythons["torch"], prompt, NEW_TOKENS, setting, *write
+        )
+
     with tempfile.TemporaryDirectory() as directory:
         adapters = [f"{directory}/{index}" for index in range(ADAPTERS)]
-        for turn in range(bench.rounds):
-            for setting in settings:
-                write = (directory, ADAPTERS) if turn == 0 and setting == "f32" else None
-                theirs = sides.their_answers(
-                    bench.runner, bench.pythons["torch"], prompt, NEW_TOKENS, setting, write
-                )
-                turns.setdefault(setting, []).append(theirs)
-                print(f"  serving  {setting:26}{theirs['decode_tokens_per_s']:9.1f} tokens/s", flush=True)
-                bench.versions |= theirs["versions"]
-            ours = sides.our_answers(bench.runner, prompt, NEW_TOKENS, adapters)
-            turns.setdefault(OURS, []).append(ours)
-            print(f"  serving  {OURS:26}{ours['decode_tokens_per_s']:9.1f} tokens/s", flush=True)
-            bench.noisy += ours["foreign"] > QUIET
-            if ours["ids"] != turns["f32"][0]["ids"]:
-                sys.exit("unequal work: the greedy answers differ")
+        gguf = f"{directory}/model.gguf"
+        sides.write_gguf(gguf)
+        # Adapters are written, and what bf16 weights answer without rounding anything else.
+        expected = {"fp32": transformers("f32", (directory, ADAPTERS)), "bf16": transformers("rounded")}
+        for _ in range(bench.rounds):
+            for setting in ("f32", "bf16"):
+                note(setting, transformers(setting))
+            if "llama" in bench.pythons:
+                python = bench.pythons["llama"]
+                note("llama.cpp", sides.llama_cpp_answers(bench.runner, python, gguf, prompt, NEW_TOKENS))
+            for precision in ("fp32", "bf16"):
+                ours = sides.our_answers(bench.runner, prompt, NEW_TOKENS, precision, adapters)
+                note(f"{OURS} {precision}", ours)
+                bench.noisy += ours["foreign"] > QUIET
+                if ours["ids"] != expected[precision]["ids"]:
+                    sys.exit("unequal work: the greedy answers differ")
     bench.measured["serving"] = turns
     middle = lambda side, key: statistics.median(turn[key] for turn in turns[side])
     speeds = {side: middle(side, "decode_tokens_per_s") for side in turns}
-    best = max(settings, key=speeds.get)
+    fp32, bf16 = (f"{OURS} {precision}" for precision in ("fp32", "bf16"))
+    best, ours = max(("f32", "bf16"), key=speeds.get), max((fp32, bf16), key=speeds.get)
     bench.ratio(
-        "decode-vs-transformers", speeds[OURS] / speeds[best], ">=", 1.5,
-        tokens_per_second=round(speeds[OURS], 1), peer=best,
-        peer_tokens_per_second=round(speeds[best], 1),
+        "decode-vs-transformers", speeds[ours] / speeds[best], ">=", 1.5,
+        side=ours, tokens_per_second=round(speeds[ours], 1),
+        peer=best, peer_tokens_per_second=round(speeds[best], 1),
     )
+    llama = speeds.get("llama.cpp")
     bench.ratio(
-        "16-requests-8-adapters-vs-one-by-one",
-        middle(OURS, "one_after_the_other_s") / middle(OURS, "together_s"), ">=", 6,
-        seconds=round(middle(OURS, "together_s"), 2), peak_mib=round(middle(OURS, "peak_mib")),
+        "decode-vs-llama-cpp", speeds[bf16] / llama if llama else "not run: not installed", ">=", 0.5,
+        tokens_per_second=round(speeds[bf16], 1), peer_tokens_per_second=llama and round(llama, 1),
     )
-    bench.ratio("first-token-seconds-64-tokens", middle(OURS, "first_token_s"), "<=", 0.25)
-    bench.ratio("adapter-load-seconds", middle(OURS, "load_adapters_s") / ADAPTERS, "<=", 1)
+    for side, suffix in ((fp32, ""), (bf16, "-bf16")):
+        name = f"16-requests-8-adapters-vs-one-by-one{suffix}"
+        apart, together = (middle(side, key) for key in ("one_after_the_other_s", "together_s"))
+        bench.ratio(
+            name, apart / together, ">=", 6, one_by_one_seconds=round(apart, 2),
+            seconds=round(together, 2), peak_mib=round(middle(side, "peak_mib")),
+        )
+    bench.ratio("first-token-seconds-64-tokens", middle(ours, "first_token_s"), "<=", 0.25)
+    bench.ratio("adapter-load-seconds", middle(ours, "load_adapters_s") / ADAPTERS, "<=", 1)
 
 
 def prefixed_rows():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the benchmarks need beyond a release build: the model as a Hugging Face directory, and the
-# peers in virtual environments of their own, kept in the cache (about 6 GB each, a few minutes).
+# peers in virtual environments of their own, kept in the cache (6 GB each for PyTorch's, a few
+# minutes).
 # Prints one environment a line, `NAME PYTHON`, and nothing else, on standard output. An environment
 # that cannot be installed is reported on standard error and left out: its lines then say `not run`.
 set -euo pipefail
@@ -20,7 +21,7 @@ environment() {
   hash=$(cat "$requirements" <(python3 --version) | sha256sum | cut -c1-12)
   venv=$cache/bench-$name-$hash
   if [ ! -f "$venv/complete" ]; then
-    echo "Installing the peers of $requirements (about 6 GB) ..." >&2
+    echo "Installing the peers of $requirements ..." >&2
     rm -rf "$venv"
     python3 -m venv "$venv"
     if ! "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" >&2; then
@@ -35,6 +36,7 @@ environment() {
 
 environment torch requirements.txt
 environment unsloth requirements-unsloth.txt
+environment llama requirements-llama.txt
 
 shim=bench/out/mkl_intel.so
 cc -O2 -shared -fPIC -o "$shim" bench/peers/mkl_intel.c >&2

@@ -143,10 +143,21 @@ def our_step(runner, mode, ids, warmup, steps):
     return runner.json(command, **trainer_environment())
 
 
-def our_answers(runner, prompt, new_tokens, adapters):
+def our_answers(runner, prompt, new_tokens, precision, adapters):
     """Greedy answers by the engine of the sampler."""
-    command = [TARGET / "examples/bench_serving", MODEL, json.dumps(prompt), new_tokens, *adapters]
-    return runner.json(command, **trainer_environment())
+    command = [TARGET / "examples/bench_serving", MODEL, precision, json.dumps(prompt), new_tokens]
+    return runner.json([*command, *adapters], **trainer_environment())
+
+
+def llama_cpp_answers(runner, python, gguf, prompt, new_tokens):
+    """Answers by llama.cpp."""
+    command = [python, PEERS / "llama_cpp.py", gguf, json.dumps(prompt), new_tokens]
+    return runner.json(command)
+
+
+def write_gguf(path):
+    """The model in half precision, as the front-end gives it away."""
+    subprocess.run([TARGET / "examples/write_gguf", MODEL, path], check=True)
 
 
 def their_answers(runner, python, prompt, new_tokens, precision, adapters=None):

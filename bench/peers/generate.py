@@ -1,7 +1,7 @@
 """Times greedy decoding by transformers' `generate`, one sequence, with its cache, as its users call it.
 
-`generate.py MODEL_DIR PROMPT NEW_TOKENS --precision f32|bf16` prints one line of JSON. With
-`--adapters DIR COUNT` it writes that many LoRA adapters of rank 16 beside, as PEFT saves them.
+`generate.py MODEL_DIR PROMPT NEW_TOKENS --precision f32|bf16|rounded` prints one line of JSON; `rounded`
+is arithmetic in f32 with weights of bf16. With `--adapters DIR COUNT` it writes that many LoRA adapters of rank 16 beside, as PEFT saves them.
 """
 
 import argparse
@@ -23,14 +23,16 @@ def main():
     parser.add_argument("model_dir")
     parser.add_argument("prompt", type=json.loads, help="a JSON list of token ids")
     parser.add_argument("new_tokens", type=int)
-    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--precision", choices=["f32", "bf16", "rounded"], default="f32")
     parser.add_argument("--adapters", nargs=2, metavar=("DIR", "COUNT"))
     options = parser.parse_args()
 
     torch.set_num_threads(os.cpu_count())
     transformers.logging.disable_progress_bar()
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = torch.float32 if options.precision == "f32" else torch.bfloat16
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model_dir, dtype=dtype)
+    if options.precision == "rounded":
+        model = model.float()
     model.generation_config.eos_token_id = None
     prompt = torch.tensor([options.prompt])
 

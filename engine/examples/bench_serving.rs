@@ -1,6 +1,6 @@
-//! Times answering: `bench_serving MODEL_DIR PROMPT NEW_TOKENS [ADAPTER_DIR…]`.
+//! Times answering: `bench_serving MODEL_DIR PRECISION PROMPT NEW_TOKENS [ADAPTER_DIR…]`.
 //!
-//! PROMPT is a JSON list of token ids. One stream is answered greedily by the base model; then 16
+//! PRECISION is what a matrix is kept in (`fp32`, `bf16` or `auto`), PROMPT a JSON list of token ids. One stream is answered greedily by the base model; then 16
 //! requests over the adapters, whose prompts share no beginning, one after the other and together.
 //! The output is one line of JSON.
 
@@ -71,11 +71,14 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [model_dir, prompt, new_tokens, adapters @ ..] = arguments.as_slice() else {
-        return Err("usage: bench_serving MODEL_DIR PROMPT NEW_TOKENS [ADAPTER_DIR…]".into());
+    let [model_dir, precision, prompt, new_tokens, adapters @ ..] = arguments.as_slice() else {
+        return Err(
+            "usage: bench_serving MODEL_DIR PRECISION PROMPT NEW_TOKENS [ADAPTER_DIR…]".into()
+        );
     };
     let prompt: Vec<u32> = serde_json::from_str(prompt)?;
-    let model = ServedModel::load(&PathBuf::from(model_dir), &Device::cpu(), Precision::Auto)?;
+    let precision: Precision = serde_json::from_value(json!(precision))?;
+    let model = ServedModel::load(&PathBuf::from(model_dir), &Device::cpu(), precision)?;
     let batcher = Batcher::new(model, REQUESTS as usize, 1 << 30);
     let mut run = Run { batcher, new_tokens: new_tokens.parse()?, next_id: 0 };
 
