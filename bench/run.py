@@ -244,20 +244,21 @@ def serving_part(bench):
         print(f"  serving  {side:26}{speed:9.1f} tokens/s", flush=True)
         bench.versions |= result.get("versions", {})
 
-    def transformers(setting, *write):
+    def transformers(setting, adapters=None):
         return sides.their_answers(
-            bench.runner, bench.pythons["torch"], prompt, NEW_TOKENS, setting, *write
+            bench.runner, bench.pythons["torch"], prompt, NEW_TOKENS, setting, adapters
         )
 
     with tempfile.TemporaryDirectory() as directory:
         adapters = [f"{directory}/{index}" for index in range(ADAPTERS)]
         gguf = f"{directory}/model.gguf"
         sides.write_gguf(gguf)
-        # Adapters are written, and what bf16 weights answer without rounding anything else.
-        expected = {"fp32": transformers("f32", (directory, ADAPTERS)), "bf16": transformers("rounded")}
-        for _ in range(bench.rounds):
-            for setting in ("f32", "bf16"):
-                note(setting, transformers(setting))
+        # What bf16 weights answer when nothing else is rounded.
+        rounded = transformers("rounded")
+        for turn in range(bench.rounds):
+            note("f32", transformers("f32", (directory, ADAPTERS) if turn == 0 else None))
+            note("bf16", transformers("bf16"))
+            expected = {"fp32": turns["f32"][0], "bf16": rounded}
             if "llama" in bench.pythons:
                 python = bench.pythons["llama"]
                 note("llama.cpp", sides.llama_cpp_answers(bench.runner, python, gguf, prompt, NEW_TOKENS))

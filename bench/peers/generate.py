@@ -1,7 +1,8 @@
 """Times greedy decoding by transformers' `generate`, one sequence, with its cache, as its users call it.
 
-`generate.py MODEL_DIR PROMPT NEW_TOKENS --precision f32|bf16|rounded` prints one line of JSON; `rounded`
-is arithmetic in f32 with weights of bf16. With `--adapters DIR COUNT` it writes that many LoRA adapters of rank 16 beside, as PEFT saves them.
+`generate.py MODEL_DIR PROMPT NEW_TOKENS --precision f32|bf16|rounded` prints one line of
+JSON; `rounded` is arithmetic in f32 with weights of bf16. With `--adapters DIR COUNT` it writes that
+many LoRA adapters of rank 16 beside, as PEFT saves them.
 """
 
 import argparse

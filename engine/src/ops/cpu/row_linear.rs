@@ -38,23 +38,23 @@ pub(in crate::ops) fn row_linear(
     let (x, weight) = (on_flex(x), on_flex(weight));
     let ([n, inputs], [outputs, _]) = (dims(&x), dims(&weight));
     let x = values(&x);
-    let adapters: Vec<FlexTensor> = updates
+    let adapters: Vec<[FlexTensor; 2]> = updates
         .iter()
-        .flat_map(|(_, update)| [&update.a, &update.b].map(|x| on_flex(x.clone())))
+        .map(|(_, update)| [&update.a, &update.b].map(|x| on_flex(x.clone())))
         .collect();
-    let ahead: Vec<&[f32]> = adapters.iter().map(values).collect();
+    let ahead: Vec<&[f32]> = adapters.iter().flatten().map(values).collect();
     let shape = [n, inputs, outputs];
     let mut y = times_transposed(x, elements(&weight), shape, rows, &ahead);
     let mut tasks = Vec::with_capacity(updates.len());
     let (mut rest, mut end) = (y.as_mut_slice(), 0);
-    for (range, update) in updates {
+    for ((range, update), adapter) in updates.iter().zip(&adapters) {
         let own = rest.split_off_mut(..(range.end - end) * outputs).expect("ranges in order");
         let own = &mut own[(range.start - end) * outputs..];
-        tasks.push((&x[range.start * inputs..range.end * inputs], *update, own));
+        tasks.push((&x[range.start * inputs..range.end * inputs], *update, adapter, own));
         end = range.end;
     }
-    let add = |(x, update, y): (&[f32], &RowUpdate, &mut [f32])| {
-        add_update(x, update, rows, y, [x.len() / inputs, inputs, outputs]);
+    let add = |(x, update, adapter, y): (&[f32], &RowUpdate, &[FlexTensor; 2], &mut [f32])| {
+        add_update(x, update, adapter, rows, y, [x.len() / inputs, inputs, outputs]);
     };
     match tasks.len() {
         0 | 1 => tasks.into_iter().for_each(add),
@@ -77,25 +77,25 @@ pub(in crate::ops) fn in_order(x: Tensor<2>) -> Tensor<2> {
     Tensor::from_primitive::<Flex>(on_flex(x)).autodiff()
 }
 
-/// Adds what an adapter gives for the rows `x` to their outputs `y`.
+/// Adds what an adapter, whose A and Bᵀ are here, gives for the rows `x` to their outputs `y`.
 fn add_update(
     x: &[f32],
     update: &RowUpdate,
+    [a, b]: &[FlexTensor; 2],
     rows: Rows,
     y: &mut [f32],
     [n, inputs, outputs]: [usize; 3],
 ) {
     let isa = Isa::detect();
-    let [a, b] = [&update.a, &update.b].map(|x| on_flex(x.clone()));
     let gain = update.gain.clone().map(on_flex);
-    let ([z_width, _], [rank, b_width]) = (dims(&a), dims(&b));
-    let z = times_transposed(x, elements(&a), [n, inputs, z_width], rows, &[]);
+    let ([z_width, _], [rank, b_width]) = (dims(a), dims(b));
+    let z = times_transposed(x, elements(a), [n, inputs, z_width], rows, &[]);
     for (z_columns, b_columns, part) in update.parts() {
         let gain = gain.as_ref().map(|gain| &values(gain)[b_columns.clone()]);
         match rows {
             Rows::Few => {
                 let b: Vec<&[f32]> =
-                    values(&b).chunks_exact(b_width).map(|b| &b[b_columns.clone()]).collect();
+                    values(b).chunks_exact(b_width).map(|b| &b[b_columns.clone()]).collect();
                 for (z, y) in z.chunks_exact(z_width).zip(y.chunks_exact_mut(outputs)) {
                     let z = &z[z_columns.clone()];
                     add_sum_of_rows(isa, update.scale, z, &b, gain, &mut y[part.clone()]);
@@ -103,7 +103,7 @@ fn add_update(
             }
             Rows::Many => {
                 let z = MatRef::new(&z, n, z_width).columns(z_columns);
-                let b = MatRef::new(values(&b), rank, b_width).columns(b_columns);
+                let b = MatRef::new(values(b), rank, b_width).columns(b_columns);
                 let parts = MatMut::new(y, n, outputs).columns(part.clone());
                 gemm_add(parts, update.scale, z, b, Threads::Shared);
                 if let Some(gain) = gain {

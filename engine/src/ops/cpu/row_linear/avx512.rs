@@ -10,7 +10,7 @@ use std::arch::x86_64::{
 
 use half::bf16;
 
-use super::inner_products::GROUP;
+use super::inner_products::{GROUP, rows_of_blocks};
 use crate::ops::cpu::memory::Ahead;
 
 /// Numbers in a register.
@@ -32,16 +32,8 @@ macro_rules! tile {
         ) -> [[f32; N]; M] {
             let inputs = weight.len() / M;
             let blocks = inputs / LANES;
-            let mut w_blocks: [&[[[$element; WIDTH]; SUMS]]; M] = [&[]; M];
-            for (m, w_blocks) in w_blocks.iter_mut().enumerate() {
-                let row = &weight[m * inputs..][..inputs];
-                *w_blocks = &row.as_chunks::<WIDTH>().0.as_chunks::<SUMS>().0[..blocks];
-            }
-            let mut x_blocks: [&[[[f32; WIDTH]; SUMS]]; N] = [&[]; N];
-            for (n, x_blocks) in x_blocks.iter_mut().enumerate() {
-                let row = &x[n * inputs..][..inputs];
-                *x_blocks = &row.as_chunks::<WIDTH>().0.as_chunks::<SUMS>().0[..blocks];
-            }
+            let w_blocks: [&[[$element; LANES]]; M] = rows_of_blocks(weight, inputs);
+            let x_blocks: [&[[f32; LANES]]; N] = rows_of_blocks(x, inputs);
             // Their addresses are not taken, or they would lie in memory.
             let mut sums = [[[_mm512_setzero_ps(); SUMS]; N]; M];
             for block in 0..blocks {
@@ -51,10 +43,10 @@ macro_rules! tile {
                 for half in 0..SUMS {
                     let mut w = [_mm512_setzero_ps(); M];
                     for m in 0..M {
-                        w[m] = $load(&w_blocks[m][block][half]);
+                        w[m] = $load(&w_blocks[m][block].as_chunks().0[half]);
                     }
                     for n in 0..N {
-                        let x = load_f32(&x_blocks[n][block][half]);
+                        let x = load_f32(&x_blocks[n][block].as_chunks().0[half]);
                         for m in 0..M {
                             sums[m][n][half] = _mm512_fmadd_ps(w[m], x, sums[m][n][half]);
                         }

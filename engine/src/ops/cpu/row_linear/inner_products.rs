@@ -33,6 +33,21 @@ fn blocks(isa: Isa, inputs: usize) -> usize {
     }
 }
 
+/// The whole blocks of each of `R` rows, which are `inputs` long.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn rows_of_blocks<T, const R: usize, const L: usize>(
+    rows: &[T],
+    inputs: usize,
+) -> [&[[T; L]]; R] {
+    let mut blocks: [&[[T; L]]; R] = [&[]; R];
+    for (row, blocks) in blocks.iter_mut().enumerate() {
+        // This length is what the compiler can tell from the number of blocks.
+        *blocks = &rows[row * inputs..][..inputs].as_chunks().0[..inputs / L];
+    }
+    blocks
+}
+
 /// A weight's element.
 pub(super) trait Element: Copy + Sync {
     /// `y`, a slice for each row of `x`: the row times all rows of `weight`.
@@ -199,14 +214,8 @@ macro_rules! inner_products {
 
                 let inputs = weight.len() / M;
                 let blocks = inputs / LANES;
-                let mut w_blocks: [&[[$element; LANES]]; M] = [&[]; M];
-                for (m, w_blocks) in w_blocks.iter_mut().enumerate() {
-                    *w_blocks = &weight[m * inputs..][..inputs].as_chunks().0[..blocks];
-                }
-                let mut x_blocks: [&[[f32; LANES]]; N] = [&[]; N];
-                for (row, x_blocks) in x_blocks.iter_mut().enumerate() {
-                    *x_blocks = &x[row * inputs..][..inputs].as_chunks().0[..blocks];
-                }
+                let w_blocks: [&[[$element; LANES]]; M] = rows_of_blocks(weight, inputs);
+                let x_blocks: [&[[f32; LANES]]; N] = rows_of_blocks(x, inputs);
                 // Their addresses are not taken, or they would lie in memory.
                 let mut lanes = [[_mm256_setzero_ps(); N]; M];
                 for block in 0..blocks {
