@@ -10,6 +10,7 @@ use crate::error::EngineError;
 use crate::ops::bf16::to_bf16;
 use crate::ops::linear::Weight;
 use crate::ops::quantized::QuantizedMatrix;
+use crate::ops::row_linear::RowWeight;
 
 /// A tensor as files and checkpoints know it: Hugging Face's or PEFT's name, f32 values, row major.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,11 +56,20 @@ pub(crate) struct Parameter {
 #[derive(Debug, Default)]
 pub(crate) struct Parameters {
     entries: Vec<Parameter>,
-    /// Frozen matrices in blocks. Their entries hold no values, and no checkpoint has them: they are
-    /// made anew from the base model.
-    blocks: HashMap<ParameterId, Arc<QuantizedMatrix>>,
+    /// Frozen matrices that are kept otherwise than row by row. Their entries hold no values, and no
+    /// checkpoint has them: they are made anew from the base model.
+    packed: HashMap<ParameterId, Packed>,
     /// Whether products multiply bf16.
     bf16: bool,
+}
+
+/// A matrix in a form of its own.
+#[derive(Debug, Clone)]
+enum Packed {
+    /// Quantised.
+    Blocks(Arc<QuantizedMatrix>),
+    /// Only answers.
+    Rows(RowWeight),
 }
 
 impl Index<ParameterId> for Parameters {
@@ -73,7 +83,7 @@ impl Index<ParameterId> for Parameters {
 impl Parameters {
     /// None yet; products will multiply bf16, or else f32.
     pub(crate) fn new(bf16: bool) -> Self {
-        Self { entries: Vec::new(), blocks: HashMap::new(), bf16 }
+        Self { entries: Vec::new(), packed: HashMap::new(), bf16 }
     }
 
     /// Whether products multiply bf16, and what backward passes read is kept in it.
@@ -81,32 +91,55 @@ impl Parameters {
         self.bf16
     }
 
-    /// A base model's matrix as products take it: in bf16 where they multiply that. One that trains
-    /// is rounded from its f32 values, to which the gradient passes.
-    /// One in blocks is decoded as a whole; [`Parameters::projection_weight`] leaves it as it is.
-    pub(crate) fn weight(&self, id: ParameterId) -> Tensor<2> {
-        let value = match self.blocks.get(&id) {
-            Some(blocks) => {
+    /// A matrix as it is stored. One in a form of its own is made as a whole, where
+    /// [`Parameters::projection_weight`] and [`Parameters::row_weight`] leave it as it is.
+    pub(crate) fn stored(&self, id: ParameterId) -> Tensor<2> {
+        match self.packed.get(&id) {
+            Some(Packed::Blocks(blocks)) => {
                 let values = TensorData::new(blocks.to_dense(), blocks.dims());
                 Tensor::from_data(values, &self[id].device())
             }
+            Some(Packed::Rows(weight)) => weight.dense(),
             None => self[id].clone(),
-        };
+        }
+    }
+
+    /// A base model's matrix as products take it: in bf16 where they multiply that. One that trains
+    /// is rounded from its f32 values, to which the gradient passes.
+    pub(crate) fn weight(&self, id: ParameterId) -> Tensor<2> {
+        let value = self.stored(id);
         if self.bf16 { to_bf16(value) } else { value }
     }
 
     /// The same as a projection takes it.
     pub(crate) fn projection_weight(&self, id: ParameterId) -> Weight {
-        match self.blocks.get(&id) {
-            Some(blocks) => Weight::Quantized { matrix: Arc::clone(blocks), bf16: self.bf16 },
-            None => self.weight(id).into(),
+        match self.packed.get(&id) {
+            Some(Packed::Blocks(blocks)) => {
+                Weight::Quantized { matrix: Arc::clone(blocks), bf16: self.bf16 }
+            }
+            _ => self.weight(id).into(),
         }
+    }
+
+    /// The same for rows that are generated.
+    pub(crate) fn row_weight(&self, id: ParameterId) -> RowWeight {
+        match self.packed.get(&id) {
+            Some(Packed::Rows(weight)) => weight.clone(),
+            _ => self.weight(id).into(),
+        }
+    }
+
+    /// Keeps a frozen matrix as products of rows read it, and no longer as a tensor.
+    pub(crate) fn keep_for_rows(&mut self, id: ParameterId) {
+        let placeholder = Tensor::zeros([1, 1], &self[id].device());
+        let value = std::mem::replace(&mut self.entries[id.0].value, placeholder);
+        self.packed.insert(id, Packed::Rows(RowWeight::kept(value)));
     }
 
     /// Stores a frozen matrix in blocks, for a model on `device`.
     pub(crate) fn push_blocks(&mut self, blocks: QuantizedMatrix, device: &Device) -> ParameterId {
         let id = self.push(Tensor::zeros([1, 1], device), false, Vec::new());
-        self.blocks.insert(id, Arc::new(blocks));
+        self.packed.insert(id, Packed::Blocks(Arc::new(blocks)));
         id
     }
 
@@ -148,7 +181,7 @@ impl Parameters {
             names: Vec::new(),
         };
         let entries = self.entries.iter().map(freeze).collect();
-        Self { entries, blocks: self.blocks.clone(), bf16: self.bf16 }
+        Self { entries, packed: self.packed.clone(), bf16: self.bf16 }
     }
 
     /// The same parameters on `device`, for a replica of the model: apart in the autodiff graph,
@@ -162,7 +195,7 @@ impl Parameters {
             names: entry.names.clone(),
         };
         let entries = self.entries.iter().map(copy).collect();
-        Self { entries, blocks: self.blocks.clone(), bf16: self.bf16 }
+        Self { entries, packed: self.packed.clone(), bf16: self.bf16 }
     }
 
     /// Adds the gradients of a replica to these, and clears them there.
@@ -191,7 +224,7 @@ impl Parameters {
     /// How many numbers are kept.
     #[cfg(test)]
     pub(crate) fn elements(&self) -> usize {
-        let kept = self.ids().filter(|id| !self.blocks.contains_key(id));
+        let kept = self.ids().filter(|id| !self.packed.contains_key(id));
         kept.map(|id| self[id].dims().iter().product::<usize>()).sum()
     }
 

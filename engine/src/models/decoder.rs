@@ -15,14 +15,14 @@ use crate::ops::attention::{self, Heads, Scores};
 use crate::ops::bias::add_bias;
 use crate::ops::cached_attention::{Extension, KeyValues, cached_attention};
 use crate::ops::dropout::{Dropout, DropoutKey};
-use crate::ops::embedding::embedding;
+use crate::ops::embedding::{embedding, row_embedding};
 use crate::ops::gated_activation::gated_activation;
 use crate::ops::head::{HeadLoss, head_with_loss, soft_capped};
 use crate::ops::head_norm::head_norm;
 use crate::ops::linear::{Input, LowRank, LowRankPart, linear};
 use crate::ops::neftune::with_noise;
 use crate::ops::rms_norm::{Norm, rms_norm};
-use crate::ops::row_linear::{RowUpdate, Rows, row_linear};
+use crate::ops::row_linear::{RowUpdate, row_linear};
 use crate::ops::token_nll::{TokenNll, token_nll};
 use crate::parameter::{ParameterId, Parameters};
 
@@ -321,10 +321,6 @@ impl Decoder {
         rotary: &RotaryTables,
     ) -> Tensor<2> {
         let ids: Vec<u32> = sequences.iter().flat_map(|sequence| sequence.ids).copied().collect();
-        let rows = match sequences.iter().all(|sequence| sequence.ids.len() == 1) {
-            true => Rows::Few,
-            false => Rows::Many,
-        };
         let adapted = adapted_rows(sequences);
         let project = |projection: &Projection, x: Input, residual| {
             let updates: Vec<(Range<usize>, &RowUpdate)> = adapted
@@ -333,9 +329,10 @@ impl Decoder {
                     Some((rows.clone(), adaptation.0.get(&projection.weight)?))
                 })
                 .collect();
-            row_linear(x.x, parameters.weight(projection.weight), residual, rows, &updates)
+            row_linear(x.x, &parameters.row_weight(projection.weight), residual, &updates)
         };
-        let mut x = self.embed(parameters, &ids);
+        let embedding = parameters.row_weight(self.embedding);
+        let mut x = row_embedding(&embedding, &ids, self.config.embedding_scale as f32);
         for (index, layer) in self.layers.iter().enumerate() {
             x = self.layer(parameters, layer, x, false, project, |qkv| {
                 let mut end = 0;
@@ -367,8 +364,8 @@ impl Decoder {
         positions: &[usize],
     ) -> Tensor<2> {
         let hidden = hidden.clone().select(0, indices(positions, &hidden.device()));
-        let head = parameters.weight(self.head);
-        soft_capped(row_linear(hidden, head, None, Rows::Few, &[]), self.final_softcap())
+        let head = parameters.row_weight(self.head);
+        soft_capped(row_linear(hidden, &head, None, &[]), self.final_softcap())
     }
 
     /// The rotations of positions up to `positions`.
@@ -382,7 +379,7 @@ impl Decoder {
         let updates = self.projections().filter_map(|(_, projection)| {
             let adapter = projection.adapter.as_ref()?;
             let [a, b] = [adapter.a, adapter.b].map(|id| parameters[id].clone());
-            let outputs = adapter.parts.iter().map(|part| part.outputs.clone()).collect();
+            let outputs = adapter.parts.iter().map(|part| part.outputs.clone());
             let update = RowUpdate::new(a, b, lora.scale, outputs);
             let update = match adapter.magnitude {
                 Some(magnitude) => {

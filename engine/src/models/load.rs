@@ -52,12 +52,13 @@ pub(crate) fn load(
         device,
         bf16,
         bf16_where_equal: false,
+        only_answers: false,
     };
     loader.finish(config)
 }
 
-/// Builds the decoder of `dir` to answer and not to learn. Matrices are stored in bf16 when that is
-/// asked for, and with `Auto` where it loses nothing.
+/// Builds the decoder of `dir` to answer and not to learn: its matrices are kept for that. They are
+/// stored in bf16 when that is asked for, and with `Auto` where it loses nothing.
 pub(crate) fn load_frozen(
     dir: &Path,
     device: &Device,
@@ -75,6 +76,7 @@ pub(crate) fn load_frozen(
         device,
         bf16: precision == Precision::Bf16,
         bf16_where_equal: precision == Precision::Auto,
+        only_answers: true,
     };
     loader.finish(config)
 }
@@ -95,6 +97,8 @@ struct Loader<'a> {
     bf16: bool,
     /// Whether a frozen matrix is stored in bf16 when all of its values are numbers of bf16.
     bf16_where_equal: bool,
+    /// Whether matrices are kept as answers read them.
+    only_answers: bool,
 }
 
 /// What trains of a model.
@@ -148,6 +152,9 @@ impl Loader<'_> {
         let trained = self.trained;
         self.trains = trained.vocabulary;
         let embedding = self.matrix("model.embed_tokens.weight", shape)?;
+        if config.tie_word_embeddings {
+            self.keep_for_answers(embedding);
+        }
         let layers = (0..config.num_hidden_layers)
             .map(|layer| self.layer(&config, layer))
             .collect::<Result<_, _>>()?;
@@ -158,7 +165,9 @@ impl Loader<'_> {
             self.check_tied_head(embedding, shape)?;
             embedding
         } else {
-            self.matrix(HEAD, shape)?
+            let head = self.matrix(HEAD, shape)?;
+            self.keep_for_answers(head);
+            head
         };
         let first_trained_layer = trained.first_layer;
         let lora = self.lora.clone();
@@ -285,6 +294,7 @@ impl Loader<'_> {
             Some(quantized) => self.parameters.push_blocks(quantized, self.device.burn()),
             None => self.push(values, [end, inputs], self.trains, names.clone()),
         };
+        self.keep_for_answers(weight);
         let bias = if has_bias {
             let paths = modules.iter().map(|module| (path(module), module.outputs));
             Some(self.bias(paths.collect())?)
@@ -402,16 +412,23 @@ impl Loader<'_> {
             return Ok(());
         }
         let mut head = self.weights.take(HEAD, &shape)?;
-        let embedding = &self.parameters[embedding];
-        if is_bf16(embedding) {
+        let embedding = self.parameters.stored(embedding);
+        if is_bf16(&embedding) {
             round_to_bf16(&mut head);
         }
-        if crate::parameter::read(embedding.clone())? == head {
+        if crate::parameter::read(embedding)? == head {
             return Ok(());
         }
         Err(EngineError::Model(format!(
             "weight {HEAD} differs from the embedding, but config.json has tie_word_embeddings"
         )))
+    }
+
+    /// Keeps a matrix that rows are multiplied by as that is done, where nothing else is.
+    fn keep_for_answers(&mut self, weight: ParameterId) {
+        if self.only_answers {
+            self.parameters.keep_for_rows(weight);
+        }
     }
 
     fn push(

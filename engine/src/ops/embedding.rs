@@ -11,6 +11,7 @@
 
 use burn::tensor::{FloatDType, Int, Tensor, TensorData};
 
+use super::row_linear::RowWeight;
 use super::{cpu, on_cpu};
 
 /// Rows `ids` of `weight` `[vocabulary, width]` times `scale`, as `[tokens, width]`; the row
@@ -25,6 +26,14 @@ pub(crate) fn embedding(
         cpu::embedding::embedding(weight, ids, padding, scale)
     } else {
         portable(weight, ids, padding, scale)
+    }
+}
+
+/// The same of a matrix that only answers.
+pub(crate) fn row_embedding(weight: &RowWeight, ids: &[u32], scale: f32) -> Tensor<2> {
+    match weight {
+        RowWeight::Dense(weight) => embedding(weight.as_ref().clone(), ids, None, scale),
+        RowWeight::Panels(panels) => cpu::row_linear::rows(panels, ids, scale),
     }
 }
 
@@ -66,6 +75,16 @@ mod tests {
     fn cpu_form_equals_the_portable_form_with_repeated_ids() {
         assert_forms_equal(None);
         assert_forms_equal(Some(5));
+    }
+
+    #[test]
+    fn rows_that_are_kept_for_products_are_looked_up_as_they_were() {
+        for dtype in [FloatDType::F32, FloatDType::BF16] {
+            let weight = random([37, 5], 1).cast(dtype);
+            let expected = cpu::embedding::embedding(weight.clone(), &[36, 0, 4], None, 4.9);
+            let y = row_embedding(&RowWeight::kept(weight), &[36, 0, 4], 4.9);
+            assert_eq!(read(y).unwrap(), read(expected).unwrap());
+        }
     }
 
     #[test]

@@ -19,87 +19,130 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
+use super::cpu::gemm::Panels;
 use super::linear::adapted_row_lengths;
 use super::{cpu, on_cpu};
+
+/// A matrix that answers are computed with.
+#[derive(Debug, Clone)]
+pub(crate) enum RowWeight {
+    /// A tensor, as what trains has it.
+    Dense(Box<Tensor<2>>),
+    /// As the CPU's products read it, for what only answers.
+    Panels(Arc<Panels>),
+}
+
+impl From<Tensor<2>> for RowWeight {
+    fn from(weight: Tensor<2>) -> Self {
+        Self::Dense(Box::new(weight))
+    }
+}
+
+impl RowWeight {
+    /// A weight `[out, in]` that only answers from now on, kept for that on its device.
+    pub(crate) fn kept(weight: Tensor<2>) -> Self {
+        if on_cpu(&weight) {
+            Self::Panels(Arc::new(cpu::row_linear::panels(weight)))
+        } else {
+            weight.into()
+        }
+    }
+
+    /// Rows and columns.
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(weight) => weight.dims(),
+            Self::Panels(panels) => panels.dims(),
+        }
+    }
+
+    /// The matrix itself.
+    pub(crate) fn dense(&self) -> Tensor<2> {
+        match self {
+            Self::Dense(weight) => weight.as_ref().clone(),
+            Self::Panels(panels) => cpu::row_linear::dense(panels),
+        }
+    }
+}
 
 /// An adapter of one projection, ready to be used on any rows.
 #[derive(Debug, Clone)]
 pub(crate) struct RowUpdate {
     /// The Aᵢ one below the other, `[parts · r, in]`.
-    pub(crate) a: Tensor<2>,
-    /// The Bᵢᵀ side by side, `[r, Σ |Oᵢ|]`: as few rows go through them.
-    pub(crate) b: Tensor<2>,
+    pub(super) a: RowWeight,
+    pub(super) parts: Vec<RowUpdatePart>,
+    /// r.
+    pub(super) rank: usize,
     /// s.
-    pub(crate) scale: f32,
+    pub(super) scale: f32,
     /// DoRA's g, `[1, Σ |Oᵢ|]`.
-    pub(crate) gain: Option<Tensor<2>>,
-    /// The Oᵢ.
-    pub(crate) outputs: Arc<[Range<usize>]>,
+    pub(super) gain: Option<Tensor<2>>,
+}
+
+/// What it adds to some outputs.
+#[derive(Debug, Clone)]
+pub(crate) struct RowUpdatePart {
+    /// Oᵢ.
+    pub(super) outputs: Range<usize>,
+    /// Bᵢ `[|Oᵢ|, r]`.
+    pub(super) b: RowWeight,
 }
 
 impl RowUpdate {
-    /// One without gain, of the Aᵢ `[parts · r, in]` and the Bᵢ `[Σ |Oᵢ|, r]`.
+    /// One of the Aᵢ `[parts · r, in]` and the Bᵢ `[Σ |Oᵢ|, r]`, for the Oᵢ.
     pub(crate) fn new(
         a: Tensor<2>,
         b: Tensor<2>,
         scale: f32,
-        outputs: Arc<[Range<usize>]>,
+        outputs: impl IntoIterator<Item = Range<usize>>,
     ) -> Self {
-        let b = b.transpose();
-        let b = if on_cpu(&b) { cpu::row_linear::in_order(b) } else { b };
-        Self { a, b, scale, gain: None, outputs }
+        let [_, rank] = b.dims();
+        let mut end = 0;
+        let part = |outputs: Range<usize>| {
+            let start = end;
+            end += outputs.len();
+            let b = RowWeight::kept(b.clone().slice([start..end, 0..rank]));
+            RowUpdatePart { outputs, b }
+        };
+        let parts = outputs.into_iter().map(part).collect();
+        Self { a: RowWeight::kept(a), parts, rank, scale, gain: None }
     }
 
-    /// DoRA's g of its magnitudes m `[Σ |Oᵢ|, 1]`.
+    /// The same with DoRA's g of its magnitudes m `[Σ |Oᵢ|, 1]`, for the projection's weight.
     pub(crate) fn with_magnitude(mut self, magnitude: Tensor<2>, weight: &Tensor<2>) -> Self {
         let [_, inputs] = weight.dims();
-        let rank = self.b.dims()[0];
-        let lengths = self.parts().map(|(a_rows, b_columns, outputs)| {
-            let weight = weight.clone().slice([outputs, 0..inputs]);
-            let a = self.a.clone().slice([a_rows, 0..inputs]);
-            let b = self.b.clone().slice([0..rank, b_columns]).transpose();
-            adapted_row_lengths(weight, a, b, self.scale)
+        let a = self.a.dense();
+        let lengths = self.parts.iter().enumerate().map(|(i, RowUpdatePart { outputs, b })| {
+            let weight = weight.clone().slice([outputs.clone(), 0..inputs]);
+            let a = a.clone().slice([i * self.rank..(i + 1) * self.rank, 0..inputs]);
+            adapted_row_lengths(weight, a, b.dense(), self.scale)
         });
         let lengths = Tensor::cat(lengths.collect(), 0);
         self.gain = Some((magnitude / lengths).transpose());
         self
     }
 
-    /// Each part's rows of A, its columns of Bᵀ, and its outputs.
-    pub(super) fn parts(
-        &self,
-    ) -> impl Iterator<Item = (Range<usize>, Range<usize>, Range<usize>)> + '_ {
-        let rank = self.b.dims()[0];
-        let mut end = 0;
-        self.outputs.iter().enumerate().map(move |(i, outputs)| {
-            let start = end;
-            end += outputs.len();
-            (i * rank..(i + 1) * rank, start..end, outputs.clone())
+    /// The columns of `gain` that belong to each part.
+    pub(super) fn columns(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.parts.iter().scan(0, |end, part| {
+            let start = *end;
+            *end += part.outputs.len();
+            Some(start..*end)
         })
     }
-}
-
-/// How many rows a product has, which decides how it is computed, and so its last digits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rows {
-    /// One or a few from each of some sequences: reading W takes the time.
-    Few,
-    /// A prompt's: multiplying takes the time.
-    Many,
 }
 
 /// `x` `[n, in]` to `[n, out]`; the ranges of `updates` follow one another and do not overlap.
 pub(crate) fn row_linear(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: &RowWeight,
     residual: Option<Tensor<2>>,
-    rows: Rows,
     updates: &[(Range<usize>, &RowUpdate)],
 ) -> Tensor<2> {
     if on_cpu(&x) {
-        cpu::row_linear::row_linear(x, weight, residual, rows, updates)
+        cpu::row_linear::row_linear(x, weight, residual, updates)
     } else {
-        portable(x, weight, residual, updates)
+        portable(x, weight.dense(), residual, updates)
     }
 }
 
@@ -112,16 +155,14 @@ fn portable(
     let [_, inputs] = x.dims();
     let mut y = super::bf16::matmul(x.clone(), weight.transpose());
     for (rows, update) in updates {
-        let rank = update.b.dims()[0];
-        let x = x.clone().slice([rows.clone(), 0..inputs]);
-        for (a_rows, b_columns, outputs) in update.parts() {
-            let a = update.a.clone().slice([a_rows, 0..inputs]);
-            let b = update.b.clone().slice([0..rank, b_columns.clone()]);
-            let low_rank = x.clone().matmul(a.transpose()).matmul(b);
-            let place = [rows.clone(), outputs];
+        let (x, a) = (x.clone().slice([rows.clone(), 0..inputs]), update.a.dense());
+        for (i, (part, columns)) in update.parts.iter().zip(update.columns()).enumerate() {
+            let a = a.clone().slice([i * update.rank..(i + 1) * update.rank, 0..inputs]);
+            let low_rank = x.clone().matmul(a.transpose()).matmul(part.b.dense().transpose());
+            let place = [rows.clone(), part.outputs.clone()];
             let mut sum = y.clone().slice(place.clone()) + low_rank.mul_scalar(update.scale);
             if let Some(gain) = &update.gain {
-                sum = sum * gain.clone().slice([0..1, b_columns]);
+                sum = sum * gain.clone().slice([0..1, columns]);
             }
             y = y.slice_assign(place, sum);
         }
@@ -142,7 +183,7 @@ mod tests {
     use crate::parameter::read;
 
     fn update(seed: u64, inputs: usize, dora: bool, weight: &Tensor<2>) -> (RowUpdate, LowRank) {
-        let outputs: Arc<[Range<usize>]> = [2..7, 9..20].into();
+        let outputs = [2..7, 9..20];
         let (a, b) = (random([2 * 3, inputs], seed), random([16, 3], seed + 1));
         let magnitude = dora.then(|| random([16, 1], seed + 2).add_scalar(2.0));
         let parts = outputs.iter().map(|o| LowRankPart { outputs: o.clone(), dropout: None });
@@ -183,10 +224,11 @@ mod tests {
                 .collect();
             let stored = if bf16 { weight.cast(FloatDType::BF16) } else { weight };
             let updates = [(2..3, &plain), (3..11, &dora)];
-            for rows in [Rows::Few, Rows::Many] {
-                let (x, weight, residual) = (x.clone(), stored.clone(), residual.clone());
-                let y = cpu::row_linear::row_linear(x, weight, Some(residual), rows, &updates);
-                assert_close(&format!("{rows:?}"), &read(y).unwrap(), &expected);
+            let kept = RowWeight::kept(stored.clone());
+            for (name, weight) in [("dense", stored.clone().into()), ("panels", kept)] {
+                let (x, residual) = (x.clone(), residual.clone());
+                let y = cpu::row_linear::row_linear(x, &weight, Some(residual), &updates);
+                assert_close(name, &read(y).unwrap(), &expected);
             }
             if !bf16 {
                 let [x, weight, residual] = [x, stored, residual].map(on_test_device);

@@ -24,9 +24,6 @@ use crate::models::decoder::{Adaptation, KeyValueCache, Sequence};
 
 /// Tokens of prompts that are computed between two steps.
 const PROMPT_PART: usize = 256;
-/// Fewer tokens of a prompt are computed alone: a product of very few rows is another one than of
-/// many, and an answer's digits must not depend on what is read beside it.
-const SHARED_PART: usize = 16;
 
 /// Answers requests over one base model.
 #[derive(Debug)]
@@ -71,11 +68,6 @@ impl Reading {
         let done = self.cache.tokens();
         done..self.request.prompt.len().min(done + PROMPT_PART)
     }
-
-    /// Whether other prompts may be computed in the same pass.
-    fn is_shared(&self) -> bool {
-        self.part().len() >= SHARED_PART
-    }
 }
 
 /// An answer that grows.
@@ -108,7 +100,7 @@ type Chosen = Result<(Choice, bool), Stuck>;
 
 impl Answer {
     /// Chooses its next token.
-    fn choose(&mut self, logits: Vec<f32>) -> Chosen {
+    fn choose(&mut self, logits: &[f32]) -> Chosen {
         let Some(constraint) = &mut self.constraint else {
             let choice = self.chooser.choose(logits, None).map_err(|NotNumbers| Stuck::NotNumbers);
             return Ok((choice?, false));
@@ -310,7 +302,7 @@ impl Batcher {
         let mut tokens = 0;
         let together = self.reading.iter().take_while(|reading| {
             tokens += reading.part().len();
-            reading.is_shared() && tokens <= PROMPT_PART
+            tokens <= PROMPT_PART
         });
         let count = together.count().max(1).min(self.reading.len());
         let mut readings: Vec<Reading> = Vec::with_capacity(count);
@@ -331,6 +323,7 @@ impl Batcher {
             })
             .collect();
         let logits = self.model.extend(&mut sequences)?;
+        let logits = logits.chunks_exact(self.model.vocab_size());
         for (reading, logits) in readings.into_iter().zip(logits) {
             if reading.part().is_empty() {
                 self.begin_answers(reading, logits, sink);
@@ -343,12 +336,12 @@ impl Batcher {
     }
 
     /// The answers to a prompt that was read, the logits after which are `logits`.
-    fn begin_answers(&mut self, reading: Reading, logits: Vec<f32>, sink: Sink<'_>) {
+    fn begin_answers(&mut self, reading: Reading, logits: &[f32], sink: Sink<'_>) {
         let Reading { request, adaptation, constraint, cache, cached_tokens } = reading;
         let limit = self.limit_of(&request);
         // The last one takes the cache over, and with one answer nothing is copied.
-        let copies = std::iter::repeat_n((cache, logits), request.n as usize);
-        for (index, (cache, logits)) in (0..).zip(copies) {
+        let copies = std::iter::repeat_n(cache, request.n as usize);
+        for (index, cache) in (0..).zip(copies) {
             let mut answer = Answer {
                 id: request.id,
                 index,
@@ -384,7 +377,7 @@ impl Batcher {
         let answers = std::mem::take(&mut self.answers);
         let chosen: Vec<(Answer, Chosen)> = answers
             .into_par_iter()
-            .zip(logits)
+            .zip(logits.par_chunks_exact(self.model.vocab_size()))
             .map(|(mut answer, logits)| {
                 let chosen = answer.choose(logits);
                 (answer, chosen)

@@ -49,11 +49,11 @@ impl Chooser {
     /// Chooses the next token; among `allowed`, where only some may come.
     pub(super) fn choose(
         &mut self,
-        logits: Vec<f32>,
+        logits: &[f32],
         allowed: Option<&SimpleVob>,
     ) -> Result<Choice, NotNumbers> {
         let mut scratch = vec![0.0; logits.len()];
-        let (greatest, total) = exponentials(&logits, 1.0, &mut scratch);
+        let (greatest, total) = exponentials(logits, 1.0, &mut scratch);
         if !total.is_finite() || !greatest.is_finite() {
             return Err(NotNumbers);
         }
@@ -62,9 +62,9 @@ impl Chooser {
             id,
             logprob: (f64::from(logits[id as usize]) - log_total) as f32,
         };
-        let top = most_likely(&logits, usize::from(self.sampling.top_logprobs));
+        let top = most_likely(logits, usize::from(self.sampling.top_logprobs));
         let top = top.into_iter().map(with_logprob).collect();
-        let shifted = self.shifted(&logits, allowed);
+        let shifted = self.shifted(logits, allowed);
         let id = match self.sampling.temperature > 0.0 {
             true => self.draw(&shifted, &mut scratch),
             false => most_likely(&shifted, 1)[0],
@@ -148,13 +148,14 @@ pub(super) fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
     if count == 0 {
         return Vec::new();
     }
+    if count == 1 {
+        let greatest = greatest(values);
+        let first = values.iter().position(|&value| value == greatest);
+        return vec![first.unwrap_or(0) as u32];
+    }
     let order = |&a: &u32, &b: &u32| -> Ordering {
         values[b as usize].total_cmp(&values[a as usize]).then(a.cmp(&b))
     };
-    if count == 1 {
-        let greater = |best: u32, id: u32| if order(&id, &best).is_lt() { id } else { best };
-        return vec![(0..values.len() as u32).fold(0, greater)];
-    }
     let mut ids: Vec<u32> = (0..values.len() as u32).collect();
     if count < ids.len() {
         ids.select_nth_unstable_by(count, order);
@@ -162,6 +163,20 @@ pub(super) fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
     }
     ids.sort_unstable_by(order);
     ids
+}
+
+/// The greatest of some numbers.
+fn greatest(values: &[f32]) -> f32 {
+    let greater = |a: f32, b: f32| if b > a { b } else { a };
+    // Side by side, so that they are compared several at a time.
+    let (parts, rest) = values.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for part in parts {
+        for i in 0..16 {
+            lanes[i] = greater(lanes[i], part[i]);
+        }
+    }
+    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, greater)
 }
 
 #[cfg(test)]
@@ -193,16 +208,29 @@ mod tests {
     fn frequencies(sampling: Sampling, draws: u32) -> Vec<f64> {
         let mut counts = [0.0; 5];
         for index in 0..draws {
-            let choice = Chooser::new(sampling.clone(), index).choose(logits(), None).unwrap();
+            let choice = Chooser::new(sampling.clone(), index).choose(&logits(), None).unwrap();
             counts[choice.token.id as usize] += 1.0 / f64::from(draws);
         }
         counts.to_vec()
     }
 
     #[test]
+    fn greatest_of_many_is_found_wherever_it_is_and_the_first_of_equals() {
+        for length in [1, 15, 16, 17, 50] {
+            for place in 0..length {
+                let mut values: Vec<f32> = (0..length).map(|i| -1.0 - i as f32).collect();
+                values[place] = 2.0;
+                values[length - 1] = 2.0;
+                assert_eq!(most_likely(&values, 1), [place as u32], "{length}");
+                assert_eq!(most_likely(&values, 2)[0], place as u32, "{length}");
+            }
+        }
+    }
+
+    #[test]
     fn greedy_takes_the_first_of_equals_with_its_log_probability() {
         let sampling = Sampling { top_logprobs: 3, ..greedy() };
-        let choice = Chooser::new(sampling, 0).choose(logits(), None).unwrap();
+        let choice = Chooser::new(sampling, 0).choose(&logits(), None).unwrap();
         let p = shares(&logits(), 1.0, &[0, 1, 2, 3, 4]);
         assert_eq!(choice.token.id, 1);
         assert_eq!(choice.top.iter().map(|token| token.id).collect::<Vec<_>>(), [1, 3, 4]);
@@ -238,11 +266,7 @@ mod tests {
         let sampling = Sampling { temperature: 1.0, top_p: 0.95, ..greedy() };
         let ids: Vec<u32> = (0..2000)
             .map(|index| {
-                Chooser::new(sampling.clone(), index)
-                    .choose(vec![0.0; 1000], None)
-                    .unwrap()
-                    .token
-                    .id
+                Chooser::new(sampling.clone(), index).choose(&[0.0; 1000], None).unwrap().token.id
             })
             .collect();
         assert!(ids.iter().all(|&id| id < 950), "the first 950 hold 0.95");
@@ -259,7 +283,7 @@ mod tests {
         };
         let mut chooser = Chooser::new(sampling, 0);
         let chosen: Vec<TokenLogprob> =
-            (0..4).map(|_| chooser.choose(logits(), None).unwrap().token).collect();
+            (0..4).map(|_| chooser.choose(&logits(), None).unwrap().token).collect();
         // 1 falls from 2 to 0.9, then 4 at 1 wins and falls to −0.1, then 1 falls to 0.3.
         assert_eq!(chosen.iter().map(|token| token.id).collect::<Vec<_>>(), [1, 4, 1, 2]);
         assert_eq!(chosen[0].logprob, chosen[2].logprob);
@@ -270,7 +294,7 @@ mod tests {
         let sampling = Sampling { temperature: 2.0, ..greedy() };
         let draw = |seed, index| -> Vec<u32> {
             let mut chooser = Chooser::new(Sampling { seed, ..sampling.clone() }, index);
-            (0..20).map(|_| chooser.choose(logits(), None).unwrap().token.id).collect()
+            (0..20).map(|_| chooser.choose(&logits(), None).unwrap().token.id).collect()
         };
         assert_eq!(draw(7, 0), draw(7, 0));
         assert_ne!(draw(7, 0), draw(7, 1));
@@ -288,7 +312,7 @@ mod tests {
                 let mut counts = [0.0; 5];
                 for index in 0..2000 {
                     let mut chooser = Chooser::new(sampling.clone(), index);
-                    let choice = chooser.choose(logits(), Some(&allowed)).unwrap();
+                    let choice = chooser.choose(&logits(), Some(&allowed)).unwrap();
                     counts[choice.token.id as usize] += 1.0 / 2000.0;
                     let expected = shares(&logits(), 1.0, &[0, 1, 2, 3, 4]);
                     let expected = expected[choice.token.id as usize].ln();
@@ -307,7 +331,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut logits = logits();
             logits[2] = bad;
-            assert_eq!(Chooser::new(greedy(), 0).choose(logits, None), Err(NotNumbers));
+            assert_eq!(Chooser::new(greedy(), 0).choose(&logits, None), Err(NotNumbers));
         }
     }
 }

@@ -87,7 +87,8 @@ impl ServedModel {
         let mut cache = KeyValueCache::default();
         let mut sequences = [Sequence { ids, cache: &mut cache, adaptation }];
         let all: Vec<usize> = (0..ids.len()).collect();
-        self.compute(&mut sequences, &all)
+        let logits = self.compute(&mut sequences, &all)?;
+        Ok(logits.chunks_exact(self.vocab_size()).map(<[f32]>::to_vec).collect())
     }
 
     /// Computes new tokens of some sequences, which are added to their caches: the logits of the
@@ -95,7 +96,7 @@ impl ServedModel {
     pub(super) fn extend(
         &mut self,
         sequences: &mut [Sequence<'_>],
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
+    ) -> Result<Vec<f32>, EngineError> {
         let last: Vec<usize> = sequences
             .iter()
             .scan(0, |end, sequence| {
@@ -112,16 +113,15 @@ impl ServedModel {
         &mut self,
         sequences: &mut [Sequence<'_>],
         positions: &[usize],
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
+    ) -> Result<Vec<f32>, EngineError> {
         let longest = sequences.iter().map(|s| s.cache.tokens() + s.ids.len()).max().unwrap_or(0);
         if self.rotary.positions < longest {
             self.rotary = self.decoder.rotary_tables(longest.next_power_of_two());
         }
-        let logits = on_pool(|| {
+        on_pool(|| {
             let hidden = self.decoder.extend(&self.parameters, sequences, &self.rotary);
             read(self.decoder.next_logits(&self.parameters, hidden, positions))
-        })?;
-        Ok(logits.chunks_exact(self.vocab_size()).map(<[f32]>::to_vec).collect())
+        })
     }
 
     /// Reads the PEFT adapter in `dir`.
@@ -146,9 +146,11 @@ impl ServedModel {
             let update =
                 self.update(&lora, self.parameters.names(projection.weight), &mut tensors)?;
             if let Some((update, magnitude)) = update {
-                let weight = self.parameters.weight(projection.weight);
                 let update = match magnitude {
-                    Some(magnitude) => update.with_magnitude(magnitude, &weight),
+                    Some(magnitude) => {
+                        let weight = self.parameters.weight(projection.weight);
+                        update.with_magnitude(magnitude, &weight)
+                    }
                     None => update,
                 };
                 adaptation.0.insert(projection.weight, update);
@@ -191,7 +193,7 @@ impl ServedModel {
         };
         let magnitude = lora.dora.then(|| tensor(magnitudes, 1));
         let (a, b) = (tensor(a, inputs), tensor(b, lora.rank));
-        let update = RowUpdate::new(a, b, lora.scale, outputs.into());
+        let update = RowUpdate::new(a, b, lora.scale, outputs);
         Ok(Some((update, magnitude)))
     }
 }

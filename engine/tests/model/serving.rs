@@ -119,7 +119,7 @@ fn prompt(first: u32, length: u32) -> Vec<u32> {
 
 #[test]
 fn answers_of_mixed_adapters_in_one_batch_are_those_of_each_alone() {
-    // Of the prompts, some are too short to be computed with others, and not all fit into one pass.
+    // Of the prompts, not all fit into one pass.
     let who = [
         (None, 3),
         (Some("lora"), 30),

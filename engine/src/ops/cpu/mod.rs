@@ -8,7 +8,6 @@ mod dora;
 pub(super) mod gemm;
 mod isa;
 mod math;
-mod memory;
 mod step;
 mod weight;
 

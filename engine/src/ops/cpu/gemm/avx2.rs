@@ -6,6 +6,7 @@ use half::bf16;
 
 use super::leaf::{Lane, Leaf};
 use super::pack::{PackJob, PackVector, pack, round_to_bf16};
+use super::panel_leaf::{Widen, panel_leaf};
 use super::tile::{TileVector, Unaligned, kernels};
 
 const LANES: usize = 8;
@@ -72,6 +73,14 @@ impl TileVector for Avx2<false> {
     unsafe fn prefetch(address: *const u8) {
         // SAFETY: a prefetch of any address is harmless.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+impl Widen for Avx2<false> {
+    #[inline(always)]
+    unsafe fn widened(values: *const bf16) -> __m256 {
+        // SAFETY: as above.
+        unsafe { Self::along_bf16(values, LANES) }
     }
 }
 
@@ -179,6 +188,11 @@ fn from_bits(bits: [u32; LANES]) -> __m256 {
 kernels! {
     #[target_feature(enable = "avx2,fma")]
     kernels: Avx2<false>, 2 vectors: 1 2 3 4 5 6
+}
+
+panel_leaf! {
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) PANELS: Avx2<false>, 2 vectors, pack_panels::<false>, rows: 1 2 3 4 5 6
 }
 
 #[target_feature(enable = "avx2,fma")]

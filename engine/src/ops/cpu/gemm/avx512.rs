@@ -1,4 +1,5 @@
-//! The leaves for AVX-512: tiles of 14 x 32, which are 28 of the 32 registers.
+//! The leaves for AVX-512: tiles of 14 x 32, which are 28 of the 32 registers, and of up to 16 x 16
+//! where B is kept in panels.
 //!
 //! With AVX512-BF16 one instruction multiplies the pairs of 16 lanes and adds them to 16 sums; else
 //! lanes are f32. What is not an instruction of [`Instructions`] is the same code in the tests,
@@ -9,6 +10,7 @@ use half::bf16;
 use super::instructions::{Instructions, Native};
 use super::leaf::{Dots, Kernel, Lane, Leaf};
 use super::pack::{PackJob, PackVector, pack, round_to_bf16};
+use super::panel_leaf::{Widen, panel_leaf};
 use super::tile::{TileVector, kernels};
 
 const LANES: usize = 16;
@@ -114,6 +116,14 @@ impl<I: Instructions> TileVector for Single<I, false> {
     unsafe fn multiply_add(sums: I::V, a: I::V, b: I::V) -> I::V {
         // SAFETY: as above.
         unsafe { I::fmadd_ps(a, b, sums) }
+    }
+}
+
+impl<I: Instructions> Widen for Single<I, false> {
+    #[inline(always)]
+    unsafe fn widened(values: *const bf16) -> I::V {
+        // SAFETY: as above.
+        unsafe { Self::along_bf16(values, LANES) }
     }
 }
 
@@ -296,6 +306,12 @@ kernels! {
     pair: Pair<Native>, 2 vectors: 1 2 3 4 5 6 7 8 9 10 11 12 13 14
 }
 
+panel_leaf! {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    pub(super) PANELS: Single<Native, false>, 1 vectors, pack_single::<false>,
+    rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn pack_single<const ROUNDS: bool>(job: &PackJob) {
     // SAFETY: as the caller promises.
@@ -348,6 +364,10 @@ pub(super) mod modelled {
 
     kernels! { single: Single<Model, false>, 2 vectors: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 }
     kernels! { pair: Pair<Model>, 2 vectors: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 }
+    panel_leaf! {
+        pub(in super::super) PANELS: Single<Model, false>, 1 vectors, pack_single::<false>,
+        rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16
+    }
 
     unsafe fn pack_single<const ROUNDS: bool>(job: &PackJob) {
         // SAFETY: as the caller promises.

@@ -468,12 +468,12 @@ impl Work<'_> {
             let b = if self.b.reads_direct(j_panel) {
                 let view = &self.b.view;
                 let start = view.elements.lanes(view.start + first_k * view.stride + column);
-                LanesOfB { start, step: view.stride }
+                LanesOfB::near(start, view.stride)
             } else {
                 let (block_stride, panel_stride) = self.strides(self.b, self.b_group);
                 let slot = if self.b.direct { 0 } else { j };
                 let start = self.packed.b.add(block * block_stride + slot * panel_stride);
-                LanesOfB { start, step: leaf.columns }
+                LanesOfB::near(start, leaf.columns)
             };
             let at = c.c.add(row * c.row + column * c.column);
             // Behind the first k block, the sums so far are the base.

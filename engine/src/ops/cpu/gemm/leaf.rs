@@ -5,7 +5,9 @@
 //! for each row; a panel of B one lane for each column.
 
 use super::pack::PackJob;
-use super::{avx2, avx512, portable};
+use super::portable;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::ops::cpu::isa::{Isa, Level};
 
 /// A lane of packed memory, as its bits.
@@ -32,6 +34,18 @@ pub(super) struct Target {
     pub(super) alpha: f32,
 }
 
+impl Target {
+    /// The same from another element on.
+    pub(super) fn at(self, row: usize, column: usize) -> Self {
+        let c = self.c.wrapping_add(row * self.c_stride + column);
+        let base = match self.base.is_null() {
+            true => self.base,
+            false => self.base.wrapping_add(row * self.base_stride + column),
+        };
+        Self { c, base, ..self }
+    }
+}
+
 /// Where a kernel reads A: row i at step p is the lane at `i · row + p · step`.
 #[derive(Clone, Copy)]
 pub(super) struct LanesOfA {
@@ -46,6 +60,16 @@ pub(super) struct LanesOfA {
 pub(super) struct LanesOfB {
     pub(super) start: *const Lane,
     pub(super) step: usize,
+    /// Steps that it is asked for ahead of its use.
+    pub(super) ahead: usize,
+}
+
+impl LanesOfB {
+    /// Lanes `step` apart from one step of k to the next, in or near the second-level cache.
+    pub(super) fn near(start: *const Lane, step: usize) -> Self {
+        const AHEAD: usize = 12;
+        Self { start, step, ahead: AHEAD }
+    }
 }
 
 /// Computes one tile over some steps of k.

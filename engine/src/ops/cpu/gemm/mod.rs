@@ -25,6 +25,8 @@ mod instructions;
 mod instructions_model;
 mod leaf;
 mod pack;
+mod panel_leaf;
+mod panels;
 mod portable;
 mod scratch;
 mod side;
@@ -40,6 +42,7 @@ use self::drive::{Destination, Product};
 use self::leaf::{Class, Lane, Leaf};
 use self::pack::Memory;
 pub(super) use self::pack::round_to_bf16;
+pub(crate) use self::panels::Panels;
 use self::scratch::Scratch;
 use super::isa::Isa;
 

@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::leaf::{Lane, Leaf};
 use super::pack::{PackJob, PackVector, pack, round_to_bf16};
+use super::panel_leaf::{Widen, panel_leaf};
 use super::tile::{TileVector, kernels};
 
 const LANES: usize = 8;
@@ -76,6 +77,15 @@ impl TileVector for Portable<false> {
     unsafe fn prefetch(_address: *const u8) {}
 }
 
+impl Widen for Portable<false> {
+    #[inline(always)]
+    unsafe fn widened(values: *const bf16) -> [f32; LANES] {
+        // SAFETY: valid for a vector, as the caller promises.
+        let values = unsafe { values.cast::<[bf16; LANES]>().read_unaligned() };
+        values.map(bf16::to_f32)
+    }
+}
+
 impl<const ROUNDS: bool> PackVector<LANES> for Portable<ROUNDS> {
     const DEPTH: usize = 1;
     type V = [u32; LANES];
@@ -134,6 +144,8 @@ impl<const ROUNDS: bool> PackVector<LANES> for Portable<ROUNDS> {
 }
 
 kernels! { kernels: Portable<false>, 1 vectors: 1 2 3 4 }
+
+panel_leaf! { pub(super) PANELS: Portable<false>, 2 vectors, pack_panels::<false>, rows: 1 2 }
 
 unsafe fn pack_panels<const ROUNDS: bool>(job: &PackJob) {
     // SAFETY: as the caller promises.

@@ -12,11 +12,18 @@ use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
 pub(super) trait TileVector: Copy {
     /// Lanes of a vector.
     const LANES: usize;
+    /// Lanes that a vector of B takes in memory.
+    const LANES_OF_B: usize = Self::LANES;
     type Sums: Copy;
     type Lanes: Copy;
     unsafe fn zero() -> Self::Sums;
     unsafe fn splat(lane: *const Lane) -> Self::Lanes;
     unsafe fn load(lanes: *const Lane) -> Self::Lanes;
+    #[inline(always)]
+    unsafe fn load_b(lanes: *const Lane) -> Self::Lanes {
+        // SAFETY: as the caller promises.
+        unsafe { Self::load(lanes) }
+    }
     /// sums + a·b, lane by lane, over all k that a lane holds.
     unsafe fn multiply_add(sums: Self::Sums, a: Self::Lanes, b: Self::Lanes) -> Self::Sums;
     unsafe fn load_sums(values: *const f32) -> Self::Sums;
@@ -34,9 +41,6 @@ pub(super) trait TileVector: Copy {
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
 pub(super) struct Unaligned<V: Copy>(pub(super) V);
-
-/// Steps that B is asked for ahead of its use: its panel comes from the second-level cache.
-const B_AHEAD: usize = 12;
 
 /// # Safety
 /// As for [`super::leaf::Kernel`].
@@ -63,12 +67,13 @@ pub(super) unsafe fn tile<V: TileVector, const R: usize, const N: usize, const D
         let mut sums = [[V::zero(); N]; R];
         let (mut a_lanes, mut b_lanes) = (a.start, b.start);
         let a_row = if DIRECT { a.row } else { 1 };
+        let ahead = b.step.wrapping_mul(b.ahead);
         for _ in 0..steps {
-            let mut columns = [V::load(b_lanes); N];
+            let mut columns = [V::load_b(b_lanes); N];
             for j in 1..N {
-                columns[j] = V::load(b_lanes.wrapping_add(j * V::LANES));
+                columns[j] = V::load_b(b_lanes.wrapping_add(j * V::LANES_OF_B));
             }
-            V::prefetch(b_lanes.wrapping_add(b.step.wrapping_mul(B_AHEAD)).cast());
+            V::prefetch(b_lanes.wrapping_add(ahead).cast());
             for i in 0..R {
                 let row = V::splat(a_lanes.wrapping_add(i.wrapping_mul(a_row)));
                 for j in 0..N {
