@@ -5,21 +5,14 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
-use half::bf16;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{SafeTensors, TensorView};
 use tunesmith_core::gguf::{ModelFiles, Plan, Source, StorageType};
+use tunesmith_core::weights::FloatType;
 
 fn values(tensor: &TensorView<'_>) -> Result<Vec<f32>, String> {
-    match tensor.dtype() {
-        Dtype::F32 => {
-            Ok(tensor.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        }
-        Dtype::BF16 => {
-            let values = tensor.data().as_chunks().0.iter();
-            Ok(values.map(|b| bf16::from_le_bytes(*b).to_f32()).collect())
-        }
-        other => Err(format!("{other:?}: only f32 and bf16 are read here")),
-    }
+    let name = tensor.dtype().to_string();
+    let float = FloatType::parse(&name).ok_or_else(|| format!("{name} is no type of floats"))?;
+    Ok(float.decode(tensor.data()))
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

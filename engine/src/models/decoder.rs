@@ -380,15 +380,10 @@ impl Decoder {
             let adapter = projection.adapter.as_ref()?;
             let [a, b] = [adapter.a, adapter.b].map(|id| parameters[id].clone());
             let outputs = adapter.parts.iter().map(|part| part.outputs.clone());
-            let update = RowUpdate::new(a, b, lora.scale, outputs);
-            let update = match adapter.magnitude {
-                Some(magnitude) => {
-                    let weight = parameters.weight(projection.weight);
-                    update.with_magnitude(parameters[magnitude].clone(), &weight)
-                }
-                None => update,
-            };
-            Some((projection.weight, update))
+            let dora = adapter.magnitude.map(|magnitude| {
+                [parameters[magnitude].clone(), parameters.weight(projection.weight)]
+            });
+            Some((projection.weight, RowUpdate::new(a, b, lora.scale, outputs, dora)))
         });
         Adaptation(updates.collect())
     }

@@ -89,37 +89,30 @@ pub(crate) struct RowUpdatePart {
 }
 
 impl RowUpdate {
-    /// One of the Aᵢ `[parts · r, in]` and the Bᵢ `[Σ |Oᵢ|, r]`, for the Oᵢ.
+    /// One of the Aᵢ `[parts · r, in]` and the Bᵢ `[Σ |Oᵢ|, r]`, for the Oᵢ. With DoRA there are its
+    /// magnitudes m `[Σ |Oᵢ|, 1]`, and the projection's weight, on which g depends.
     pub(crate) fn new(
         a: Tensor<2>,
         b: Tensor<2>,
         scale: f32,
         outputs: impl IntoIterator<Item = Range<usize>>,
+        dora: Option<[Tensor<2>; 2]>,
     ) -> Self {
-        let [_, rank] = b.dims();
-        let mut end = 0;
-        let part = |outputs: Range<usize>| {
+        let ([_, inputs], [_, rank]) = (a.dims(), b.dims());
+        let (mut parts, mut lengths, mut end) = (Vec::new(), Vec::new(), 0);
+        for (i, outputs) in outputs.into_iter().enumerate() {
             let start = end;
             end += outputs.len();
-            let b = RowWeight::kept(b.clone().slice([start..end, 0..rank]));
-            RowUpdatePart { outputs, b }
-        };
-        let parts = outputs.into_iter().map(part).collect();
-        Self { a: RowWeight::kept(a), parts, rank, scale, gain: None }
-    }
-
-    /// The same with DoRA's g of its magnitudes m `[Σ |Oᵢ|, 1]`, for the projection's weight.
-    pub(crate) fn with_magnitude(mut self, magnitude: Tensor<2>, weight: &Tensor<2>) -> Self {
-        let [_, inputs] = weight.dims();
-        let a = self.a.dense();
-        let lengths = self.parts.iter().enumerate().map(|(i, RowUpdatePart { outputs, b })| {
-            let weight = weight.clone().slice([outputs.clone(), 0..inputs]);
-            let a = a.clone().slice([i * self.rank..(i + 1) * self.rank, 0..inputs]);
-            adapted_row_lengths(weight, a, b.dense(), self.scale)
-        });
-        let lengths = Tensor::cat(lengths.collect(), 0);
-        self.gain = Some((magnitude / lengths).transpose());
-        self
+            let b = b.clone().slice([start..end, 0..rank]);
+            if let Some([_, weight]) = &dora {
+                let weight = weight.clone().slice([outputs.clone(), 0..inputs]);
+                let a = a.clone().slice([i * rank..(i + 1) * rank, 0..inputs]);
+                lengths.push(adapted_row_lengths(weight, a, b.clone(), scale));
+            }
+            parts.push(RowUpdatePart { outputs, b: RowWeight::kept(b) });
+        }
+        let gain = dora.map(|[magnitude, _]| (magnitude / Tensor::cat(lengths, 0)).transpose());
+        Self { a: RowWeight::kept(a), parts, rank, scale, gain }
     }
 
     /// The columns of `gain` that belong to each part.
@@ -194,11 +187,8 @@ mod tests {
             magnitude: magnitude.clone(),
             parts: parts.collect(),
         };
-        let update = RowUpdate::new(a, b, 0.5, outputs);
-        match magnitude {
-            Some(magnitude) => (update.with_magnitude(magnitude, weight), low_rank),
-            None => (update, low_rank),
-        }
+        let dora = magnitude.map(|magnitude| [magnitude, weight.clone()]);
+        (RowUpdate::new(a, b, 0.5, outputs, dora), low_rank)
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tunesmith_core::sampling::{Sampling, TokenLogprob};
 
-use crate::ops::exponentials::exponentials;
+use crate::ops::exponentials::{exponentials, greatest};
 
 /// Candidates that top-p looks at first; most of the time they are enough.
 const FIRST_CANDIDATES: usize = 64;
@@ -163,20 +163,6 @@ pub(super) fn most_likely(values: &[f32], count: usize) -> Vec<u32> {
     }
     ids.sort_unstable_by(order);
     ids
-}
-
-/// The greatest of some numbers.
-fn greatest(values: &[f32]) -> f32 {
-    let greater = |a: f32, b: f32| if b > a { b } else { a };
-    // Side by side, so that they are compared several at a time.
-    let (parts, rest) = values.as_chunks::<16>();
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for part in parts {
-        for i in 0..16 {
-            lanes[i] = greater(lanes[i], part[i]);
-        }
-    }
-    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, greater)
 }
 
 #[cfg(test)]

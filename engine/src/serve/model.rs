@@ -13,7 +13,7 @@ use crate::export::safetensors;
 use crate::models::decoder::{Adaptation, Decoder, KeyValueCache, RotaryTables, Sequence};
 use crate::models::load::load_frozen;
 use crate::ops::row_linear::RowUpdate;
-use crate::parameter::{NamedRows, NamedSource, Parameters, read};
+use crate::parameter::{NamedRows, NamedSource, ParameterId, Parameters, read};
 use crate::pool::on_pool;
 
 use burn::tensor::{Tensor, TensorData};
@@ -143,16 +143,7 @@ impl ServedModel {
             if layer < first_layer {
                 continue;
             }
-            let update =
-                self.update(&lora, self.parameters.names(projection.weight), &mut tensors)?;
-            if let Some((update, magnitude)) = update {
-                let update = match magnitude {
-                    Some(magnitude) => {
-                        let weight = self.parameters.weight(projection.weight);
-                        update.with_magnitude(magnitude, &weight)
-                    }
-                    None => update,
-                };
+            if let Some(update) = self.update(&lora, projection.weight, &mut tensors)? {
                 adaptation.0.insert(projection.weight, update);
             }
         }
@@ -160,17 +151,17 @@ impl ServedModel {
         Ok(adaptation)
     }
 
-    /// The adapter of a projection, whose modules' weights are `names`, and DoRA's magnitudes.
+    /// The adapter of the projection by `weight`.
     fn update(
         &self,
         lora: &Lora,
-        names: &[NamedRows],
+        weight: ParameterId,
         tensors: &mut NamedSource,
-    ) -> Result<Option<(RowUpdate, Option<Tensor<2>>)>, EngineError> {
+    ) -> Result<Option<RowUpdate>, EngineError> {
         let (mut a, mut b, mut magnitudes) = (Vec::new(), Vec::new(), Vec::new());
         let mut outputs = Vec::new();
         let mut inputs = 0;
-        for NamedRows { name, rows, shape } in names {
+        for NamedRows { name, rows, shape } in self.parameters.names(weight) {
             let path = name.strip_suffix(".weight").unwrap_or(name);
             let module = path.rsplit('.').next().unwrap_or(path);
             if !lora.adapts_all(target_modules_of(module), module)? {
@@ -191,9 +182,8 @@ impl ServedModel {
             let shape = [values.len() / columns, columns];
             Tensor::from_data(TensorData::new(values, shape), self.device.burn()).autodiff()
         };
-        let magnitude = lora.dora.then(|| tensor(magnitudes, 1));
+        let dora = lora.dora.then(|| [tensor(magnitudes, 1), self.parameters.weight(weight)]);
         let (a, b) = (tensor(a, inputs), tensor(b, lora.rank));
-        let update = RowUpdate::new(a, b, lora.scale, outputs);
-        Ok(Some((update, magnitude)))
+        Ok(Some(RowUpdate::new(a, b, lora.scale, outputs, dora)))
     }
 }

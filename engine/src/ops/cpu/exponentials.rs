@@ -10,6 +10,10 @@ pub(in crate::ops) fn exponentials(x: &[f32], scale: f32, y: &mut [f32]) -> (f32
     shifted(Isa::detect(), x, scale, y)
 }
 
+pub(in crate::ops) fn greatest(x: &[f32]) -> f32 {
+    max(x)
+}
+
 simd_kernels! {
     fn shifted(x: &[f32], scale: f32, y: &mut [f32]) -> (f32, f64) {
         let greatest = max(x);

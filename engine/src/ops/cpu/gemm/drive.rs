@@ -100,6 +100,15 @@ fn even_part(count: usize, most: usize) -> usize {
     count.div_ceil(count.div_ceil(most))
 }
 
+/// Does `count` pieces of work, on other threads of the pool too where they are `shared`.
+pub(super) fn for_each(count: usize, shared: bool, work: impl Fn(usize) + Send + Sync) {
+    if shared && count > 1 {
+        (0..count).into_par_iter().with_max_len(1).for_each(work);
+    } else {
+        (0..count).for_each(work);
+    }
+}
+
 impl<'a> Product<'a> {
     /// The same product, Cᵀ = base + α·Bᵀ·Aᵀ.
     fn transposed(self) -> Self {
@@ -183,7 +192,7 @@ impl<'a> Product<'a> {
     /// As for [`Product::run`], where [`Product::is_dots`].
     unsafe fn dots(&self) {
         let Self { leaf, a, b, alpha, c: destination, .. } = *self;
-        self.for_each(a.rows.div_ceil(DOT_BLOCK), |block| {
+        for_each(a.rows.div_ceil(DOT_BLOCK), self.shared, |block| {
             // As a whole: its pointers alone may not go to other threads.
             let c = destination;
             let end = (block * DOT_BLOCK + DOT_BLOCK).min(a.rows);
@@ -212,14 +221,6 @@ impl<'a> Product<'a> {
                 row += count;
             }
         });
-    }
-
-    fn for_each(&self, count: usize, work: impl Fn(usize) + Send + Sync) {
-        if self.shared && count > 1 {
-            (0..count).into_par_iter().with_max_len(1).for_each(work);
-        } else {
-            (0..count).for_each(work);
-        }
     }
 
     /// # Safety
@@ -362,7 +363,7 @@ impl Work<'_> {
         } else {
             Self::pack_jobs(self.b_group) * self.b_group.blocks
         };
-        self.product.for_each(a_jobs + b_jobs, |job| {
+        for_each(a_jobs + b_jobs, self.product.shared, |job| {
             let (side, group, target, job) = if job < a_jobs {
                 (self.a, self.a_group, self.packed.a, job)
             } else {
@@ -409,7 +410,7 @@ impl Work<'_> {
             (rows, even_part(b_panels, filling(rows)))
         };
         let (row_blocks, column_blocks) = (a_panels.div_ceil(rows), b_panels.div_ceil(columns));
-        self.product.for_each(row_blocks * column_blocks, |block| {
+        for_each(row_blocks * column_blocks, self.product.shared, |block| {
             // Blocks next to each other have these panels in common.
             let (row, column) = if self.a.direct {
                 (block % row_blocks, block / row_blocks)

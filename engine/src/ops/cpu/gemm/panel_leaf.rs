@@ -3,14 +3,12 @@
 //! The register tile is that of [`tile`](super::tile), over one panel and as many rows of x as there
 //! are registers for.
 
-use std::marker::PhantomData;
-
 use half::bf16;
 
 use super::leaf::{Kernel, Lane};
 use super::pack::PackJob;
 use super::portable;
-use super::tile::TileVector;
+use super::tile::{FormOfB, TileVector};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::ops::cpu::isa::{Isa, Level};
@@ -44,7 +42,7 @@ impl PanelLeaf {
     }
 }
 
-/// How a vector reads lanes of f32 out of bf16.
+/// Vectors that read lanes of f32 out of bf16.
 ///
 /// Safety: as for [`TileVector`].
 pub(super) trait Widen: TileVector {
@@ -52,74 +50,16 @@ pub(super) trait Widen: TileVector {
     unsafe fn widened(values: *const bf16) -> Self::Lanes;
 }
 
-/// Vectors of `V` where B is bf16 in memory.
-#[derive(Clone, Copy)]
-pub(super) struct Widened<V>(PhantomData<V>);
+/// As bf16, two of which are as long as a lane.
+pub(super) struct InBf16;
 
-impl<V: Widen> TileVector for Widened<V> {
-    const LANES: usize = V::LANES;
-    const LANES_OF_B: usize = V::LANES / 2;
-    type Sums = V::Sums;
-    type Lanes = V::Lanes;
-
-    #[inline(always)]
-    unsafe fn load_b(lanes: *const Lane) -> V::Lanes {
-        // SAFETY: as the caller promises, here and below.
-        unsafe { V::widened(lanes.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn zero() -> V::Sums {
-        // SAFETY: as above.
-        unsafe { V::zero() }
-    }
-
-    #[inline(always)]
-    unsafe fn splat(lane: *const Lane) -> V::Lanes {
-        // SAFETY: as above.
-        unsafe { V::splat(lane) }
-    }
+impl<V: Widen> FormOfB<V> for InBf16 {
+    const LANES: usize = V::LANES / 2;
 
     #[inline(always)]
     unsafe fn load(lanes: *const Lane) -> V::Lanes {
-        // SAFETY: as above.
-        unsafe { V::load(lanes) }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply_add(sums: V::Sums, a: V::Lanes, b: V::Lanes) -> V::Sums {
-        // SAFETY: as above.
-        unsafe { V::multiply_add(sums, a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_sums(values: *const f32) -> V::Sums {
-        // SAFETY: as above.
-        unsafe { V::load_sums(values) }
-    }
-
-    #[inline(always)]
-    unsafe fn store_sums(values: *mut f32, sums: V::Sums) {
-        // SAFETY: as above.
-        unsafe { V::store_sums(values, sums) }
-    }
-
-    #[inline(always)]
-    unsafe fn scale(alpha: f32, sums: V::Sums) -> V::Sums {
-        // SAFETY: as above.
-        unsafe { V::scale(alpha, sums) }
-    }
-
-    #[inline(always)]
-    unsafe fn scale_add(alpha: f32, sums: V::Sums, base: V::Sums) -> V::Sums {
-        // SAFETY: as above.
-        unsafe { V::scale_add(alpha, sums, base) }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(address: *const u8) {
-        // SAFETY: as above.
-        unsafe { V::prefetch(address) }
+        // SAFETY: as the caller promises.
+        unsafe { V::widened(lanes.cast()) }
     }
 }
 
@@ -132,15 +72,15 @@ macro_rules! panel_leaf {
     ) => {
         $visibility static $name: $crate::ops::cpu::gemm::panel_leaf::PanelLeaf = {
             use $crate::ops::cpu::gemm::leaf::{Kernel, LanesOfA, LanesOfB, Target};
-            use $crate::ops::cpu::gemm::panel_leaf::{PanelLeaf, Widened};
-            use $crate::ops::cpu::gemm::tile::tile;
+            use $crate::ops::cpu::gemm::panel_leaf::{InBf16, PanelLeaf};
+            use $crate::ops::cpu::gemm::tile::{InLanes, tile};
 
             $(#[$attribute])*
             unsafe fn of_f32<const R: usize>(
                 steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { tile::<$vector, R, $columns, false>(steps, a, b, target) }
+                unsafe { tile::<$vector, InLanes, R, $columns, false>(steps, a, b, target) }
             }
 
             $(#[$attribute])*
@@ -148,7 +88,7 @@ macro_rules! panel_leaf {
                 steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { tile::<Widened<$vector>, R, $columns, false>(steps, a, b, target) }
+                unsafe { tile::<$vector, InBf16, R, $columns, false>(steps, a, b, target) }
             }
 
             const OF_F32: &[Kernel] = &[$(of_f32::<$rows>),*];

@@ -14,6 +14,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::drive::for_each;
 use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
 use super::pack::{Memory, PackJob, panel_stride};
 use super::panel_leaf::PanelLeaf;
@@ -183,14 +184,6 @@ impl Panels {
         };
         let bytes = self.step_bytes();
         LanesOfB { start, step: bytes / size_of::<Lane>(), ahead: AHEAD_BYTES / bytes }
-    }
-}
-
-fn for_each(count: usize, is_shared: bool, work: impl Fn(usize) + Send + Sync) {
-    if is_shared && count > 1 {
-        (0..count).into_par_iter().for_each(work);
-    } else {
-        (0..count).for_each(work);
     }
 }
 

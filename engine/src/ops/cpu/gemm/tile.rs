@@ -12,18 +12,11 @@ use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
 pub(super) trait TileVector: Copy {
     /// Lanes of a vector.
     const LANES: usize;
-    /// Lanes that a vector of B takes in memory.
-    const LANES_OF_B: usize = Self::LANES;
     type Sums: Copy;
     type Lanes: Copy;
     unsafe fn zero() -> Self::Sums;
     unsafe fn splat(lane: *const Lane) -> Self::Lanes;
     unsafe fn load(lanes: *const Lane) -> Self::Lanes;
-    #[inline(always)]
-    unsafe fn load_b(lanes: *const Lane) -> Self::Lanes {
-        // SAFETY: as the caller promises.
-        unsafe { Self::load(lanes) }
-    }
     /// sums + a·b, lane by lane, over all k that a lane holds.
     unsafe fn multiply_add(sums: Self::Sums, a: Self::Lanes, b: Self::Lanes) -> Self::Sums;
     unsafe fn load_sums(values: *const f32) -> Self::Sums;
@@ -34,6 +27,27 @@ pub(super) trait TileVector: Copy {
     unsafe fn scale_add(alpha: f32, sums: Self::Sums, base: Self::Sums) -> Self::Sums;
     /// Brings the line of `address` near; any address will do.
     unsafe fn prefetch(address: *const u8);
+}
+
+/// How B lies in memory for vectors `V`.
+pub(super) trait FormOfB<V: TileVector> {
+    /// Lanes that a vector takes there.
+    const LANES: usize;
+    /// Safety: as for [`TileVector`].
+    unsafe fn load(lanes: *const Lane) -> V::Lanes;
+}
+
+/// As lanes.
+pub(super) struct InLanes;
+
+impl<V: TileVector> FormOfB<V> for InLanes {
+    const LANES: usize = V::LANES;
+
+    #[inline(always)]
+    unsafe fn load(lanes: *const Lane) -> V::Lanes {
+        // SAFETY: as the caller promises.
+        unsafe { V::load(lanes) }
+    }
 }
 
 /// A vector at an address of any alignment. Reading it through a pointer is one instruction also in
@@ -49,7 +63,13 @@ pub(super) struct Unaligned<V: Copy>(pub(super) V);
     reason = "iterators over `sums` would keep the compiler from holding it in registers"
 )]
 #[inline(always)]
-pub(super) unsafe fn tile<V: TileVector, const R: usize, const N: usize, const DIRECT: bool>(
+pub(super) unsafe fn tile<
+    V: TileVector,
+    B: FormOfB<V>,
+    const R: usize,
+    const N: usize,
+    const DIRECT: bool,
+>(
     steps: usize,
     a: LanesOfA,
     b: LanesOfB,
@@ -69,9 +89,9 @@ pub(super) unsafe fn tile<V: TileVector, const R: usize, const N: usize, const D
         let a_row = if DIRECT { a.row } else { 1 };
         let ahead = b.step.wrapping_mul(b.ahead);
         for _ in 0..steps {
-            let mut columns = [V::load_b(b_lanes); N];
+            let mut columns = [B::load(b_lanes); N];
             for j in 1..N {
-                columns[j] = V::load_b(b_lanes.wrapping_add(j * V::LANES_OF_B));
+                columns[j] = B::load(b_lanes.wrapping_add(j * B::LANES));
             }
             V::prefetch(b_lanes.wrapping_add(ahead).cast());
             for i in 0..R {
@@ -157,17 +177,14 @@ macro_rules! kernels {
         mod $name {
             use super::*;
             use $crate::ops::cpu::gemm::leaf::{Dots, Kernel, LanesOfA, LanesOfB, Target};
+            use $crate::ops::cpu::gemm::tile::{InLanes, tile};
 
             $(#[$attribute])*
             unsafe fn kernel<const R: usize, const DIRECT: bool>(
                 steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe {
-                    $crate::ops::cpu::gemm::tile::tile::<$vector, R, $columns, DIRECT>(
-                        steps, a, b, target,
-                    );
-                }
+                unsafe { tile::<$vector, InLanes, R, $columns, DIRECT>(steps, a, b, target) }
             }
 
             $(#[$attribute])*
