@@ -172,6 +172,11 @@ impl KeyValueCache {
         self.tokens
     }
 
+    /// Tokens that the memory of a cache of `tokens` would hold: room is made for some at a time.
+    pub(crate) fn room_of(tokens: usize) -> usize {
+        KeyValues::room_of(tokens)
+    }
+
     #[cfg(test)]
     pub(crate) fn of_layers(layers: Vec<Option<KeyValues>>, tokens: usize) -> Self {
         Self { layers, tokens }

@@ -28,6 +28,11 @@ pub(crate) struct HeadTensors {
 }
 
 impl KeyValues {
+    /// Tokens that the memory would hold which those of `tokens` take at most.
+    pub(crate) fn room_of(tokens: usize) -> usize {
+        cpu::attention::cached::KeyValues::room_of(tokens)
+    }
+
     /// Those of the first `tokens` tokens, where they are all kept.
     pub(crate) fn prefix(&self, tokens: usize) -> Option<Self> {
         match self {
@@ -178,6 +183,32 @@ mod tests {
                 let portions: [&[usize]; 4] = [&[3, 1, 2], &[1, 1, 1, 1, 1], &[200, 1], &[2, 130]];
                 assert_portions_equal_the_whole(heads, scores, &portions);
             }
+        }
+    }
+
+    #[test]
+    fn tokens_have_the_same_bits_read_whole_and_in_portions() {
+        let heads = Heads { query: 6, key_value: 2, dim: 20 };
+        let tokens = 150;
+        let qkv = random([tokens, heads.qkv_width()], 4).mul_scalar(2.0);
+        let rotary = RotaryTable::from_frequencies(&frequencies(heads), 1.0, 0, tokens);
+        for (softcap, window) in [(None, None), (Some(3.0), Some(70)), (None, Some(1))] {
+            let scores = Scores { scale: 0.4, softcap, window, bf16: false };
+            let outputs = [vec![tokens], vec![1; tokens], vec![40, 1, 109]].map(|portions| {
+                let (mut cache, mut first_position, mut output) = (None, 0, Vec::new());
+                for length in portions {
+                    let input = qkv.clone().slice_dim(0, first_position..first_position + length);
+                    let cache = &mut cache;
+                    let extension = Extension { rows: 0..length, first_position, cache };
+                    let form = cpu::attention::cached::cached_attention;
+                    let part = form(on_flex(input), heads, scores, &rotary, &mut [extension]);
+                    output.extend(read(part).unwrap());
+                    first_position += length;
+                }
+                output
+            });
+            assert_eq!(outputs[0], outputs[1]);
+            assert_eq!(outputs[0], outputs[2]);
         }
     }
 

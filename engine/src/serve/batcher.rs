@@ -86,6 +86,13 @@ struct Answer {
     cached_tokens: u32,
 }
 
+impl Answer {
+    /// Tokens for which it may take room in the cache.
+    fn room(&self) -> usize {
+        KeyValueCache::room_of(self.limit)
+    }
+}
+
 /// Why an answer cannot go on.
 #[derive(Debug)]
 enum Stuck {
@@ -235,9 +242,9 @@ impl Batcher {
         asked.min(self.model.context_length())
     }
 
-    /// Tokens that a request's answers may have in the cache.
+    /// Tokens for which a request's answers may take room in the cache.
     fn tokens_of(&self, request: &SampleRequest) -> usize {
-        self.limit_of(request) * request.n as usize
+        KeyValueCache::room_of(self.limit_of(request)) * request.n as usize
     }
 
     /// Forgets a request.
@@ -282,7 +289,7 @@ impl Batcher {
         let request = &self.waiting[queue][0].request;
         let reading = self.reading.iter().map(|reading| &reading.request);
         let answers: u32 = reading.clone().chain([request]).map(|request| request.n).sum();
-        let running: usize = self.answers.iter().map(|answer| answer.limit).sum();
+        let running: usize = self.answers.iter().map(Answer::room).sum();
         let tokens = running
             + reading.chain([request]).map(|request| self.tokens_of(request)).sum::<usize>();
         if self.answers.len() + answers as usize > self.max_answers || tokens > self.max_tokens {
@@ -444,7 +451,7 @@ impl Batcher {
             .is_none_or(|ours| self.adapters.values().any(|other| Arc::ptr_eq(ours, other)));
         if is_loaded {
             self.prefixes.keep(adaptation, ids, cache);
-            let running: usize = self.answers.iter().map(|answer| answer.limit).sum();
+            let running: usize = self.answers.iter().map(Answer::room).sum();
             self.prefixes.shrink_to(self.max_tokens.saturating_sub(running));
         }
     }

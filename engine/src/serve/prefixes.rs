@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use crate::models::decoder::{Adaptation, KeyValueCache};
 
-/// Fewer tokens than this are computed again as fast as they are copied.
+/// Fewer tokens than this are not worth the room that they take.
 const MIN_TOKENS: usize = 16;
 
 /// What is kept, the most recently used last.
 #[derive(Debug, Default)]
 pub(super) struct Prefixes {
     kept: VecDeque<Kept>,
-    tokens: usize,
+    /// Tokens that their memory would hold.
+    room: usize,
 }
 
 #[derive(Debug)]
@@ -23,6 +24,12 @@ struct Kept {
     /// As many as the cache has.
     ids: Vec<u32>,
     cache: KeyValueCache,
+}
+
+impl Kept {
+    fn room(&self) -> usize {
+        KeyValueCache::room_of(self.ids.len())
+    }
 }
 
 impl Prefixes {
@@ -42,7 +49,7 @@ impl Prefixes {
             |kept: &Kept| same(&kept.adaptation, &adaptation) && ids.starts_with(&kept.ids);
         self.kept.retain(|kept| !is_within(kept));
         self.kept.push_back(Kept { adaptation, ids, cache });
-        self.tokens = self.kept.iter().map(|kept| kept.ids.len()).sum();
+        self.room = self.kept.iter().map(Kept::room).sum();
     }
 
     /// A cache of the longest beginning of `prompt` that is kept, but not of its last token, whose
@@ -67,19 +74,19 @@ impl Prefixes {
         cache.unwrap_or_default()
     }
 
-    /// Lets go of the least recently used ones until `tokens` or fewer are kept.
+    /// Lets go of the least recently used ones until they take room for `tokens` or fewer.
     pub(super) fn shrink_to(&mut self, tokens: usize) {
-        while self.tokens > tokens
+        while self.room > tokens
             && let Some(kept) = self.kept.pop_front()
         {
-            self.tokens -= kept.ids.len();
+            self.room -= kept.room();
         }
     }
 
     /// Lets go of all that was computed with an adapter.
     pub(super) fn forget(&mut self, adaptation: &Arc<Adaptation>) {
         self.kept.retain(|kept| !same(&kept.adaptation, &Some(Arc::clone(adaptation))));
-        self.tokens = self.kept.iter().map(|kept| kept.ids.len()).sum();
+        self.room = self.kept.iter().map(Kept::room).sum();
     }
 }
 
@@ -139,21 +146,21 @@ mod tests {
         let mut prefixes = Prefixes::default();
         prefixes.keep(None, ids(20, 99), cache(20));
         prefixes.keep(None, [ids(20, 99), vec![1; 10]].concat(), cache(30));
-        assert_eq!((prefixes.kept.len(), prefixes.tokens), (1, 30));
+        assert_eq!((prefixes.kept.len(), prefixes.room), (1, KeyValueCache::room_of(30)));
         let other: Vec<u32> = (500..525).collect();
         prefixes.keep(None, other.clone(), cache(25));
         found(&mut prefixes, &ids(40, 1));
-        prefixes.shrink_to(40);
+        prefixes.shrink_to(2 * KeyValueCache::room_of(30) - 1);
         assert_eq!(found(&mut prefixes, &other), 0);
-        assert_eq!(prefixes.tokens, 30);
+        assert_eq!(prefixes.room, KeyValueCache::room_of(30));
         prefixes.shrink_to(0);
-        assert_eq!((prefixes.kept.len(), prefixes.tokens), (0, 0));
+        assert_eq!((prefixes.kept.len(), prefixes.room), (0, 0));
     }
 
     #[test]
-    fn what_is_as_fast_computed_as_copied_is_not_kept() {
+    fn what_is_hardly_worth_its_room_is_not_kept() {
         let mut prefixes = Prefixes::default();
         prefixes.keep(None, ids(15, 1), cache(15));
-        assert_eq!(prefixes.tokens, 0);
+        assert_eq!(prefixes.room, 0);
     }
 }

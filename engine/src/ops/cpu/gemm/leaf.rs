@@ -60,15 +60,15 @@ pub(super) struct LanesOfA {
 pub(super) struct LanesOfB {
     pub(super) start: *const Lane,
     pub(super) step: usize,
-    /// Steps that it is asked for ahead of its use.
+    /// Lanes that it is asked for ahead of its use.
     pub(super) ahead: usize,
 }
 
 impl LanesOfB {
     /// Lanes `step` apart from one step of k to the next, in or near the second-level cache.
     pub(super) fn near(start: *const Lane, step: usize) -> Self {
-        const AHEAD: usize = 12;
-        Self { start, step, ahead: AHEAD }
+        const STEPS_AHEAD: usize = 12;
+        Self { start, step, ahead: STEPS_AHEAD * step }
     }
 }
 

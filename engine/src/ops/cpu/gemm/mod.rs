@@ -19,6 +19,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod drive;
+mod history;
 #[cfg(target_arch = "x86_64")]
 mod instructions;
 #[cfg(all(test, target_arch = "x86_64"))]
@@ -39,6 +40,7 @@ use std::ops::Range;
 use half::bf16;
 
 use self::drive::{Destination, Product};
+pub(super) use self::history::{History, PAGE_TOKENS};
 use self::leaf::{Class, Lane, Leaf};
 use self::pack::Memory;
 pub(super) use self::pack::round_to_bf16;

@@ -15,7 +15,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::drive::for_each;
-use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
+use super::leaf::{Kernel, Lane, LanesOfA, LanesOfB, Target};
 use super::pack::{Memory, PackJob, panel_stride};
 use super::panel_leaf::PanelLeaf;
 use super::scratch::{Scratch, Slot};
@@ -23,7 +23,7 @@ use super::{Base, Elements, MatMut, MatRef};
 use crate::ops::cpu::isa::Isa;
 
 /// Outputs of a panel.
-const WIDTH: usize = 16;
+pub(super) const WIDTH: usize = 16;
 /// Rows of x that the widest tile takes.
 const MOST_ROWS: usize = 16;
 /// Bytes that a panel is asked for ahead of its use, from memory: the hardware does not look beyond
@@ -155,9 +155,14 @@ impl Panels {
             return;
         }
         let is_shared = x.rows * inputs * outputs >= PARALLEL_MIN_MULTIPLY_ADDS;
-        let groups = Groups::pack(leaf, x, is_shared);
+        let kernels = match self.steps {
+            Steps::F32(_) => leaf.of_f32,
+            Steps::Bf16(_) => leaf.of_bf16,
+        };
+        let rows = Groups::pack(leaf, x, is_shared);
+        let lanes = |panel| self.lanes(panel);
+        let product = PanelProduct { kernels, rows, lanes, outputs, inputs, target };
         let panels = outputs.div_ceil(WIDTH);
-        let product = PanelProduct { leaf, weight: self, groups, target };
         let per_task = (TASK_BYTES / (inputs * self.step_bytes())).clamp(1, panels);
         for_each(panels.div_ceil(per_task), is_shared, |task| {
             // As a whole: its pointers alone may not go to other threads.
@@ -183,7 +188,8 @@ impl Panels {
             Steps::Bf16(steps) => steps[first..].as_ptr().cast(),
         };
         let bytes = self.step_bytes();
-        LanesOfB { start, step: bytes / size_of::<Lane>(), ahead: AHEAD_BYTES / bytes }
+        let [step, ahead] = [bytes, AHEAD_BYTES].map(|bytes| bytes / size_of::<Lane>());
+        LanesOfB { start, step, ahead }
     }
 }
 
@@ -210,7 +216,7 @@ fn steps<T: Copy + Default + Sync, S: Copy + Send>(
 
 /// Rows of x in groups, as many as a tile takes; of each group the rows' values for one step of k
 /// lie side by side.
-struct Groups<'a> {
+pub(super) struct Groups<'a> {
     rows: usize,
     /// Rows of a group; the last one may have fewer.
     width: usize,
@@ -223,7 +229,7 @@ struct Groups<'a> {
 
 impl<'a> Groups<'a> {
     /// Of `x` with at least one element, inside of its slice.
-    fn pack(leaf: &PanelLeaf, x: MatRef<'a>, is_shared: bool) -> Self {
+    pub(super) fn pack(leaf: &PanelLeaf, x: MatRef<'a>, is_shared: bool) -> Self {
         let Elements::F32(values) = x.elements else { unreachable!("rows are f32") };
         assert!(!x.transposed, "rows lie in memory as rows");
         let width = leaf.rows().min(x.rows);
@@ -267,42 +273,46 @@ struct Shared(*mut Lane);
 unsafe impl Sync for Shared {}
 
 /// base + α·x·Wᵀ.
-struct PanelProduct<'a> {
-    leaf: &'a PanelLeaf,
-    weight: &'a Panels,
-    groups: Groups<'a>,
-    target: Target,
+pub(super) struct PanelProduct<'a, L> {
+    /// Of the leaf, for the numbers that the panels hold.
+    pub(super) kernels: &'static [Kernel],
+    pub(super) rows: Groups<'a>,
+    /// Where a kernel reads a panel.
+    pub(super) lanes: L,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) target: Target,
 }
 
 // SAFETY: all that it points to is read only, but for the target, of which tasks have disjoint
 // columns.
-unsafe impl Sync for PanelProduct<'_> {}
+unsafe impl<L: Sync> Sync for PanelProduct<'_, L> {}
 
-impl PanelProduct<'_> {
+impl<L: Fn(usize) -> LanesOfB> PanelProduct<'_, L> {
     /// The columns that some panels give.
     ///
     /// # Safety
-    /// The CPU has the leaf's instructions; the panels are some of W's; the target is valid for all
-    /// rows of x and all outputs of W, and no other thread uses these columns.
-    unsafe fn panels(&self, panels: Range<usize>) {
-        let (weight, groups) = (self.weight, &self.groups);
-        let kernels = if weight.is_bf16() { self.leaf.of_bf16 } else { self.leaf.of_f32 };
+    /// The CPU has the kernels' instructions; the panels are some of W's, and are where `lanes` has
+    /// them; the target is valid for all rows of x and all outputs of W, for reads too where it is
+    /// its own base, and no other thread uses these columns.
+    pub(super) unsafe fn panels(&self, panels: Range<usize>) {
+        let groups = &self.rows;
         for group in 0..groups.rows.div_ceil(groups.width) {
             let row = group * groups.width;
             let rows = groups.width.min(groups.rows - row);
-            let kernel = kernels[rows - 1];
+            let kernel = self.kernels[rows - 1];
             let start = groups.start.wrapping_add(group * groups.stride);
             let x = LanesOfA { start, row: 1, step: rows };
             for panel in panels.clone() {
                 let column = panel * WIDTH;
-                let columns = WIDTH.min(weight.outputs - column);
-                let w = weight.lanes(panel);
+                let columns = WIDTH.min(self.outputs - column);
+                let w = (self.lanes)(panel);
                 // SAFETY: as the caller promises; a panel of fewer columns than a tile has is
                 // computed beside the target.
                 unsafe {
                     let target = self.target.at(row, column);
                     if columns == WIDTH {
-                        kernel(weight.inputs, x, w, target);
+                        kernel(self.inputs, x, w, target);
                         continue;
                     }
                     let mut beside = [[0f32; WIDTH]; MOST_ROWS];
@@ -320,7 +330,7 @@ impl PanelProduct<'_> {
                         }
                         (tile.base, tile.base_stride) = (tile.c, WIDTH);
                     }
-                    kernel(weight.inputs, x, w, tile);
+                    kernel(self.inputs, x, w, tile);
                     for (i, sums) in beside[..rows].iter().enumerate() {
                         let c = target.c.add(i * target.c_stride);
                         c.copy_from_nonoverlapping(sums.as_ptr(), columns);

@@ -87,13 +87,12 @@ pub(super) unsafe fn tile<
         let mut sums = [[V::zero(); N]; R];
         let (mut a_lanes, mut b_lanes) = (a.start, b.start);
         let a_row = if DIRECT { a.row } else { 1 };
-        let ahead = b.step.wrapping_mul(b.ahead);
         for _ in 0..steps {
             let mut columns = [B::load(b_lanes); N];
             for j in 1..N {
                 columns[j] = B::load(b_lanes.wrapping_add(j * B::LANES));
             }
-            V::prefetch(b_lanes.wrapping_add(ahead).cast());
+            V::prefetch(b_lanes.wrapping_add(b.ahead).cast());
             for i in 0..R {
                 let row = V::splat(a_lanes.wrapping_add(i.wrapping_mul(a_row)));
                 for j in 0..N {
