@@ -30,7 +30,7 @@ pub(crate) struct HeadTensors {
 impl KeyValues {
     /// Tokens that the memory would hold which those of `tokens` take at most.
     pub(crate) fn room_of(tokens: usize) -> usize {
-        cpu::attention::cached::KeyValues::room_of(tokens)
+        tokens.next_multiple_of(cpu::gemm::PAGE_TOKENS)
     }
 
     /// Those of the first `tokens` tokens, where they are all kept.

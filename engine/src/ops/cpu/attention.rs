@@ -220,14 +220,7 @@ impl Layout {
     fn block(&self, segment: &Placed, queries: Range<usize>) -> (Block, Range<usize>) {
         let first = segment.prefix_len + queries.start;
         let seen = self.scores.first_key(first)..segment.prefix_len + queries.end;
-        let block = Block {
-            keys: seen.len(),
-            first_position: first - seen.start,
-            scale: self.scores.scale,
-            softcap: self.scores.softcap,
-            window: self.scores.window.unwrap_or(usize::MAX),
-        };
-        (block, seen)
+        (Block::new(self.scores, first, &seen), seen)
     }
 
     /// Scores of the greatest block of a segment.

@@ -1,8 +1,8 @@
 //! CPU form of [`crate::ops::cached_attention`].
 //!
 //! Each head's keys and values lie as the products with queries and probabilities read them; a new
-//! token's are written there by the unit of work that reads them next. All query
-//! heads that share a head of keys are rows of one product.
+//! token's are written there by the unit of work that reads them next. All query heads that share a
+//! head of keys are rows of one product.
 //!
 //! A row's numbers do not depend on which rows come in the same pass: a prompt read whole leaves
 //! what it leaves when read token by token.
@@ -16,7 +16,7 @@ use super::{QUERY_BLOCK, contiguous, from_values, values};
 use crate::models::rope::RotaryTable;
 use crate::ops::attention::{Heads, Scores};
 use crate::ops::cached_attention::{Extension, KeyValues as Cache};
-use crate::ops::cpu::gemm::{History, MatMut, MatRef, PAGE_TOKENS};
+use crate::ops::cpu::gemm::{History, MatMut, MatRef};
 use crate::ops::cpu::isa::Isa;
 
 /// Those of each head of keys.
@@ -28,11 +28,6 @@ pub(crate) struct KeyValues {
 impl KeyValues {
     fn new(Heads { key_value, dim, .. }: Heads) -> Self {
         Self { heads: vec![History::new(dim); key_value] }
-    }
-
-    /// Tokens that the memory would hold which those of `tokens` take.
-    pub(crate) fn room_of(tokens: usize) -> usize {
-        tokens.next_multiple_of(PAGE_TOKENS)
     }
 
     /// Those of the first `tokens` tokens.
@@ -134,13 +129,7 @@ impl Shared<'_> {
             sums.resize(group * n * dim, 0.0);
             let target = MatMut::new(&mut scores, group * n, panels.len());
             history.scores(panels.clone(), MatRef::new(&q, group * n, dim), target);
-            let block = Block {
-                keys: panels.len(),
-                first_position: start - panels.start,
-                scale: self.scores.scale,
-                softcap: self.scores.softcap,
-                window: self.scores.window.unwrap_or(usize::MAX),
-            };
+            let block = Block::new(self.scores, start, &panels);
             for scores in scores.chunks_exact_mut(n * panels.len()) {
                 causal_softmax(self.isa, block, scores, &mut log_sum);
             }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::ops::attention::Scores;
 use crate::ops::cpu::isa::simd_kernels;
 use crate::ops::cpu::math::{dot, exp, max, sum, tanh};
 
@@ -23,6 +24,17 @@ pub(super) struct Block {
 }
 
 impl Block {
+    /// That of queries from position `first` on, over the keys of the positions `keys`.
+    pub(super) fn new(scores: Scores, first: usize, keys: &Range<usize>) -> Self {
+        Self {
+            keys: keys.len(),
+            first_position: first - keys.start,
+            scale: scores.scale,
+            softcap: scores.softcap,
+            window: scores.window.unwrap_or(usize::MAX),
+        }
+    }
+
     /// The columns that row `row` sees.
     #[inline(always)]
     fn seen(self, row: usize) -> Range<usize> {

@@ -505,13 +505,7 @@ impl Work<'_> {
             // The tile that does not fit is computed beside C.
             let mut beside = [0f32; MAX_TILE];
             debug_assert!(leaf.rows * leaf.columns <= MAX_TILE);
-            let target = Target {
-                c: beside.as_mut_ptr(),
-                c_stride: leaf.columns,
-                base: std::ptr::null(),
-                base_stride: 0,
-                alpha,
-            };
+            let target = Target::overwritten(beside.as_mut_ptr(), leaf.columns, alpha);
             compute(target);
             let put = |i: usize, j: usize| {
                 let mut value = beside[i * leaf.columns + j];

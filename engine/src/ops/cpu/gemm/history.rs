@@ -70,20 +70,20 @@ impl History {
         }
         let first = tokens.start / WIDTH;
         let panels = tokens.len() / WIDTH;
-        let lanes = |panel: usize| {
+        let of_panel = |panel: usize| {
             // The last keys ask for the first values.
             let next = if panel + 1 < panels {
                 self.keys(first + panel + 1)
             } else {
                 self.values(tokens.start / PAGE_TOKENS, 0)
             };
-            self.lanes(self.keys(first + panel), next)
+            lanes(self.keys(first + panel), next)
         };
         let rows = Groups::pack(leaf, q, false);
         let target = overwritten(scores);
         let (outputs, inputs) = (tokens.len(), self.dim);
         let kernels = leaf.of_f32;
-        let product = PanelProduct { kernels, rows, lanes, outputs, inputs, target };
+        let product = PanelProduct { kernels, rows, lanes: of_panel, outputs, inputs, target };
         // SAFETY: the CPU has the leaf's instructions; the target is a unique borrow of the product's
         // shape, and the panels of keys are in the pages.
         unsafe { product.panels(0..panels) }
@@ -108,19 +108,19 @@ impl History {
         while token < tokens.end {
             let page = token / PAGE_TOKENS;
             let end = tokens.end.min((page + 1) * PAGE_TOKENS);
-            let skipped = token % PAGE_TOKENS * LINE;
+            let skipped = token % PAGE_TOKENS * WIDTH;
             let panels = self.dim.div_ceil(WIDTH);
-            let lanes = |panel: usize| {
+            let of_panel = |panel: usize| {
                 let [this, next] = [panel, panel + 1].map(|panel| match panel < panels {
                     true => self.values(page, panel).wrapping_add(skipped),
                     false => self.values((page + 1).min(self.pages.len() - 1), 0),
                 });
-                self.lanes(this, next)
+                lanes(this, next)
             };
             let of_page = p.columns(token - tokens.start..end - tokens.start);
             let rows = Groups::pack(leaf, of_page, false);
             let (kernels, outputs, inputs) = (leaf.of_f32, self.dim, end - token);
-            let product = PanelProduct { kernels, rows, lanes, outputs, inputs, target };
+            let product = PanelProduct { kernels, rows, lanes: of_panel, outputs, inputs, target };
             // SAFETY: as for the scores; after the first page the target is read too.
             unsafe { product.panels(0..panels) }
             (target.base, target.base_stride) = (target.c, target.c_stride);
@@ -139,19 +139,19 @@ impl History {
     fn values(&self, page: usize, panel: usize) -> *const Lane {
         self.pages[page].values()[panel * PAGE_TOKENS * WIDTH..].as_ptr().cast()
     }
-
-    /// A panel at `start`, while which is read the one at `next` is asked for.
-    fn lanes(&self, start: *const Lane, next: *const Lane) -> LanesOfB {
-        let bytes = (next as usize).wrapping_sub(start as usize).cast_signed();
-        let ahead = (bytes / size_of::<Lane>().cast_signed()).cast_unsigned();
-        LanesOfB { start, step: WIDTH, ahead }
-    }
 }
 
 /// What a product is written to as it is.
 fn overwritten(y: MatMut<'_>) -> Target {
     let y = y.target(Base::Nothing);
-    Target { c: y.data, c_stride: y.row_stride, base: std::ptr::null(), base_stride: 0, alpha: 1.0 }
+    Target::overwritten(y.data, y.row_stride, 1.0)
+}
+
+/// A panel at `start`, while which is read the one at `next` is asked for.
+fn lanes(start: *const Lane, next: *const Lane) -> LanesOfB {
+    let bytes = (next as usize).wrapping_sub(start as usize).cast_signed();
+    let ahead = (bytes / size_of::<Lane>().cast_signed()).cast_unsigned();
+    LanesOfB { start, step: WIDTH, ahead }
 }
 
 /// Keys in panels of 16 tokens, then values in panels of 16 elements; what is not there yet is 0.

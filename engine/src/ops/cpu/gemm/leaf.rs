@@ -35,6 +35,11 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// α·A·B, over whatever is there.
+    pub(super) fn overwritten(c: *mut f32, c_stride: usize, alpha: f32) -> Self {
+        Self { c, c_stride, base: std::ptr::null(), base_stride: 0, alpha }
+    }
+
     /// The same from another element on.
     pub(super) fn at(self, row: usize, column: usize) -> Self {
         let c = self.c.wrapping_add(row * self.c_stride + column);

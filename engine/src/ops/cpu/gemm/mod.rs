@@ -40,7 +40,8 @@ use std::ops::Range;
 use half::bf16;
 
 use self::drive::{Destination, Product};
-pub(super) use self::history::{History, PAGE_TOKENS};
+pub(super) use self::history::History;
+pub(in crate::ops) use self::history::PAGE_TOKENS;
 use self::leaf::{Class, Lane, Leaf};
 use self::pack::Memory;
 pub(super) use self::pack::round_to_bf16;

@@ -110,13 +110,7 @@ impl Panels {
             return vec![0.0; elements];
         }
         let mut y = Vec::with_capacity(elements);
-        let target = Target {
-            c: y.as_mut_ptr(),
-            c_stride: self.outputs,
-            base: std::ptr::null(),
-            base_stride: 0,
-            alpha: 1.0,
-        };
+        let target = Target::overwritten(y.as_mut_ptr(), self.outputs, 1.0);
         // SAFETY: the capacity holds the product, which writes every element and has no base.
         unsafe {
             self.multiply(leaf, x, target);
@@ -316,13 +310,8 @@ impl<L: Fn(usize) -> LanesOfB> PanelProduct<'_, L> {
                         continue;
                     }
                     let mut beside = [[0f32; WIDTH]; MOST_ROWS];
-                    let mut tile = Target {
-                        c: beside.as_mut_ptr().cast(),
-                        c_stride: WIDTH,
-                        base: std::ptr::null(),
-                        base_stride: 0,
-                        alpha: target.alpha,
-                    };
+                    let c = beside.as_mut_ptr().cast();
+                    let mut tile = Target::overwritten(c, WIDTH, target.alpha);
                     if !target.base.is_null() {
                         for (i, sums) in beside[..rows].iter_mut().enumerate() {
                             let base = target.base.add(i * target.base_stride);
