@@ -77,6 +77,11 @@ macro_rules! common_tile_methods {
         unsafe fn prefetch(address: *const u8) {
             I::prefetch(address);
         }
+
+        #[inline(always)]
+        unsafe fn prefetch_second_level(address: *const u8) {
+            I::prefetch_second_level(address);
+        }
     };
 }
 

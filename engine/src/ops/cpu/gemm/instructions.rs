@@ -43,6 +43,7 @@ pub(super) trait Instructions: Copy {
     /// Quarters 1 and 3 of `a`, then of `b`: `shuffle_i32x4` with 0xdd.
     unsafe fn shuffle_i32x4_odd(a: Self::V, b: Self::V) -> Self::V;
     fn prefetch(address: *const u8);
+    fn prefetch_second_level(address: *const u8);
     fn from_array(lanes: [u32; 16]) -> Self::V;
     fn to_array(v: Self::V) -> [u32; 16];
 }
@@ -168,6 +169,12 @@ impl Instructions for Native {
     fn prefetch(address: *const u8) {
         // SAFETY: a prefetch of any address is harmless; every x86-64 CPU has it.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_second_level(address: *const u8) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
 
     #[inline(always)]

@@ -165,6 +165,8 @@ impl Instructions for Model {
 
     fn prefetch(_address: *const u8) {}
 
+    fn prefetch_second_level(_address: *const u8) {}
+
     fn from_array(lanes: [u32; 16]) -> V {
         lanes
     }

@@ -26,9 +26,9 @@ use crate::ops::cpu::isa::Isa;
 pub(super) const WIDTH: usize = 16;
 /// Rows of x that the widest tile takes.
 const MOST_ROWS: usize = 16;
-/// Bytes that a panel is asked for ahead of its use, from memory: the hardware does not look beyond
-/// the page that it reads.
-const AHEAD_BYTES: usize = 4096;
+/// Bytes that a panel is asked for ahead of its use: the hardware does not look beyond the page that
+/// it reads. While memory brings them, 16 rows are multiplied for a microsecond.
+const AHEAD_BYTES: usize = 16 << 10;
 /// Bytes of W that a task handles: they stay in a second-level cache while all of x goes by.
 const TASK_BYTES: usize = 128 << 10;
 /// Below this many multiply-adds, handing work to other threads costs more than it saves.

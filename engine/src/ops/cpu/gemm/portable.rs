@@ -75,6 +75,9 @@ impl TileVector for Portable<false> {
 
     #[inline(always)]
     unsafe fn prefetch(_address: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn prefetch_second_level(_address: *const u8) {}
 }
 
 impl Widen for Portable<false> {

@@ -25,8 +25,10 @@ pub(super) trait TileVector: Copy {
     unsafe fn scale(alpha: f32, sums: Self::Sums) -> Self::Sums;
     /// base + α·sums.
     unsafe fn scale_add(alpha: f32, sums: Self::Sums, base: Self::Sums) -> Self::Sums;
-    /// Brings the line of `address` near; any address will do.
+    /// Brings the line of `address` into the first-level cache; any address will do.
     unsafe fn prefetch(address: *const u8);
+    /// Brings it into the second-level cache.
+    unsafe fn prefetch_second_level(address: *const u8);
 }
 
 /// How B lies in memory for vectors `V`.
@@ -35,9 +37,11 @@ pub(super) trait FormOfB<V: TileVector> {
     const LANES: usize;
     /// Safety: as for [`TileVector`].
     unsafe fn load(lanes: *const Lane) -> V::Lanes;
+    /// Asks for what is read after `lanes`, `ahead` of it at most.
+    unsafe fn prefetch(lanes: *const Lane, ahead: usize);
 }
 
-/// As lanes.
+/// As lanes, in or near the second-level cache.
 pub(super) struct InLanes;
 
 impl<V: TileVector> FormOfB<V> for InLanes {
@@ -47,6 +51,12 @@ impl<V: TileVector> FormOfB<V> for InLanes {
     unsafe fn load(lanes: *const Lane) -> V::Lanes {
         // SAFETY: as the caller promises.
         unsafe { V::load(lanes) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(lanes: *const Lane, ahead: usize) {
+        // SAFETY: as above.
+        unsafe { V::prefetch(lanes.wrapping_add(ahead).cast()) }
     }
 }
 
@@ -92,7 +102,7 @@ pub(super) unsafe fn tile<
             for j in 1..N {
                 columns[j] = B::load(b_lanes.wrapping_add(j * B::LANES));
             }
-            V::prefetch(b_lanes.wrapping_add(b.ahead).cast());
+            B::prefetch(b_lanes, b.ahead);
             for i in 0..R {
                 let row = V::splat(a_lanes.wrapping_add(i.wrapping_mul(a_row)));
                 for j in 0..N {
