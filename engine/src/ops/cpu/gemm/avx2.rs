@@ -173,9 +173,9 @@ impl<const ROUNDS: bool> PackVector<LANES> for Avx2<ROUNDS> {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(address: *const u8) {
+    unsafe fn prefetch_second_level(address: *const u8) {
         // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
 }
 

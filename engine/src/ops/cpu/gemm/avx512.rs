@@ -108,8 +108,8 @@ macro_rules! common_pack_methods {
         }
 
         #[inline(always)]
-        unsafe fn prefetch(address: *const u8) {
-            I::prefetch(address);
+        unsafe fn prefetch_second_level(address: *const u8) {
+            I::prefetch_second_level(address);
         }
     };
 }

@@ -65,8 +65,8 @@ pub(super) trait PackVector<const L: usize>: Copy {
     unsafe fn across_bf16(first: *const bf16, second: *const bf16, count: usize) -> Self::V;
     unsafe fn transpose(rows: [Self::V; L]) -> [Self::V; L];
     unsafe fn store(lanes: *mut Lane, vector: Self::V);
-    /// Brings the line of `address` near; any address will do.
-    unsafe fn prefetch(address: *const u8);
+    /// Brings the line of `address` into the second-level cache; any address will do.
+    unsafe fn prefetch_second_level(address: *const u8);
 }
 
 /// An element in memory: which of a [`PackVector`]'s methods read it.
@@ -191,7 +191,7 @@ impl<E: Element> Block<'_, E> {
                 let elements = corner.wrapping_add(i.min(self.last).wrapping_mul(job.stride));
                 // So many rows are too many streams for the hardware, which also would not know
                 // that the rows below are next.
-                P::prefetch(elements.wrapping_add(L.wrapping_mul(job.stride)).cast());
+                P::prefetch_second_level(elements.wrapping_add(L.wrapping_mul(job.stride)).cast());
                 let count = if FULL { L * P::DEPTH } else { job.k - first_k };
                 *row = E::along::<P, L>(elements, count);
             }
@@ -212,6 +212,8 @@ impl<E: Element> Block<'_, E> {
 /// end.
 #[inline(always)]
 unsafe fn copied<P: PackVector<L>, E: Element, const L: usize>(job: &PackJob, source: *const E) {
+    // A job has a short part of each row: the hardware would look for its end, not for the next.
+    const ROWS_AHEAD: usize = 32;
     let steps = job.k.div_ceil(P::DEPTH);
     let panel = job.panel_stride;
     for step in 0..steps {
@@ -224,6 +226,10 @@ unsafe fn copied<P: PackVector<L>, E: Element, const L: usize>(job: &PackJob, so
                 // SAFETY: as in `transposed`.
                 unsafe {
                     let first = source.wrapping_add(k * job.stride + first_item + first_lane);
+                    for row in ROWS_AHEAD..ROWS_AHEAD + P::DEPTH {
+                        let ahead = first.wrapping_add(row.wrapping_mul(job.stride));
+                        P::prefetch_second_level(ahead.cast());
+                    }
                     let second = if P::DEPTH == 2 && k + 1 < job.k {
                         first.wrapping_add(job.stride)
                     } else {

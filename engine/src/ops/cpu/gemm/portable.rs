@@ -143,7 +143,7 @@ impl<const ROUNDS: bool> PackVector<LANES> for Portable<ROUNDS> {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(_address: *const u8) {}
+    unsafe fn prefetch_second_level(_address: *const u8) {}
 }
 
 kernels! { kernels: Portable<false>, 1 vectors: 1 2 3 4 }
