@@ -212,7 +212,7 @@ impl<E: Element> Block<'_, E> {
 /// end.
 #[inline(always)]
 unsafe fn copied<P: PackVector<L>, E: Element, const L: usize>(job: &PackJob, source: *const E) {
-    // A job has a short part of each row: the hardware would look for its end, not for the next.
+    // A job has a short part of each row: the hardware would read on behind it, not in later rows.
     const ROWS_AHEAD: usize = 32;
     let steps = job.k.div_ceil(P::DEPTH);
     let panel = job.panel_stride;

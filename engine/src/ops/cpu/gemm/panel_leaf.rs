@@ -50,56 +50,16 @@ pub(super) trait Widen: TileVector {
     unsafe fn widened(values: *const bf16) -> Self::Lanes;
 }
 
-/// In panels of f32, in memory.
-pub(super) struct PanelsOfF32;
+/// As bf16, two of which are as long as a lane.
+pub(super) struct InBf16;
 
-impl<V: TileVector> FormOfB<V> for PanelsOfF32 {
-    const LANES: usize = V::LANES;
-
-    #[inline(always)]
-    unsafe fn load(lanes: *const Lane) -> V::Lanes {
-        // SAFETY: as the caller promises.
-        unsafe { V::load(lanes) }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(lanes: *const Lane, ahead: usize) {
-        // SAFETY: as above.
-        unsafe { prefetch_from_memory::<V>(lanes, ahead) }
-    }
-}
-
-/// In panels of bf16, two of which are as long as a lane, in memory.
-pub(super) struct PanelsOfBf16;
-
-impl<V: Widen> FormOfB<V> for PanelsOfBf16 {
+impl<V: Widen> FormOfB<V> for InBf16 {
     const LANES: usize = V::LANES / 2;
 
     #[inline(always)]
     unsafe fn load(lanes: *const Lane) -> V::Lanes {
         // SAFETY: as the caller promises.
         unsafe { V::widened(lanes.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(lanes: *const Lane, ahead: usize) {
-        // SAFETY: as above.
-        unsafe { prefetch_from_memory::<V>(lanes, ahead) }
-    }
-}
-
-/// Asks for what is read `ahead` of `lanes`, and again shortly before it is read. The first-level
-/// cache waits for so few lines at a time that memory would give a thread two thirds of what many
-/// rows use up; the second-level cache waits for more.
-///
-/// Safety: as for [`TileVector`].
-#[inline(always)]
-unsafe fn prefetch_from_memory<V: TileVector>(lanes: *const Lane, ahead: usize) {
-    const LANES_SHORTLY_BEFORE: usize = 512;
-    // SAFETY: as the caller promises.
-    unsafe {
-        V::prefetch_second_level(lanes.wrapping_add(ahead).cast());
-        V::prefetch(lanes.wrapping_add(LANES_SHORTLY_BEFORE).cast());
     }
 }
 
@@ -112,15 +72,15 @@ macro_rules! panel_leaf {
     ) => {
         $visibility static $name: $crate::ops::cpu::gemm::panel_leaf::PanelLeaf = {
             use $crate::ops::cpu::gemm::leaf::{Kernel, LanesOfA, LanesOfB, Target};
-            use $crate::ops::cpu::gemm::panel_leaf::{PanelLeaf, PanelsOfBf16, PanelsOfF32};
-            use $crate::ops::cpu::gemm::tile::tile;
+            use $crate::ops::cpu::gemm::panel_leaf::{InBf16, PanelLeaf};
+            use $crate::ops::cpu::gemm::tile::{InLanes, tile};
 
             $(#[$attribute])*
             unsafe fn of_f32<const R: usize>(
                 steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { tile::<$vector, PanelsOfF32, R, $columns, false>(steps, a, b, target) }
+                unsafe { tile::<$vector, InLanes, R, $columns, false, true>(steps, a, b, target) }
             }
 
             $(#[$attribute])*
@@ -128,7 +88,7 @@ macro_rules! panel_leaf {
                 steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { tile::<$vector, PanelsOfBf16, R, $columns, false>(steps, a, b, target) }
+                unsafe { tile::<$vector, InBf16, R, $columns, false, true>(steps, a, b, target) }
             }
 
             const OF_F32: &[Kernel] = &[$(of_f32::<$rows>),*];

@@ -37,11 +37,9 @@ pub(super) trait FormOfB<V: TileVector> {
     const LANES: usize;
     /// Safety: as for [`TileVector`].
     unsafe fn load(lanes: *const Lane) -> V::Lanes;
-    /// Asks for what is read after `lanes`, `ahead` of it at most.
-    unsafe fn prefetch(lanes: *const Lane, ahead: usize);
 }
 
-/// As lanes, in or near the second-level cache.
+/// As lanes.
 pub(super) struct InLanes;
 
 impl<V: TileVector> FormOfB<V> for InLanes {
@@ -52,11 +50,27 @@ impl<V: TileVector> FormOfB<V> for InLanes {
         // SAFETY: as the caller promises.
         unsafe { V::load(lanes) }
     }
+}
 
-    #[inline(always)]
-    unsafe fn prefetch(lanes: *const Lane, ahead: usize) {
-        // SAFETY: as above.
-        unsafe { V::prefetch(lanes.wrapping_add(ahead).cast()) }
+/// Asks for the lanes of B that are read `ahead` of `lanes`.
+///
+/// From memory they come into the second-level cache, and shortly before they are read into the
+/// first, which waits for so few lines at a time that a thread would get two thirds of what many
+/// rows use up.
+///
+/// Safety: as for [`TileVector`].
+#[inline(always)]
+unsafe fn prefetch_b<V: TileVector, const FROM_MEMORY: bool>(lanes: *const Lane, ahead: usize) {
+    const SHORTLY_BEFORE: usize = 512;
+    let later = lanes.wrapping_add(ahead).cast();
+    // SAFETY: as the caller promises.
+    unsafe {
+        if FROM_MEMORY {
+            V::prefetch_second_level(later);
+            V::prefetch(lanes.wrapping_add(SHORTLY_BEFORE).cast());
+        } else {
+            V::prefetch(later);
+        }
     }
 }
 
@@ -66,6 +80,8 @@ impl<V: TileVector> FormOfB<V> for InLanes {
 #[repr(C, packed)]
 pub(super) struct Unaligned<V: Copy>(pub(super) V);
 
+/// Reads A where it lies, if `DIRECT`; asks for B as for what is in no cache, if `FROM_MEMORY`.
+///
 /// # Safety
 /// As for [`super::leaf::Kernel`].
 #[expect(
@@ -79,6 +95,7 @@ pub(super) unsafe fn tile<
     const R: usize,
     const N: usize,
     const DIRECT: bool,
+    const FROM_MEMORY: bool,
 >(
     steps: usize,
     a: LanesOfA,
@@ -102,7 +119,7 @@ pub(super) unsafe fn tile<
             for j in 1..N {
                 columns[j] = B::load(b_lanes.wrapping_add(j * B::LANES));
             }
-            B::prefetch(b_lanes, b.ahead);
+            prefetch_b::<V, FROM_MEMORY>(b_lanes, b.ahead);
             for i in 0..R {
                 let row = V::splat(a_lanes.wrapping_add(i.wrapping_mul(a_row)));
                 for j in 0..N {
@@ -193,7 +210,7 @@ macro_rules! kernels {
                 steps: usize, a: LanesOfA, b: LanesOfB, target: Target,
             ) {
                 // SAFETY: as the caller promises.
-                unsafe { tile::<$vector, InLanes, R, $columns, DIRECT>(steps, a, b, target) }
+                unsafe { tile::<$vector, InLanes, R, $columns, DIRECT, false>(steps, a, b, target) }
             }
 
             $(#[$attribute])*
