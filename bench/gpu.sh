@@ -3,14 +3,14 @@
 #
 # It builds with `--features cuda`, runs the engine's tests on the GPU, and then times a LoRA step
 # (r = 16 on every projection, one sequence of 4096) of a random model of Llama 3.1 8B's shape
-# beside PyTorch + PEFT on the same card. It prints the card's name, both sides' figures, and lines
-# `ratio NAME VALUE`, the engine's figure over the peer's.
+# beside PyTorch + PEFT on the same card, both as they come and with gradient checkpointing. It prints
+# the card's name, each side's figures, and lines `ratio NAME VALUE`, the engine's figure over the
+# peer's, each at its faster way.
 #
-# NOT YET RUN ON A GPU: it was written where there was none. `DEVICE=cpu SHAPE=tiny SEQUENCE=128
-# bench/gpu.sh` tries it on the CPU with a tiny shape.
+# `DEVICE=cpu SHAPE=tiny SEQUENCE=128 bench/gpu.sh` tries it on the CPU with a tiny shape.
 #
-# Needs: an NVIDIA driver, the CUDA toolkit's headers and NVRTC, Rust, Python 3; network access for
-# the build (which fetches an LLVM) and for PyTorch, unless PYTHON names a Python that has torch,
+# Needs: an NVIDIA driver, the CUDA toolkit (headers, NVRTC, cuBLAS), Rust, Python 3; network access
+# for the build (which fetches an LLVM) and for PyTorch, unless PYTHON names a Python that has torch,
 # transformers and peft; 20 GB of disk, and for 8B 80 GB of GPU memory.
 #
 # Settings: DEVICE (cuda), SHAPE (8b or tiny), SEQUENCE (4096), STEPS (8), PYTHON, TESTS (1; 0 leaves
@@ -92,8 +92,8 @@ run() {
   [ "$status" = 0 ] || echo "$name ended with $status" >&2
 }
 
-run engine "$target/gpu_step" "$model" "$device" "$sequence" "$steps"
 for way in plain checkpointing; do
+  run "engine-$way" "$target/gpu_step" "$model" "$device" "$sequence" "$steps" "$way"
   run "peer-$way" "$python" bench/gpu_peer.py "$model" "$device" "$sequence" "$steps" "$way"
 done
 
@@ -114,12 +114,15 @@ def result(name):
     return figures
 
 
-engine = result("engine")
-peers = [peer for peer in (result("peer-plain"), result("peer-checkpointing")) if peer and peer["tokens_per_second"]]
-if engine is None or not peers:
+def fastest(side):
+    ways = [result(f"{side}-{way}") for way in ("plain", "checkpointing")]
+    ways = [way for way in ways if way and way["tokens_per_second"]]
+    return max(ways, key=lambda way: way["tokens_per_second"], default=None)
+
+
+engine, peer = fastest("engine"), fastest("peer")
+if engine is None or peer is None:
     sys.exit("no ratio: a side has no figure")
-# The comparison is with the faster of the peer's ways, in speed and in memory.
-peer = max(peers, key=lambda peer: peer["tokens_per_second"])
 print(f"ratio tokens_per_second {engine['tokens_per_second'] / peer['tokens_per_second']:.3f}")
 if engine["card_mib"] and peer["card_mib"]:
     print(f"ratio card_memory {engine['card_mib'] / peer['card_mib']:.3f}")

@@ -1,15 +1,16 @@
 //! Times training steps of a LoRA adapter on every projection, one sequence of random ids a step:
-//! `gpu_step MODEL_DIR DEVICES SEQUENCE STEPS`.
+//! `gpu_step MODEL_DIR DEVICES SEQUENCE STEPS WAY`.
 //!
 //! Prints one line of JSON: tokens a second (the median of the steps after two to warm up), the
 //! process's peak memory in MiB, and the losses. DEVICES is a list such as `cuda:0,cuda:1`; each
-//! takes a sequence of its own.
+//! takes a sequence of its own. WAY is `plain`, or `checkpointing` for computing each layer again in
+//! the backward pass.
 
 use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
-use tunesmith_core::hyperparameters::{AdapterConfig, TARGET_MODULES};
+use tunesmith_core::hyperparameters::{AdapterConfig, Precision, TARGET_MODULES};
 use tunesmith_engine::parallel::Replicas;
 use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
 
@@ -18,8 +19,8 @@ const RANK: usize = 16;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [model_dir, devices, sequence, steps] = arguments.as_slice() else {
-        return Err("usage: gpu_step MODEL_DIR DEVICES SEQUENCE STEPS".into());
+    let [model_dir, devices, sequence, steps, way] = arguments.as_slice() else {
+        return Err("usage: gpu_step MODEL_DIR DEVICES SEQUENCE STEPS plain|checkpointing".into());
     };
     let (sequence, steps): (usize, usize) = (sequence.parse()?, steps.parse()?);
     let devices = Device::parse_list(devices)?;
@@ -30,7 +31,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..AdapterConfig::default()
     };
     let began = Instant::now();
-    let model = TrainableModel::load(Path::new(model_dir), &adapter, 0, &devices[0])?;
+    let mut model = TrainableModel::load_with_precision(
+        Path::new(model_dir),
+        &adapter,
+        0,
+        &devices[0],
+        Precision::Auto,
+    )?;
+    model.set_gradient_checkpointing(way == "checkpointing");
     let vocabulary = model.config().vocab_size as u64;
     let mut model = Replicas::new(model, &devices);
     let load_seconds = began.elapsed().as_secs_f64();

@@ -10,7 +10,7 @@ use crate::ops;
 /// A device that is known to be there.
 ///
 /// The CPU takes the hand-written forms of `ops` (burn's Flex backend, run-time detected SIMD);
-/// a GPU takes the portable forms.
+/// a GPU takes forms of its own where there are some, and else the portable ones.
 #[derive(Clone, PartialEq)]
 pub struct Device {
     burn: burn::tensor::Device,
@@ -87,7 +87,11 @@ impl Device {
     #[cfg(feature = "cuda")]
     fn cuda(index: usize) -> Result<Self, EngineError> {
         use burn::tensor::DeviceType;
+        use cubecl_environment::stream::{StreamPolicy, set_policy};
 
+        // One stream for all threads of the process. By itself each thread has its own, and a
+        // tensor that one changes in place may be read by another before that is done.
+        set_policy(StreamPolicy::Single);
         // Listing is the probe: a machine without a driver lists none, while forcing a device
         // that is not there panics in a thread of the runtime.
         let count = burn::tensor::Device::enumerate(DeviceType::Cuda).into_vec().len();
@@ -125,6 +129,21 @@ impl Device {
             Precision::Auto if multiplies_bf16 => Precision::Bf16,
             Precision::Auto => Precision::Fp32,
             asked => asked,
+        }
+    }
+
+    /// Bytes that are free on a GPU; None where it does not say, and on the CPU.
+    #[must_use]
+    pub(crate) fn free_memory(&self) -> Option<u64> {
+        match self.kind {
+            Kind::Cpu | Kind::Portable => None,
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(index) => {
+                let context = cudarc::driver::CudaContext::new(index).ok()?;
+                context.bind_to_thread().ok()?;
+                let (free, _) = cudarc::driver::result::mem_get_info().ok()?;
+                Some(free as u64)
+            }
         }
     }
 

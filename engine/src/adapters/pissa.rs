@@ -20,6 +20,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::error::EngineError;
+use crate::ops::product::product;
 use crate::parameter::{NamedTensor, read};
 
 /// Columns beyond r, at least; r more where that is greater.
@@ -62,14 +63,14 @@ pub(crate) fn principal(
         let rows = tensor.dims()[0];
         Ok(matrix(orthonormal(&read(tensor)?, rows, width), [rows, width]))
     };
-    let mut q = orthonormal(w.clone().matmul(matrix(start, [inputs, width])))?;
+    let mut q = orthonormal(product(w.clone(), matrix(start, [inputs, width])))?;
     for _ in 0..ITERATIONS {
-        let z = orthonormal(w.clone().transpose().matmul(q))?;
-        q = orthonormal(w.clone().matmul(z))?;
+        let z = orthonormal(product(w.clone().transpose(), q))?;
+        q = orthonormal(product(w.clone(), z))?;
     }
 
     // W ≈ Q·C; C·Cᵀ = E·Λ·Eᵀ gives S = √Λ, U = Q·E and Vᵀ = S⁻¹·Eᵀ·C.
-    let c = q.clone().transpose().matmul(w.clone());
+    let c = product(q.clone().transpose(), w.clone());
     let (values, vectors) = symmetric_eigen(gram(&read(c.clone())?, width, inputs), width);
     let mut order: Vec<usize> = (0..width).collect();
     order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
@@ -86,8 +87,8 @@ pub(crate) fn principal(
         }
         columns
     };
-    let b = q.matmul(matrix(column(0.5), [width, rank]));
-    let a = matrix(column(-0.5), [width, rank]).transpose().matmul(c);
+    let b = product(q, matrix(column(0.5), [width, rank]));
+    let a = product(matrix(column(-0.5), [width, rank]).transpose(), c);
     Ok(Start { a: read(a)?, b: read(b)? })
 }
 
@@ -105,7 +106,7 @@ pub(crate) fn residual(
     let rank = start.a.len() / inputs.max(1);
     let a = matrix(start.a.clone(), [rank, inputs], device);
     let b = matrix(start.b.clone(), [outputs, rank], device);
-    read(matrix(weight, [outputs, inputs], device) - b.matmul(a).mul_scalar(scale))
+    read(matrix(weight, [outputs, inputs], device) - product(b, a).mul_scalar(scale))
 }
 
 fn matrix(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Tensor<2> {

@@ -11,6 +11,8 @@
 
 use burn::tensor::Tensor;
 
+#[cfg(feature = "cuda")]
+use super::gpu;
 use super::{cpu, on_cpu};
 use crate::optim::adamw::AdamWParams;
 
@@ -63,8 +65,23 @@ pub(crate) fn adamw(
     if on_cpu(&value) {
         cpu::adamw::adamw(value, gradient, first, second, step)
     } else {
-        portable(value, gradient, first, second, step)
+        elsewhere(value, gradient, first, second, step)
     }
+}
+
+/// The form of a device that is not the CPU.
+fn elsewhere(
+    value: Tensor<2>,
+    gradient: Tensor<2>,
+    first: &mut Tensor<2>,
+    second: &mut Tensor<2>,
+    step: &Step,
+) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if super::on_gpu(&value) {
+        return gpu::adamw::adamw(value, gradient, first, second, step);
+    }
+    portable(value, gradient, first, second, step)
 }
 
 pub(super) fn portable(
@@ -129,7 +146,7 @@ mod tests {
             }
         }
         let narrow = |v: &[f64]| -> Vec<f32> { v.iter().map(|&x| x as f32).collect() };
-        let forms: [(Form, Place); 2] = [(cpu::adamw::adamw, on_flex), (portable, on_test_device)];
+        let forms: [(Form, Place); 2] = [(cpu::adamw::adamw, on_flex), (elsewhere, on_test_device)];
         for (form, place) in forms {
             let [value_f32, first_f32, second_f32] = three_updates(form, place);
             assert_close("value", &value_f32, &narrow(&value));

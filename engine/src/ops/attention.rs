@@ -24,6 +24,9 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, Tensor, TensorData, activation};
 
+#[cfg(feature = "cuda")]
+use super::gpu;
+use super::product::product;
 use super::{cpu, on_cpu};
 use crate::batch::Segment;
 use crate::models::rope::RotaryTable;
@@ -93,8 +96,23 @@ pub(crate) fn attention(
     if on_cpu(&qkv) {
         cpu::attention::attention(qkv, heads, scores, segments, rotary)
     } else {
-        portable(qkv, heads, scores, segments, rotary)
+        elsewhere(qkv, heads, scores, segments, rotary)
     }
+}
+
+/// The form of a device that is not the CPU.
+fn elsewhere(
+    qkv: Tensor<2>,
+    heads: Heads,
+    scores: Scores,
+    segments: &[Segment],
+    rotary: &RotaryTable,
+) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if super::on_gpu(&qkv) {
+        return gpu::attention::attention(qkv, heads, scores, segments, rotary);
+    }
+    portable(qkv, heads, scores, segments, rotary)
 }
 
 pub(super) fn portable(
@@ -200,14 +218,13 @@ fn attend_block(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, scores: Scores) -> Ten
         let first_seen = diagonal + 1 - window as i64;
         hidden = hidden.bool_or(Tensor::<2, Bool>::triu_mask([queries, keys], first_seen, &device));
     }
-    let products = q.matmul(shared(k).transpose());
+    let products = product(q, shared(k).transpose());
     let capped = match scores.softcap {
         Some(cap) => products.mul_scalar(scores.scale / cap).tanh().mul_scalar(cap),
         None => products.mul_scalar(scores.scale),
     };
     let capped = capped.mask_fill(hidden.reshape([1, queries, keys]), f32::NEG_INFINITY);
-    activation::softmax(capped, 2)
-        .matmul(shared(v))
+    product(activation::softmax(capped, 2), shared(v))
         .swap_dims(0, 1)
         .reshape([queries, query_heads * dim])
 }
@@ -243,7 +260,7 @@ mod tests {
         assert_gradients_equal(
             &[random([tokens, heads.qkv_width()], 5).mul_scalar(2.0)],
             |inputs| cpu::attention::attention(inputs[0].clone(), heads, scores, segments, &rotary),
-            |inputs| portable(inputs[0].clone(), heads, scores, segments, &rotary),
+            |inputs| elsewhere(inputs[0].clone(), heads, scores, segments, &rotary),
         );
     }
 
@@ -328,7 +345,7 @@ mod tests {
         let qkv = random([15, heads.qkv_width()], 5);
         type Form = fn(Tensor<2>, Heads, Scores, &[Segment], &RotaryTable) -> Tensor<2>;
         let forms: [(Form, Place); 2] =
-            [(cpu::attention::attention, on_flex), (portable, on_test_device)];
+            [(cpu::attention::attention, on_flex), (elsewhere, on_test_device)];
         for (form, place) in forms {
             let qkv = place(qkv.clone());
             let packed =
@@ -363,7 +380,7 @@ mod tests {
         let output =
             cpu::attention::attention(qkv.clone(), heads, scores, &segments(&[6]), &rotary);
         assert_close("CPU form", &read(output).unwrap(), &expected);
-        let output = portable(qkv, heads, scores, &segments(&[6]), &rotary);
+        let output = elsewhere(qkv, heads, scores, &segments(&[6]), &rotary);
         assert_close("portable form", &read(output).unwrap(), &expected);
     }
 

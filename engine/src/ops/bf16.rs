@@ -9,6 +9,7 @@
 
 use burn::tensor::{DType, FloatDType, Tensor};
 
+use super::product::product;
 use super::{cpu, on_cpu};
 
 /// `x` in bf16; x itself when it is that already.
@@ -29,14 +30,18 @@ pub(crate) fn is_bf16<const D: usize>(x: &Tensor<D>) -> bool {
 
 /// a·b in f32, over bf16 where `b` is that.
 pub(super) fn matmul(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
-    if is_bf16(&b) { a.cast(FloatDType::BF16).matmul(b).cast(FloatDType::F32) } else { a.matmul(b) }
+    if is_bf16(&b) {
+        product(a.cast(FloatDType::BF16), b).cast(FloatDType::F32)
+    } else {
+        product(a, b)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::linear::{LowRank, LowRankPart};
-    use crate::ops::testing::random;
+    use crate::ops::testing::{on_test_device, random};
     use crate::ops::{embedding, linear};
     use crate::parameter::read;
 
@@ -52,7 +57,7 @@ mod tests {
             .map(|input| input.clone().autodiff().set_require_grad(!is_bf16(input)))
             .collect();
         let y = form(&inputs);
-        let upstream = representable(y.dims(), 99);
+        let upstream = representable(y.dims(), 99).to_device(&y.device().inner());
         let gradients = (y.clone() * upstream.autodiff()).sum().backward();
         let mut values: Vec<Vec<f32>> = inputs
             .iter()
@@ -101,7 +106,8 @@ mod tests {
                 }),
                 &expected,
             );
-            assert_near(&run(halved, |inputs| form(linear::portable, inputs)), &expected);
+            let moved: Vec<Tensor<2>> = halved.iter().cloned().map(on_test_device).collect();
+            assert_near(&run(&moved, |inputs| form(linear::elsewhere, inputs)), &expected);
         }
     }
 

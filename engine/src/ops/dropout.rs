@@ -44,6 +44,13 @@ impl Dropout {
         }
     }
 
+    /// The stream of masks, what an element's random bits are compared with, and 1 / (1 − p): for a
+    /// kernel that draws as [`Dropout::factor`] does.
+    #[cfg(feature = "cuda")]
+    pub(super) fn constants(self) -> (u64, u64, f32) {
+        (self.stream, self.threshold, self.keep_scale)
+    }
+
     /// What element number `index` (row major) is multiplied by: 0 or 1 / (1 − p).
     #[inline]
     pub(crate) fn factor(self, index: usize) -> f32 {

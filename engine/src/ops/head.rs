@@ -14,6 +14,8 @@
 
 use burn::tensor::{Tensor, TensorData};
 
+#[cfg(feature = "cuda")]
+use super::gpu;
 use super::token_nll::{self, TokenNll};
 use super::{cpu, on_cpu};
 use crate::batch::Target;
@@ -46,7 +48,7 @@ pub(crate) fn head_with_loss(
     if on_cpu(&hidden) {
         Ok(cpu::head::head_with_loss(hidden, weight, softcap, targets))
     } else {
-        portable(hidden, weight, softcap, targets)
+        elsewhere(hidden, weight, softcap, targets)
     }
 }
 
@@ -56,6 +58,20 @@ pub(crate) fn soft_capped(logits: Tensor<2>, softcap: Option<f32>) -> Tensor<2> 
         Some(cap) => logits.mul_scalar(1.0 / cap).tanh().mul_scalar(cap),
         None => logits,
     }
+}
+
+/// The form of a device that is not the CPU.
+fn elsewhere(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    softcap: Option<f32>,
+    targets: &[Target],
+) -> Result<HeadLoss, EngineError> {
+    #[cfg(feature = "cuda")]
+    if super::on_gpu(&hidden) {
+        return gpu::head::head_with_loss(hidden, weight, softcap, targets);
+    }
+    portable(hidden, weight, softcap, targets)
 }
 
 pub(super) fn portable(
@@ -128,7 +144,7 @@ mod tests {
         for softcap in [None, Some(3.0)] {
             let (nll, correct, dh, dw) = run(cpu_form, on_flex, softcap, targets, tokens);
             let (expected_nll, expected_correct, expected_dh, expected_dw) =
-                run(portable, on_test_device, softcap, targets, tokens);
+                run(elsewhere, on_test_device, softcap, targets, tokens);
             assert!((nll - expected_nll).abs() < 1e-5 * expected_nll, "{nll} {expected_nll}");
             assert_eq!(correct, expected_correct);
             assert_close("dh", &dh, &expected_dh);

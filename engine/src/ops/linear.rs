@@ -39,6 +39,9 @@ use burn::tensor::{FloatDType, Tensor, TensorData};
 use super::bf16::{matmul, to_bf16};
 use super::cpu::again::Again;
 use super::dropout::Dropout;
+#[cfg(feature = "cuda")]
+use super::gpu;
+use super::product::product;
 use super::quantized::QuantizedMatrix;
 use super::{cpu, on_cpu};
 
@@ -119,8 +122,29 @@ pub(crate) fn linear(
     if on_cpu(&input.x) {
         cpu::linear::linear(input, weight, residual, low_rank)
     } else {
-        portable(input.x, weight, residual, low_rank)
+        elsewhere(input.x, weight, residual, low_rank)
     }
+}
+
+/// The form of a device that is not the CPU.
+pub(super) fn elsewhere(
+    x: Tensor<2>,
+    weight: Weight,
+    residual: Option<Tensor<2>>,
+    low_rank: Option<LowRank>,
+) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if super::on_gpu(&x) {
+        let has_magnitudes = low_rank.as_ref().is_some_and(|low_rank| low_rank.magnitude.is_some());
+        return match weight {
+            Weight::Dense(weight) if !has_magnitudes => {
+                gpu::linear::linear(x, *weight, residual, low_rank)
+            }
+            // The portable form reads f32.
+            weight => portable(x.cast(FloatDType::F32), weight, residual, low_rank),
+        };
+    }
+    portable(x, weight, residual, low_rank)
 }
 
 pub(super) fn portable(
@@ -155,7 +179,8 @@ pub(super) fn portable(
             None => x.clone(),
         };
         let columns = [0..tokens, part.outputs.clone()];
-        let low_rank = dropped.clone().matmul(a.clone().transpose()).matmul(b.clone().transpose());
+        let z = product(dropped.clone(), a.clone().transpose());
+        let low_rank = product(z, b.clone().transpose());
         let mut update = low_rank.mul_scalar(scale);
         if let (Some(magnitude), Some(base)) = (&magnitude, &base) {
             let weight = weight.clone().slice([part.outputs.clone(), 0..input]);
@@ -181,7 +206,7 @@ pub(super) fn adapted_row_lengths(
     scale: f32,
 ) -> Tensor<2> {
     let sum =
-        weight.detach().cast(FloatDType::F32) + b.detach().matmul(a.detach()).mul_scalar(scale);
+        weight.detach().cast(FloatDType::F32) + product(b.detach(), a.detach()).mul_scalar(scale);
     sum.square().sum_dim(1).sqrt()
 }
 
@@ -255,7 +280,7 @@ mod tests {
         assert_gradients_equal(
             &inputs,
             |inputs| call(on_the_cpu, inputs),
-            |inputs| call(portable, inputs),
+            |inputs| call(elsewhere, inputs),
         );
     }
 
@@ -397,7 +422,7 @@ mod tests {
         assert_gradients_equal(
             &inputs,
             |inputs| call(on_the_cpu, inputs),
-            |inputs| call(portable, inputs),
+            |inputs| call(elsewhere, inputs),
         );
     }
 

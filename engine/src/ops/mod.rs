@@ -5,6 +5,8 @@
 //! with its own backward pass, which the CPU takes. Activations are matrices `[tokens, width]`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod gpu;
 
 pub(crate) mod adafactor;
 pub(crate) mod adamw;
@@ -22,6 +24,7 @@ pub(crate) mod linear;
 pub mod measure;
 pub(crate) mod muon;
 pub(crate) mod neftune;
+pub(crate) mod product;
 pub(crate) mod quantized;
 pub(crate) mod rms_norm;
 pub(crate) mod row_linear;
@@ -50,6 +53,12 @@ pub(crate) fn take_portable_forms() {
 /// Whether the CPU has an instruction that multiplies bf16.
 pub(crate) fn cpu_multiplies_bf16() -> bool {
     cpu::multiplies_bf16()
+}
+
+/// Whether a GPU's own forms apply to `tensor`.
+#[cfg(feature = "cuda")]
+fn on_gpu<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.device() != Device::flex()
 }
 
 /// Whether the hand-written CPU forms apply to `tensor`.

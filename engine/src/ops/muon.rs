@@ -20,6 +20,8 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 use tunesmith_core::hyperparameters::MuonLearningRate;
 
+use super::product::product;
+
 /// μ.
 const MOMENTUM: f64 = 0.95;
 /// a, b and c: Jordan's, chosen for steepness at 0 and not for convergence to exactly 1.
@@ -84,9 +86,9 @@ fn orthogonal(matrix: Tensor<2>) -> Tensor<2> {
     let mut x = scaled / norm.max_pair(floor);
     let [a, b, c] = COEFFICIENTS;
     for _ in 0..ITERATIONS {
-        let gram = x.clone().matmul(x.clone().transpose());
-        let polynomial = gram.clone().mul_scalar(b) + gram.clone().matmul(gram).mul_scalar(c);
-        x = x.clone().mul_scalar(a) + polynomial.matmul(x);
+        let gram = product(x.clone(), x.clone().transpose());
+        let polynomial = gram.clone().mul_scalar(b) + product(gram.clone(), gram).mul_scalar(c);
+        x = x.clone().mul_scalar(a) + product(polynomial, x);
     }
     if is_tall { x.transpose() } else { x }
 }

@@ -14,6 +14,8 @@
 
 use burn::tensor::Tensor;
 
+#[cfg(feature = "cuda")]
+use super::gpu;
 use super::linear::Input;
 use super::{cpu, on_cpu};
 
@@ -32,8 +34,19 @@ pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) 
     if on_cpu(&x) {
         cpu::rms_norm::rms_norm(x, weight, norm, bf16)
     } else {
-        portable(x, weight, norm).into()
+        elsewhere(x, weight, norm, bf16)
     }
+}
+
+/// The form of a device that is not the CPU.
+fn elsewhere(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) -> Input {
+    #[cfg(feature = "cuda")]
+    if super::on_gpu(&x) {
+        return gpu::rms_norm::rms_norm(x, weight, norm, bf16).into();
+    }
+    // Only a GPU's own form makes a difference.
+    let _ = bf16;
+    portable(x, weight, norm).into()
 }
 
 pub(super) fn portable(x: Tensor<2>, weight: Tensor<2>, norm: Norm) -> Tensor<2> {
@@ -66,7 +79,9 @@ mod tests {
         assert_overflow_is_told(x, large, weight, |x, w, norm| {
             cpu::rms_norm::rms_norm(x, w, norm, false).x
         });
-        assert_overflow_is_told(on_x, on_large, on_weight, portable);
+        assert_overflow_is_told(on_x, on_large, on_weight, |x, w, norm| {
+            elsewhere(x, w, norm, false).x
+        });
     }
 
     #[test]
@@ -80,7 +95,7 @@ mod tests {
                     |inputs| {
                         cpu::rms_norm::rms_norm(inputs[0].clone(), inputs[1].clone(), norm, false).x
                     },
-                    |inputs| portable(inputs[0].clone(), inputs[1].clone(), norm),
+                    |inputs| elsewhere(inputs[0].clone(), inputs[1].clone(), norm, false).x,
                 );
             }
         }

@@ -21,6 +21,7 @@ use burn::tensor::Tensor;
 
 use super::cpu::gemm::Panels;
 use super::linear::adapted_row_lengths;
+use super::product::product;
 use super::{cpu, on_cpu};
 
 /// A matrix that answers are computed with.
@@ -151,7 +152,7 @@ fn portable(
         let (x, a) = (x.clone().slice([rows.clone(), 0..inputs]), update.a.dense());
         for (i, (part, columns)) in update.parts.iter().zip(update.columns()).enumerate() {
             let a = a.clone().slice([i * update.rank..(i + 1) * update.rank, 0..inputs]);
-            let low_rank = x.clone().matmul(a.transpose()).matmul(part.b.dense().transpose());
+            let low_rank = product(product(x.clone(), a.transpose()), part.b.dense().transpose());
             let place = [rows.clone(), part.outputs.clone()];
             let mut sum = y.clone().slice(place.clone()) + low_rank.mul_scalar(update.scale);
             if let Some(gain) = &update.gain {
@@ -172,10 +173,16 @@ mod tests {
 
     use super::*;
     use crate::ops::linear::{self, LowRank, LowRankPart};
-    use crate::ops::testing::{assert_close, on_test_device, random};
+    use crate::ops::testing::{Place, assert_close, on_flex, on_test_device, random};
     use crate::parameter::read;
 
-    fn update(seed: u64, inputs: usize, dora: bool, weight: &Tensor<2>) -> (RowUpdate, LowRank) {
+    fn update(
+        place: Place,
+        seed: u64,
+        inputs: usize,
+        dora: bool,
+        weight: &Tensor<2>,
+    ) -> (RowUpdate, LowRank) {
         let outputs = [2..7, 9..20];
         let (a, b) = (random([2 * 3, inputs], seed), random([16, 3], seed + 1));
         let magnitude = dora.then(|| random([16, 1], seed + 2).add_scalar(2.0));
@@ -187,8 +194,8 @@ mod tests {
             magnitude: magnitude.clone(),
             parts: parts.collect(),
         };
-        let dora = magnitude.map(|magnitude| [magnitude, weight.clone()]);
-        (RowUpdate::new(a, b, 0.5, outputs, dora), low_rank)
+        let dora = magnitude.map(|magnitude| [magnitude, weight.clone()].map(place));
+        (RowUpdate::new(place(a), place(b), 0.5, outputs, dora), low_rank)
     }
 
     #[test]
@@ -200,8 +207,8 @@ mod tests {
                 weight = weight.cast(FloatDType::BF16).cast(FloatDType::F32);
             }
             let (x, residual) = (random([11, inputs], 2), random([11, 23], 3));
-            let (plain, plain_low_rank) = update(10, inputs, false, &weight);
-            let (dora, dora_low_rank) = update(20, inputs, true, &weight);
+            let (plain, plain_low_rank) = update(on_flex, 10, inputs, false, &weight);
+            let (dora, dora_low_rank) = update(on_flex, 20, inputs, true, &weight);
             let groups = [(0..2, None), (2..3, Some(plain_low_rank)), (3..11, Some(dora_low_rank))];
             let expected: Vec<f32> = groups
                 .into_iter()
@@ -221,6 +228,9 @@ mod tests {
                 assert_close(name, &read(y).unwrap(), &expected);
             }
             if !bf16 {
+                let (plain, _) = update(on_test_device, 10, inputs, false, &stored);
+                let (dora, _) = update(on_test_device, 20, inputs, true, &stored);
+                let updates = [(2..3, &plain), (3..11, &dora)];
                 let [x, weight, residual] = [x, stored, residual].map(on_test_device);
                 let y = portable(x, weight, Some(residual), &updates);
                 assert_close("portable", &read(y).unwrap(), &expected);

@@ -1,7 +1,7 @@
 //! The global gradient norm, and clipping to it (Pascanu et al. 2013).
 
 use crate::error::EngineError;
-use crate::ops::squares::sum_of_squares;
+use crate::ops::squares::sums_of_squares;
 use crate::parameter::Parameters;
 
 /// Added to the norm before dividing by it, as in `torch.nn.utils.clip_grad_norm_`.
@@ -13,15 +13,14 @@ const EPSILON: f64 = 1e-6;
 /// [`EngineError::Numeric`] when there is no gradient at all; [`EngineError::Device`] when the
 /// device fails.
 pub(crate) fn global_norm(parameters: &Parameters) -> Result<f64, EngineError> {
-    let mut squares = None;
-    for gradient in parameters.trainable().filter_map(|parameter| parameter.gradient()) {
-        *squares.get_or_insert(0.0) += sum_of_squares(gradient)?;
-    }
-    squares.map(f64::sqrt).ok_or_else(|| {
-        EngineError::Numeric(
+    let gradients: Vec<_> =
+        parameters.trainable().filter_map(|parameter| parameter.gradient()).collect();
+    if gradients.is_empty() {
+        return Err(EngineError::Numeric(
             "there is no gradient to step on: no batch was seen since the last update".to_owned(),
-        )
-    })
+        ));
+    }
+    Ok(sums_of_squares(&gradients)?.into_iter().sum::<f64>().sqrt())
 }
 
 /// The factor that brings gradients of norm `norm` down to `max_norm`: 1 when they are below it,

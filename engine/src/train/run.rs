@@ -107,9 +107,12 @@ impl<'a> Run<'a> {
         let hyperparameters = &ResolvedHyperparameters { precision, ..hyperparameters.clone() };
         let start_dir = checkpoint::start_dir(request)?;
         let config = ModelConfig::read(&start_dir)?;
-        // What a GPU has free, nobody tells.
-        let available = (devices[0] == Device::cpu()).then(memory::available).flatten();
-        let replicas = devices.len();
+        // Replicas on the CPU share its memory; each GPU has its own.
+        let (replicas, available) = if devices[0].is_cpu() {
+            (devices.len(), memory::available())
+        } else {
+            (1, devices.iter().map(Device::free_memory).min().flatten())
+        };
         // The passes of pairs keep all activations.
         let may_recompute = hyperparameters.method == Method::Supervised;
         let planner =

@@ -10,7 +10,7 @@ use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
-use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters};
+use tunesmith_core::hyperparameters::{AdapterConfig, DataFacts, Hyperparameters, Quantization};
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::metrics::{RowLoss, StepMetrics};
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Note, Started, TrainRequest};
@@ -195,6 +195,8 @@ impl Bench {
         let (parsed, unknown) = Hyperparameters::parse(fields, "hyperparameters").expect("valid");
         assert!(unknown.is_empty(), "{unknown:?}");
         let facts = DataFacts { examples: self.rows, context_length: CONTEXT };
+        let hyperparameters = parsed.resolve(&facts);
+        let device = device_for(&hyperparameters.adapter);
         TrainRequest {
             job_id: "ftjob-test".into(),
             start_from: None,
@@ -203,15 +205,23 @@ impl Bench {
                 model: "tiny".to_owned(),
                 base_is_tuned: false,
                 seed: 11,
-                hyperparameters: parsed.resolve(&facts),
+                hyperparameters,
             },
             base_model_dir: self.base(),
             training_file: self.dir.path().join("train.jsonl"),
             validation_file: None,
             resume_from: None,
             output_dir,
-            device: test_device_name(),
+            device,
         }
+    }
+}
+
+/// The device that tests compute on, but for quantised weights the CPU: they are computed there only.
+pub(crate) fn device_for(adapter: &AdapterConfig) -> String {
+    match adapter.quantization {
+        Quantization::None => test_device_name(),
+        _ => "cpu".to_owned(),
     }
 }
 
