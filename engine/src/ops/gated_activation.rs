@@ -27,9 +27,9 @@ pub(super) const GELU_SCALE: f32 = 0.797_884_6;
 /// The factor on x³.
 pub(super) const GELU_CUBIC: f32 = 0.044_715;
 
-/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`. With `bf16` the CPU
-/// gives it in that, for a product that multiplies bf16; the backward pass reads gate and up rounded,
-/// and their gradient is in bf16 too.
+/// `gate_up` `[tokens, 2·width]`, gate before up, to `[tokens, width]`. With `bf16` it is
+/// given in that, for a product that multiplies bf16, but by the portable form; the backward pass reads
+/// gate and up rounded, and on the CPU their gradient is in bf16 too.
 pub(crate) fn gated_activation(gate_up: Tensor<2>, activation: Activation, bf16: bool) -> Input {
     if on_cpu(&gate_up) {
         cpu::gated_activation::gated_activation(gate_up, activation, bf16)
@@ -66,11 +66,12 @@ pub(super) fn portable(gate_up: Tensor<2>, activation: Activation) -> Tensor<2> 
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::FloatDType;
+    use burn::tensor::{DType, FloatDType};
 
     use super::*;
     use crate::ops::bf16::is_bf16;
-    use crate::ops::testing::{assert_gradients_equal, random};
+    use crate::ops::bias::add_bias;
+    use crate::ops::testing::{assert_gradients_equal, on_test_device, random};
     use crate::parameter::read;
     use cpu::gated_activation::gated_activation as cpu_form;
 
@@ -106,6 +107,25 @@ mod tests {
                 let expected = exact.iter().map(|&x| half::bf16::from_f32(x).to_f32());
                 assert_eq!(rounded, expected.collect::<Vec<_>>(), "{activation:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_bias_of_gate_and_up_has_a_gradient_in_f32_whatever_they_are_rounded_to() {
+        let [x, bias, upstream] = [[40, 64], [64, 1], [40, 32]]
+            .map(|shape| on_test_device(random(shape, shape[0] as u64)));
+        let gradient = |bf16: bool| {
+            let bias = bias.clone().autodiff().require_grad();
+            let gate_up = add_bias(x.clone().autodiff(), bias.clone());
+            let y = gated_activation(gate_up, Activation::Silu, bf16).x.cast(FloatDType::F32);
+            bias.grad(&(y * upstream.clone().autodiff()).sum().backward()).unwrap()
+        };
+        let [exact, rounded] = [false, true].map(gradient);
+        assert_eq!(rounded.dtype(), DType::F32);
+        let [exact, rounded] = [exact, rounded].map(|gradient| read(gradient).unwrap());
+        let greatest = exact.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (rounded, exact) in rounded.iter().zip(exact) {
+            assert!((rounded - exact).abs() < 1e-2 * greatest, "{rounded} {exact}");
         }
     }
 }

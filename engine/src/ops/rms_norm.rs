@@ -28,8 +28,8 @@ pub(crate) struct Norm {
     pub(crate) unit_offset: bool,
 }
 
-/// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`. With `bf16`
-/// the CPU gives it in that, for a product that multiplies bf16.
+/// Normalises each row of `x` `[tokens, width]` and scales it by `weight` `[1, width]`. With `bf16` it
+/// is given in that, for a product that multiplies bf16, but by the portable form.
 pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) -> Input {
     if on_cpu(&x) {
         cpu::rms_norm::rms_norm(x, weight, norm, bf16)

@@ -67,7 +67,7 @@ impl Backward<Cube, 1> for GatedActivation {
         let [parent] = ops.parents;
         let Some(parent) = parent else { return };
         let [rows, width] = plain::<2>(dy.clone()).dims();
-        let gradient = like_of(&kept, &[rows, 2 * width], kept.dtype);
+        let gradient = like_of(&kept, &[rows, 2 * width], DType::F32);
         let (count, threads) = thread_an_element(rows * width);
         kernels::gated_activation_backward::launch(
             &kept.client,

@@ -384,7 +384,7 @@ pub(super) fn gated_activation<X: Float, Y: Float>(
 pub(super) fn gated_activation_backward<X: Float, Y: Float>(
     kept: &[Y],
     dy: &[X],
-    gradient: &mut [Y],
+    gradient: &mut [f32],
     width: u32,
     #[comptime] is_gelu: bool,
     #[define(X, Y)] _types: [ElemType; 2],
@@ -400,8 +400,8 @@ pub(super) fn gated_activation_backward<X: Float, Y: Float>(
     let dy = f32::cast_from(dy[index]);
     let slope = slope_of(gate, is_gelu);
     let activated = activated(gate, is_gelu);
-    gradient[at] = Y::cast_from(dy * up * slope);
-    gradient[at + width] = Y::cast_from(dy * activated);
+    gradient[at] = dy * up * slope;
+    gradient[at + width] = dy * activated;
 }
 
 /// What [`crate::ops::dropout::Dropout::factor`] gives for element number `index`.

@@ -3,7 +3,7 @@
 //! [`kernels`].
 //!
 //! Products multiply bf16 where the weights are that, and f32 otherwise; sums are f32 in both. What
-//! becomes an operand of a bf16 product is written in that; gradients that meet are f32.
+//! becomes an operand of a bf16 product is written in that, and so is its gradient; all others are f32.
 
 mod cublas;
 mod kernels;
