@@ -59,13 +59,18 @@ impl Dropout {
     }
 }
 
+/// SplitMix64's constants, for [`mix`] and for a kernel that does the same.
+pub(super) const MIX_INCREMENT: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(super) const MIX_FIRST: u64 = 0xbf58_476d_1ce4_e5b9;
+pub(super) const MIX_SECOND: u64 = 0x94d0_49bb_1331_11eb;
+
 /// SplitMix64's step and finaliser (Steele, Lea and Flood 2014): a bijection whose output bits
 /// each depend on all input bits.
 #[inline]
 pub(super) fn mix(value: u64) -> u64 {
-    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let z = value.wrapping_add(MIX_INCREMENT);
+    let z = (z ^ (z >> 30)).wrapping_mul(MIX_FIRST);
+    let z = (z ^ (z >> 27)).wrapping_mul(MIX_SECOND);
     z ^ (z >> 31)
 }
 

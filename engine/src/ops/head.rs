@@ -74,19 +74,23 @@ fn elsewhere(
     portable(hidden, weight, softcap, targets)
 }
 
+/// Σ w·nll, and Σ w over the correct ones.
+pub(super) fn weighted_sums(targets: &[Target], nll: &[f64], correct: &[bool]) -> [f64; 2] {
+    let weighted = |values: &mut dyn Iterator<Item = f64>| -> f64 {
+        values.zip(targets).map(|(x, target)| x * f64::from(target.weight)).sum()
+    };
+    [weighted(&mut nll.iter().copied()), weighted(&mut correct.iter().copied().map(f64::from))]
+}
+
 pub(super) fn portable(
     hidden: Tensor<2>,
     weight: Tensor<2>,
     softcap: Option<f32>,
     targets: &[Target],
 ) -> Result<HeadLoss, EngineError> {
-    let weights: Vec<f32> = targets.iter().map(|target| target.weight).collect();
     let TokenNll { nll, values, correct } = token_nll::portable(hidden, weight, softcap, targets)?;
-    let weighted = |values: &mut dyn Iterator<Item = f64>| -> f64 {
-        values.zip(&weights).map(|(x, &w)| x * f64::from(w)).sum()
-    };
-    let weighted_nll = weighted(&mut values.iter().copied());
-    let weighted_correct = weighted(&mut correct.into_iter().map(f64::from));
+    let [weighted_nll, weighted_correct] = weighted_sums(targets, &values, &correct);
+    let weights: Vec<f32> = targets.iter().map(|target| target.weight).collect();
     let weights = TensorData::new(weights, [targets.len()]);
     let weights: Tensor<1> = Tensor::from_data(weights, &nll.device());
     let loss = (nll * weights).sum();

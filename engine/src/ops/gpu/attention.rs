@@ -14,8 +14,8 @@ use burn_cubecl::Cube;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::{
-    block_a_row, cast, contiguous, element, kernels, like_of, node, plain, primitive, product,
-    tensor, thread_an_element,
+    block_a_row, cast, contiguous, element, joined, kernels, like_of, node, plain, primitive,
+    product, tensor, thread_an_element, zeros,
 };
 use crate::batch::Segment;
 use crate::models::rope::RotaryTable;
@@ -241,7 +241,7 @@ impl Saved {
                 outputs.push(self.ungrouped(y));
             }
         }
-        let y = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 1) };
+        let y = joined(outputs, 1);
         let tokens = y.dims()[1];
         primitive(y.swap_dims(0, 1).reshape([tokens, self.heads.query_width()]))
     }
@@ -253,10 +253,11 @@ impl Saved {
         let dy = dy.reshape([tokens, self.heads.query, self.heads.dim]).swap_dims(0, 1);
         let dy: Tensor<3> = plain(contiguous(dy));
         let mut dq = Vec::new();
-        let [mut dk, mut dv] = [&self.k, &self.v].map(|x| zeros(x.dims(), &dy));
+        let none = |x: &Tensor<3>| zeros(x.dims(), DType::F32, &x.device());
+        let [mut dk, mut dv] = [&self.k, &self.v].map(none);
         for segment in &self.segments {
             let (k, v) = (Self::context(&self.k, segment), Self::context(&self.v, segment));
-            let [mut of_keys, mut of_values] = [&k, &v].map(|x| zeros(x.dims(), &dy));
+            let [mut of_keys, mut of_values] = [&k, &v].map(none);
             for block in self.blocks(segment) {
                 let [q, dy] =
                     [&self.q, &dy].map(|x| self.grouped(Self::rows(x, block.queries.clone())));
@@ -299,13 +300,8 @@ impl Saved {
                 *sum = add(total, segment.tokens.clone(), Self::rows(&part, before..all));
             }
         }
-        let dq = if dq.len() == 1 { dq.remove(0) } else { Tensor::cat(dq, 1) };
-        [dq, dk, dv]
+        [joined(dq, 1), dk, dv]
     }
-}
-
-fn zeros(dims: [usize; 3], like: &Tensor<3>) -> Tensor<3> {
-    cast(Tensor::zeros(dims, &like.device()), DType::F32)
 }
 
 /// `sum`, with `part` added to some of its rows.

@@ -9,12 +9,12 @@ use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 use burn_cubecl::Cube;
 
 use super::{
-    block_a_row, cast, contiguous, element, kernels, like_of, node, plain, primitive, product,
-    tensor,
+    block_a_row, cast, contiguous, element, joined, kernels, like_of, node, plain, primitive,
+    product, tensor, zeros,
 };
 use crate::batch::Target;
 use crate::error::EngineError;
-use crate::ops::head::HeadLoss;
+use crate::ops::head::{HeadLoss, weighted_sums};
 use crate::parameter::read;
 
 /// Targets of a chunk.
@@ -87,59 +87,49 @@ pub(in crate::ops) fn head_with_loss(
         true => Vec::new(),
         false => read(Tensor::cat(sums, 0))?,
     };
-    let mut loss = HeadSums::default();
+    let (mut nll, mut correct) = (Vec::new(), Vec::new());
     let mut rest = values.as_slice();
     for targets in targets.chunks(CHUNK) {
-        let (nll, others) = rest.split_at(targets.len());
+        let (losses, others) = rest.split_at(targets.len());
         let (margins, others) = others.split_at(targets.len());
         rest = others;
-        for ((target, &nll), &margin) in targets.iter().zip(nll).zip(margins) {
-            let weight = f64::from(target.weight);
-            loss.nll.push(f64::from(nll));
-            loss.weighted_nll += weight * f64::from(nll);
-            loss.weighted_correct += if margin >= 0.0 { weight } else { 0.0 };
-        }
+        nll.extend(losses.iter().map(|&nll| f64::from(nll)));
+        correct.extend(margins.iter().map(|&margin| margin >= 0.0));
     }
-    let sum = TensorData::new(vec![loss.weighted_nll as f32], [1]);
-    let sum = primitive(Tensor::<1>::from_data(sum, &device));
-    let sum = tensor(match step.stateful() {
+    let [weighted_nll, weighted_correct] = weighted_sums(targets, &nll, &correct);
+    let loss = TensorData::new(vec![weighted_nll as f32], [1]);
+    let loss = primitive(Tensor::<1>::from_data(loss, &device));
+    let loss = tensor(match step.stateful() {
         OpsKind::Tracked(step) => {
-            let positions: Vec<i32> = targets.iter().map(|target| target.position as i32).collect();
-            let of_hidden = (tracked[0] && !targets.is_empty()).then(|| {
-                let rows = Tensor::cat(of_rows, 0);
+            let of_hidden = tracked[0].then(|| {
+                let none = zeros([tokens, width], DType::F32, &device);
+                if targets.is_empty() {
+                    return none;
+                }
+                let positions: Vec<i32> =
+                    targets.iter().map(|target| target.position as i32).collect();
                 let positions = TensorData::new(positions, [targets.len()]);
                 let positions = Tensor::from_data(positions, (&device, DType::I32));
-                let none = cast(Tensor::zeros([tokens, width], &device), DType::F32);
+                let rows = joined(of_rows, 0);
                 none.select_assign(0, positions, rows, IndexingUpdateOp::Add)
             });
-            let absent = |dims: [usize; 2]| cast(Tensor::zeros(dims, &device), DType::F32);
-            let state = [
-                of_hidden.unwrap_or_else(|| absent([tokens, width])),
-                of_weight.unwrap_or_else(|| {
-                    absent(if tracked[1] { [vocabulary, width] } else { [1, 1] })
-                }),
-            ];
-            step.finish(state, sum)
+            let of_weight = tracked[1].then(|| {
+                of_weight.unwrap_or_else(|| zeros([vocabulary, width], DType::F32, &device))
+            });
+            step.finish([of_hidden, of_weight], loss)
         }
-        OpsKind::UnTracked(step) => step.finish(sum),
+        OpsKind::UnTracked(step) => step.finish(loss),
     });
-    let HeadSums { weighted_nll, nll, weighted_correct } = loss;
-    Ok(HeadLoss { loss: sum, weighted_nll, nll, weighted_correct })
-}
-
-#[derive(Default)]
-struct HeadSums {
-    weighted_nll: f64,
-    nll: Vec<f64>,
-    weighted_correct: f64,
+    Ok(HeadLoss { loss, weighted_nll, nll, weighted_correct })
 }
 
 #[derive(Debug)]
 struct Head;
 
 impl Backward<Cube, 2> for Head {
-    /// The gradients of the hidden state and of the weight, for an upstream gradient of 1.
-    type State = [Tensor<2>; 2];
+    /// The gradients of the hidden state and of the weight, for an upstream gradient of 1, of those
+    /// that take one.
+    type State = [Option<Tensor<2>>; 2];
 
     fn backward(
         self,
@@ -150,7 +140,7 @@ impl Backward<Cube, 2> for Head {
         let upstream: Tensor<1> = plain(gradients.consume::<Cube>(&ops.node));
         let upstream: Tensor<2> = upstream.reshape([1, 1]);
         for (parent, gradient) in ops.parents.into_iter().zip(ops.state) {
-            if let Some(parent) = parent {
+            if let (Some(parent), Some(gradient)) = (parent, gradient) {
                 gradients.register::<Cube>(parent.id, primitive(gradient * upstream.clone()));
             }
         }

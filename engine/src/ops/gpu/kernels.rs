@@ -7,6 +7,7 @@ use burn_cubecl::cubecl;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use crate::ops::dropout::{MIX_FIRST, MIX_INCREMENT, MIX_SECOND};
 use crate::ops::gated_activation::{GELU_CUBIC, GELU_SCALE};
 
 /// Threads of a block.
@@ -218,6 +219,26 @@ fn scaled(score: f32, scale: f32, cap: f32) -> f32 {
     value
 }
 
+/// The slope of [`scaled`] by λ·s, for what it gives.
+#[cube]
+fn cap_slope(score: f32, cap: f32) -> f32 {
+    let mut slope = 1.0f32;
+    if cap > 0.0f32 {
+        slope = 1.0f32 - (score / cap) * (score / cap);
+    }
+    slope
+}
+
+/// The first key that a query sees whose last is before `end`.
+#[cube]
+fn first_key(end: usize, window: u32) -> usize {
+    let mut first = 0usize;
+    if window > 0 && end > window as usize {
+        first = end - window as usize;
+    }
+    first
+}
+
 /// P of each row of products q̂·k̂ᵀ. Row r holds query `r mod queries`, whose last key is
 /// `earlier` keys after its number, and which sees `window` keys, or all where that is 0.
 #[cube(launch)]
@@ -236,10 +257,7 @@ pub(super) fn causal_softmax<S: Float, P: Float>(
     let keys = keys as usize;
     let start = row * keys;
     let end = row % queries as usize + earlier as usize + 1;
-    let mut first = 0usize;
-    if window > 0 && end > window as usize {
-        first = end - window as usize;
-    }
+    let first = first_key(end, window);
     let mut most = f32::new(-3.0e38);
     let mut i = first + UNIT_POS_X as usize;
     while i < end {
@@ -285,10 +303,7 @@ pub(super) fn causal_softmax_backward<S: Float, P: Float>(
     let keys = keys as usize;
     let start = row * keys;
     let end = row % queries as usize + earlier as usize + 1;
-    let mut first = 0usize;
-    if window > 0 && end > window as usize {
-        first = end - window as usize;
-    }
+    let first = first_key(end, window);
     let mut most = f32::new(-3.0e38);
     let mut i = first + UNIT_POS_X as usize;
     while i < end {
@@ -315,9 +330,7 @@ pub(super) fn causal_softmax_backward<S: Float, P: Float>(
             let score = scaled(f32::cast_from(products[start + i]), scale, cap);
             weight = (score - most).exp() * inverse;
             gradient = weight * (f32::cast_from(weight_gradients[start + i]) - mean) * scale;
-            if cap > 0.0f32 {
-                gradient *= 1.0f32 - (score / cap) * (score / cap);
-            }
+            gradient *= cap_slope(score, cap);
         }
         weights[start + i] = P::cast_from(weight);
         gradients[start + i] = P::cast_from(gradient);
@@ -407,9 +420,9 @@ pub(super) fn gated_activation_backward<X: Float, Y: Float>(
 /// What [`crate::ops::dropout::Dropout::factor`] gives for element number `index`.
 #[cube]
 fn dropout_factor(index: usize, stream: u64, threshold: u64, keep_scale: f32) -> f32 {
-    let mut z = stream + u64::cast_from(index) + 0x9e37_79b9_7f4a_7c15u64;
-    z = (z ^ (z >> 30u64)) * 0xbf58_476d_1ce4_e5b9u64;
-    z = (z ^ (z >> 27u64)) * 0x94d0_49bb_1331_11ebu64;
+    let mut z = stream + u64::cast_from(index) + MIX_INCREMENT;
+    z = (z ^ (z >> 30u64)) * MIX_FIRST;
+    z = (z ^ (z >> 27u64)) * MIX_SECOND;
     z = z ^ (z >> 31u64);
     let mut factor = keep_scale;
     if (z >> 32u64) < threshold {
@@ -529,9 +542,7 @@ pub(super) fn cross_entropy<Z: Float>(
         if i == id {
             gradient -= weights[row];
         }
-        if cap > 0.0f32 {
-            gradient *= 1.0f32 - (score / cap) * (score / cap);
-        }
+        gradient *= cap_slope(score, cap);
         gradients[start + i] = Z::cast_from(gradient);
         i += UNITS as usize;
     }

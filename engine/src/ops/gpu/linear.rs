@@ -15,7 +15,7 @@ use burn_cubecl::cubecl::prelude::{CubeCount, CubeDim};
 use super::kernels::{LOW_RANK_ROWS, UNITS};
 use super::{
     absent, cast, contiguous, element, kernels, like_of, node, plain, primitive, product, tensor,
-    thread_an_element,
+    thread_an_element, zeros,
 };
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::{LowRank, LowRankPart};
@@ -228,8 +228,7 @@ impl Kept {
         {
             return b;
         }
-        let spread: Tensor<2> = Tensor::zeros([outputs, parts.len() * rank], &b.device());
-        let mut spread = cast(spread, dtype);
+        let mut spread = zeros([outputs, parts.len() * rank], dtype, &b.device());
         for (i, (part, rows)) in parts.iter().zip(LowRank::b_rows(parts)).enumerate() {
             let place = [part.outputs.clone(), i * rank..(i + 1) * rank];
             spread = spread.slice_assign(place, b.clone().slice([rows, 0..*rank]));
@@ -273,9 +272,8 @@ impl Backward<Cube, 5> for Linear {
             cast(dx, x_dtype)
         });
         register(of_weight, &|| product(dy.clone().transpose(), x.clone(), DType::F32));
-        let (Some(kept), rank) = (&kept, kept.as_ref().map_or(0, |kept| kept.branch.rank)) else {
-            return;
-        };
+        let Some(kept) = &kept else { return };
+        let rank = kept.branch.rank;
         register(of_a, &|| kept.branch.gradient_of_a(&x, dz.clone().expect("made for it")));
         register(of_b, &|| {
             let z = cast(kept.z.clone(), dtype);

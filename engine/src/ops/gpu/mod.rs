@@ -18,7 +18,7 @@ pub(super) mod rms_norm;
 
 use burn::backend::Autodiff;
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
@@ -80,6 +80,16 @@ fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
         DType::BF16 => x.cast(FloatDType::BF16),
         _ => x.cast(FloatDType::F32),
     }
+}
+
+/// 0 everywhere.
+fn zeros<const D: usize>(dims: [usize; D], dtype: DType, device: &Device) -> Tensor<D> {
+    cast(Tensor::zeros(dims, device), dtype)
+}
+
+/// Some tensors one after the other along a dimension; one alone is not copied.
+fn joined<const D: usize>(mut parts: Vec<Tensor<D>>, dim: usize) -> Tensor<D> {
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, dim) }
 }
 
 /// What kernels are told of a tensor's type.

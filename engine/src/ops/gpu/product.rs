@@ -78,7 +78,7 @@ fn launch(
     launch_ref(&strategy.clone().into(), &client, a, b, y.binding(), &mut elements)
 }
 
-/// a·b of any device's tensors with autodiff, in f32.
+/// a·b with its place in the autodiff graph, in f32.
 pub(in crate::ops) fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
     let (a, b) = (node(a), node(b));
     let step = Product::<D>.prepare::<NoCheckpointing>([a.node(), b.node()]).compute_bound();
