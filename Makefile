@@ -1,6 +1,6 @@
 # What a newcomer types. Each target does its own set-up.
 
-.PHONY: demo test start-python test-rust test-black-box test-sdk check-cuda bench bench-api bench-validation lint dashboard fixtures
+.PHONY: demo test test-kernels start-python test-rust test-black-box test-sdk check-cuda bench bench-api bench-validation lint dashboard fixtures
 
 # A real model learns from the chat rows in demo/; KEEP=1 leaves the server running.
 demo:
@@ -31,6 +31,15 @@ test-sdk:
 	scripts/packages.sh test
 	cargo build --workspace --bins --examples
 	scripts/test-sdk.sh $(PYTEST_ARGS)
+
+KERNEL_TESTS := ops::adamw::tests::both ops::attention::tests::grouped ops::attention::tests::a_segment_after \
+	ops::gated_activation::tests::cpu_form ops::head::tests::weighted ops::linear::tests::dropout \
+	ops::linear::tests::quantised ops::product::tests::products_side ops::rms_norm ops::token_nll::tests::few
+
+# A GPU's kernels where there is no GPU, by Mesa's driver that computes on the CPU (Debian's package
+# mesa-vulkan-drivers), in f32: one test of each operation, as a kernel takes it seconds to compile.
+test-kernels:
+	TUNESMITH_TEST_DEVICE=wgpu cargo test -p tunesmith-engine --features wgpu --lib -- $(KERNEL_TESTS)
 
 # The features that no test builds type-check, cuda without a CUDA toolkit (about seven minutes the
 # first time).
@@ -68,9 +77,11 @@ dashboard:
 	cd dashboard && npm ci --silent && npm run --silent build
 	scripts/dashboard-digest.sh > dashboard/dist/sources.sha256
 
-# Tiny models of each family with the numbers that Hugging Face computes for them, and the GGUF
-# files of the importer's tests; committed.
+# Tiny models of each family with the numbers that Hugging Face computes for them, those of adapters,
+# optimisers and schedules, and the GGUF files of the importer's tests; committed. The scripts beside
+# these need packages that nothing else does, and say which.
 fixtures:
 	scripts/packages.sh test
 	OMP_NUM_THREADS=1 "$$(scripts/test-setup.sh)" scripts/fixtures/families.py
-	"$$(scripts/test-setup.sh)" scripts/fixtures/gguf_variants.py
+	for script in adapters optimisation gguf_types gguf_variants; do \
+		OMP_NUM_THREADS=1 "$$(scripts/test-setup.sh)" scripts/fixtures/$$script.py || exit 1; done

@@ -1,4 +1,4 @@
-//! Where a model computes: the CPU, or CUDA GPUs.
+//! Where a model computes: the CPU, or GPUs.
 
 use std::fmt;
 
@@ -24,6 +24,20 @@ enum Kind {
     Portable,
     #[cfg(feature = "cuda")]
     Cuda(usize),
+    #[cfg(feature = "wgpu")]
+    Wgpu(usize),
+}
+
+/// The GPUs that an API lists: the probe, as forcing a device that is not there panics in a thread of
+/// the runtime, while a machine without a driver lists none.
+#[cfg(feature = "gpu")]
+fn gpus(api: burn::tensor::DeviceType) -> Vec<burn::tensor::Device> {
+    use cubecl_environment::stream::{StreamPolicy, set_policy};
+
+    // One stream for all threads of the process. By itself each thread has its own, and a
+    // tensor that one changes in place may be read by another before that is done.
+    set_policy(StreamPolicy::Single);
+    burn::tensor::Device::enumerate(api).into_vec()
 }
 
 impl Device {
@@ -41,7 +55,8 @@ impl Device {
     }
 
     /// Finds the device that `name` asks for: `auto` (the first GPU, or else the CPU), `cpu`,
-    /// `cuda` (the first GPU) or `cuda:N`; for tests also `portable`, the CPU with a GPU's forms.
+    /// `cuda` (the first GPU) or `cuda:N`; for tests also `portable`, the CPU with portable forms,
+    /// and `wgpu` or `wgpu:N`, whatever computes with a GPU's forms.
     ///
     /// # Errors
     /// [`EngineError::Device`] when the name is none of these, when no such GPU is there, or when
@@ -51,16 +66,16 @@ impl Device {
             "auto" => Ok(Self::cuda(0).unwrap_or_else(|_| Self::cpu())),
             "cpu" => Ok(Self::cpu()),
             "portable" => Ok(Self::portable()),
-            "cuda" => Self::cuda(0),
-            _ => name
-                .strip_prefix("cuda:")
-                .and_then(|index| index.parse().ok())
-                .map(Self::cuda)
-                .unwrap_or_else(|| {
-                    Err(EngineError::Device(format!(
+            _ => {
+                let (api, index) = name.split_once(':').unwrap_or((name, "0"));
+                match (api, index.parse()) {
+                    ("cuda", Ok(index)) => Self::cuda(index),
+                    ("wgpu", Ok(index)) => Self::wgpu(index),
+                    _ => Err(EngineError::Device(format!(
                         "device {name:?} is unknown: use auto, cpu, cuda or cuda:N"
-                    )))
-                }),
+                    ))),
+                }
+            }
         }
     }
 
@@ -86,22 +101,15 @@ impl Device {
 
     #[cfg(feature = "cuda")]
     fn cuda(index: usize) -> Result<Self, EngineError> {
-        use burn::tensor::DeviceType;
-        use cubecl_environment::stream::{StreamPolicy, set_policy};
-
-        // One stream for all threads of the process. By itself each thread has its own, and a
-        // tensor that one changes in place may be read by another before that is done.
-        set_policy(StreamPolicy::Single);
-        // Listing is the probe: a machine without a driver lists none, while forcing a device
-        // that is not there panics in a thread of the runtime.
-        let count = burn::tensor::Device::enumerate(DeviceType::Cuda).into_vec().len();
-        if index >= count {
+        let mut found = gpus(burn::tensor::DeviceType::Cuda);
+        if index >= found.len() {
             return Err(EngineError::Device(format!(
-                "device cuda:{index} was asked for, but {count} CUDA devices were found: \
-                 check the NVIDIA driver, or use cpu"
+                "device cuda:{index} was asked for, but {} CUDA devices were found: \
+                 check the NVIDIA driver, or use cpu",
+                found.len()
             )));
         }
-        Ok(Self { burn: burn::tensor::Device::cuda(index), kind: Kind::Cuda(index) })
+        Ok(Self { burn: found.swap_remove(index), kind: Kind::Cuda(index) })
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -109,6 +117,27 @@ impl Device {
         Err(EngineError::Device(format!(
             "device cuda:{index} was asked for, but this build has no CUDA support: \
              build with `--features cuda`, or use cpu"
+        )))
+    }
+
+    #[cfg(feature = "wgpu")]
+    fn wgpu(index: usize) -> Result<Self, EngineError> {
+        let mut found = gpus(burn::tensor::DeviceType::Wgpu);
+        if index >= found.len() {
+            return Err(EngineError::Device(format!(
+                "device wgpu:{index} was asked for, but {} GPUs were found: \
+                 check the GPU's driver, or use cpu",
+                found.len()
+            )));
+        }
+        Ok(Self { burn: found.swap_remove(index), kind: Kind::Wgpu(index) })
+    }
+
+    #[cfg(not(feature = "wgpu"))]
+    fn wgpu(index: usize) -> Result<Self, EngineError> {
+        Err(EngineError::Device(format!(
+            "device wgpu:{index} was asked for, but this build has no wgpu support: \
+             build with `--features wgpu`, or use cpu"
         )))
     }
 
@@ -124,6 +153,8 @@ impl Device {
             Kind::Cpu | Kind::Portable => ops::cpu_multiplies_bf16(),
             #[cfg(feature = "cuda")]
             Kind::Cuda(_) => true,
+            #[cfg(feature = "wgpu")]
+            Kind::Wgpu(_) => false,
         };
         match asked {
             Precision::Auto if multiplies_bf16 => Precision::Bf16,
@@ -137,6 +168,8 @@ impl Device {
     pub(crate) fn free_memory(&self) -> Option<u64> {
         match self.kind {
             Kind::Cpu | Kind::Portable => None,
+            #[cfg(feature = "wgpu")]
+            Kind::Wgpu(_) => None,
             #[cfg(feature = "cuda")]
             Kind::Cuda(index) => {
                 let context = cudarc::driver::CudaContext::new(index).ok()?;
@@ -160,6 +193,8 @@ impl fmt::Display for Device {
             Kind::Portable => f.write_str("portable"),
             #[cfg(feature = "cuda")]
             Kind::Cuda(index) => write!(f, "cuda:{index}"),
+            #[cfg(feature = "wgpu")]
+            Kind::Wgpu(index) => write!(f, "wgpu:{index}"),
         }
     }
 }

@@ -4,9 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use half::bf16;
-use tunesmith_core::hyperparameters::{
-    AdapterConfig, AdapterType, Precision, Quantization, target_modules_of,
-};
+use tunesmith_core::hyperparameters::{AdapterConfig, AdapterType, Precision, target_modules_of};
 
 use super::config::ModelConfig;
 use super::decoder::{AdaptedModule, Adapter, Decoder, HeadNorms, Layer, Projection};
@@ -35,12 +33,6 @@ pub(crate) fn load(
         AdapterType::Lora => Some(Lora::new(adapter, seed)?),
         AdapterType::Full => None,
     };
-    if adapter.quantization != Quantization::None && !device.is_cpu() {
-        return Err(EngineError::Adapter(format!(
-            "quantized weights are computed on the CPU only: set adapter.quantization to \"none\" \
-             to train on {device}, or train on the device cpu"
-        )));
-    }
     let loader = Loader {
         weights: WeightFiles::open(dir)?,
         parameters: Parameters::new(bf16),
@@ -478,6 +470,8 @@ const HEAD: &str = "lm_head.weight";
 
 #[cfg(test)]
 mod tests {
+    use tunesmith_core::hyperparameters::Quantization;
+
     use super::*;
     use crate::batch::Batch;
     use crate::ops::dropout::DropoutKey;

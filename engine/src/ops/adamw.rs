@@ -11,7 +11,7 @@
 
 use burn::tensor::Tensor;
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 use super::gpu;
 use super::{cpu, on_cpu};
 use crate::optim::adamw::AdamWParams;
@@ -77,7 +77,7 @@ fn elsewhere(
     second: &mut Tensor<2>,
     step: &Step,
 ) -> Tensor<2> {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&value) {
         return gpu::adamw::adamw(value, gradient, first, second, step);
     }

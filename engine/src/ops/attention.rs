@@ -24,7 +24,7 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, Tensor, TensorData, activation};
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 use super::gpu;
 use super::product::product;
 use super::{cpu, on_cpu};
@@ -108,7 +108,7 @@ fn elsewhere(
     segments: &[Segment],
     rotary: &RotaryTable,
 ) -> Tensor<2> {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&qkv) {
         return gpu::attention::attention(qkv, heads, scores, segments, rotary);
     }

@@ -46,7 +46,7 @@ impl Dropout {
 
     /// The stream of masks, what an element's random bits are compared with, and 1 / (1 − p): for a
     /// kernel that draws as [`Dropout::factor`] does.
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     pub(super) fn constants(self) -> (u64, u64, f32) {
         (self.stream, self.threshold, self.keep_scale)
     }

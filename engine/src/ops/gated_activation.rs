@@ -16,7 +16,7 @@
 
 use burn::tensor::{Tensor, activation};
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 use super::gpu;
 use super::linear::Input;
 use super::{cpu, on_cpu};
@@ -39,9 +39,9 @@ pub(crate) fn gated_activation(gate_up: Tensor<2>, activation: Activation, bf16:
 }
 
 /// The form of a device that is not the CPU.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "portable y is f32"))]
+#[cfg_attr(not(feature = "gpu"), expect(unused_variables, reason = "portable y is f32"))]
 fn elsewhere(gate_up: Tensor<2>, activation: Activation, bf16: bool) -> Input {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&gate_up) {
         return gpu::gated_activation::gated_activation(gate_up, activation, bf16).into();
     }

@@ -14,7 +14,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 use super::gpu;
 use super::token_nll::{self, TokenNll};
 use super::{cpu, on_cpu};
@@ -67,7 +67,7 @@ fn elsewhere(
     softcap: Option<f32>,
     targets: &[Target],
 ) -> Result<HeadLoss, EngineError> {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&hidden) {
         return gpu::head::head_with_loss(hidden, weight, softcap, targets);
     }

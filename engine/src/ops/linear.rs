@@ -39,7 +39,7 @@ use burn::tensor::{FloatDType, Tensor, TensorData};
 use super::bf16::{matmul, to_bf16};
 use super::cpu::again::Again;
 use super::dropout::Dropout;
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 use super::gpu;
 use super::product::product;
 use super::quantized::QuantizedMatrix;
@@ -133,16 +133,14 @@ pub(super) fn elsewhere(
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&x) {
         let has_magnitudes = low_rank.as_ref().is_some_and(|low_rank| low_rank.magnitude.is_some());
-        return match weight {
-            Weight::Dense(weight) if !has_magnitudes => {
-                gpu::linear::linear(x, *weight, residual, low_rank)
-            }
+        if has_magnitudes {
             // The portable form reads f32.
-            weight => portable(x.cast(FloatDType::F32), weight, residual, low_rank),
-        };
+            return portable(x.cast(FloatDType::F32), weight, residual, low_rank);
+        }
+        return gpu::linear::linear(x, weight, residual, low_rank);
     }
     portable(x, weight, residual, low_rank)
 }

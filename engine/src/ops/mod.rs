@@ -5,7 +5,7 @@
 //! with its own backward pass, which the CPU takes. Activations are matrices `[tokens, width]`.
 
 mod cpu;
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 mod gpu;
 
 pub(crate) mod adafactor;
@@ -56,7 +56,7 @@ pub(crate) fn cpu_multiplies_bf16() -> bool {
 }
 
 /// Whether a GPU's own forms apply to `tensor`.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 fn on_gpu<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.device() != Device::flex()
 }

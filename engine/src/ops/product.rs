@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 
 /// a·b; f32 on a GPU, and elsewhere of the operands' type.
 pub(crate) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&a) {
         return super::gpu::product::matmul(a, b);
     }

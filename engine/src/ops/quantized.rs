@@ -8,18 +8,23 @@
 //! scales is left out: a weight takes 8.5 or 4.5 bits.
 //!
 //! On the CPU nothing ever holds the whole matrix as numbers again: products decode the part that
-//! they are packing.
+//! they are packing. A GPU decodes one matrix at a time.
+
+#[cfg(feature = "gpu")]
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 use tunesmith_core::hyperparameters::Quantization;
 
 use super::cpu::gemm::Decode;
+#[cfg(feature = "gpu")]
+use super::gpu;
 
 /// Weights to a scale.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// The 16 values of NF4 (Dettmers et al. 2023, appendix E), as bitsandbytes has them in f32.
-const NF4: [f32; 16] = [
+pub(super) const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -66,7 +71,7 @@ impl BlockFormat {
         }
     }
 
-    fn row_bytes(self, columns: usize) -> usize {
+    pub(super) fn row_bytes(self, columns: usize) -> usize {
         match self {
             Self::Int8 => columns,
             // A block of an odd length, at the end of a row, leaves half a byte.
@@ -83,12 +88,40 @@ pub(crate) struct QuantizedMatrix {
     codes: Vec<u8>,
     /// The greatest magnitude of each block.
     scales: Vec<f32>,
+    /// The same on the GPUs that have computed with it.
+    #[cfg(feature = "gpu")]
+    on_gpus: Mutex<Vec<gpu::quantized::Blocks>>,
 }
 
 impl QuantizedMatrix {
     /// A matrix without rows, `columns` wide.
     pub(crate) fn new(format: BlockFormat, columns: usize) -> Self {
-        Self { format, columns, codes: Vec::new(), scales: Vec::new() }
+        Self {
+            format,
+            columns,
+            codes: Vec::new(),
+            scales: Vec::new(),
+            #[cfg(feature = "gpu")]
+            on_gpus: Mutex::default(),
+        }
+    }
+
+    /// Its blocks in the memory of a GPU, to which they are sent once.
+    #[cfg(feature = "gpu")]
+    pub(super) fn on_gpu(&self, device: &burn::tensor::Device) -> gpu::quantized::Blocks {
+        let mut on_gpus = self.on_gpus.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(blocks) = on_gpus.iter().find(|blocks| blocks.is_on(device)) {
+            return blocks.clone();
+        }
+        let blocks = gpu::quantized::Blocks::new(&self.codes, &self.scales, device);
+        on_gpus.push(blocks.clone());
+        blocks
+    }
+
+    /// How its codes become numbers.
+    #[cfg(feature = "gpu")]
+    pub(super) fn format(&self) -> BlockFormat {
+        self.format
     }
 
     /// Appends the rows that `values` holds. Every value must be finite.

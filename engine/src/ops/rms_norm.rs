@@ -14,7 +14,7 @@
 
 use burn::tensor::Tensor;
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 use super::gpu;
 use super::linear::Input;
 use super::{cpu, on_cpu};
@@ -39,9 +39,9 @@ pub(crate) fn rms_norm(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) 
 }
 
 /// The form of a device that is not the CPU.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "portable y is f32"))]
+#[cfg_attr(not(feature = "gpu"), expect(unused_variables, reason = "portable y is f32"))]
 fn elsewhere(x: Tensor<2>, weight: Tensor<2>, norm: Norm, bf16: bool) -> Input {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     if super::on_gpu(&x) {
         return gpu::rms_norm::rms_norm(x, weight, norm, bf16).into();
     }

@@ -10,12 +10,14 @@
 //!
 //! for the upstream gradient u of that target. Where [`super::head`] knows each target's weight
 //! beforehand, here it is known only once the values are: a preference loss weighs the tokens of an
-//! answer by how the whole answer compares with another. The CPU form goes through the targets in
-//! chunks, so that the `[tokens, vocabulary]` logits are never stored.
+//! answer by how the whole answer compares with another. The forms of CPU and GPU go through the
+//! targets in chunks, so that the `[tokens, vocabulary]` logits are never stored.
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::bf16::matmul;
+#[cfg(feature = "gpu")]
+use super::gpu;
 use super::head::soft_capped;
 use super::{cpu, on_cpu};
 use crate::batch::Target;
@@ -48,8 +50,22 @@ pub(crate) fn token_nll(
     if on_cpu(&hidden) {
         Ok(cpu::token_nll::token_nll(hidden, weight, softcap, targets))
     } else {
-        portable(hidden, weight, softcap, targets)
+        elsewhere(hidden, weight, softcap, targets)
     }
+}
+
+/// The form of a device that is not the CPU.
+fn elsewhere(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    softcap: Option<f32>,
+    targets: &[Target],
+) -> Result<TokenNll, EngineError> {
+    #[cfg(feature = "gpu")]
+    if super::on_gpu(&hidden) {
+        return gpu::token_nll::token_nll(hidden, weight, softcap, targets);
+    }
+    portable(hidden, weight, softcap, targets)
 }
 
 pub(super) fn portable(
@@ -81,7 +97,7 @@ pub(super) fn portable(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{assert_close, random};
+    use crate::ops::testing::{Place, assert_close, on_flex, on_test_device, random};
 
     type Form = fn(Tensor<2>, Tensor<2>, Option<f32>, &[Target]) -> Result<TokenNll, EngineError>;
 
@@ -107,13 +123,17 @@ mod tests {
     /// Values, the gradients of Σ uᵢ·nllᵢ for u of both signs, and the correct ones.
     fn run(
         form: Form,
+        place: Place,
         softcap: Option<f32>,
         targets: &[Target],
         tracked: [bool; 2],
     ) -> (TokenNll, [Option<Vec<f32>>; 2]) {
         let tokens = targets.len() + 2;
-        let hidden = random([tokens, 9], 1).mul_scalar(2.0).autodiff().set_require_grad(tracked[0]);
-        let weight = random([37, 9], 2).mul_scalar(2.0).autodiff().set_require_grad(tracked[1]);
+        let input = |shape, seed, tracked| {
+            place(random(shape, seed).mul_scalar(2.0)).autodiff().set_require_grad(tracked)
+        };
+        let hidden = input([tokens, 9], 1, tracked[0]);
+        let weight = input([37, 9], 2, tracked[1]);
         let head = form(hidden.clone(), weight.clone(), softcap, targets).unwrap();
         let upstream: Vec<f32> = (0..targets.len()).map(|i| [-2.5, 0.3, 0.0, 1.0][i % 4]).collect();
         let upstream: Tensor<1> = Tensor::from_data(
@@ -129,9 +149,10 @@ mod tests {
 
     fn assert_forms_equal(softcap: Option<f32>, count: usize) {
         let targets = targets(count);
-        let (expected, [expected_dh, expected_dw]) = run(portable, softcap, &targets, [true, true]);
+        let (expected, [expected_dh, expected_dw]) =
+            run(elsewhere, on_test_device, softcap, &targets, [true, true]);
         for tracked in [[true, true], [true, false], [false, true]] {
-            let (head, [dh, dw]) = run(cpu_form, softcap, &targets, tracked);
+            let (head, [dh, dw]) = run(cpu_form, on_flex, softcap, &targets, tracked);
             assert_close("nll", &read(head.nll).unwrap(), &read(expected.nll.clone()).unwrap());
             let values: Vec<f32> = head.values.iter().map(|&value| value as f32).collect();
             let of_graph: Vec<f32> = expected.values.iter().map(|&value| value as f32).collect();
@@ -164,7 +185,7 @@ mod tests {
     #[test]
     fn values_are_those_of_the_definition_in_f64() {
         let targets = targets(5);
-        let (head, _) = run(cpu_form, None, &targets, [true, true]);
+        let (head, _) = run(cpu_form, on_flex, None, &targets, [true, true]);
         let hidden = read(random([7, 9], 1).mul_scalar(2.0)).unwrap();
         let weight = read(random([37, 9], 2).mul_scalar(2.0)).unwrap();
         for (target, value) in targets.iter().zip(head.values) {

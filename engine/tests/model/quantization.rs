@@ -6,8 +6,9 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 use tunesmith_core::hyperparameters::{AdapterConfig, Precision, Quantization};
-use tunesmith_engine::{AdamWParams, Batch, Device, DropoutKey, TrainableModel};
+use tunesmith_engine::{AdamWParams, Batch, DropoutKey, TrainableModel};
 
+use crate::device::test_device;
 use crate::reference::examples;
 use crate::reference_training::start_from_reference;
 use crate::support::{
@@ -57,7 +58,7 @@ fn quantised_tiny(quantization: Quantization) -> TempDir {
 }
 
 fn load(dir: &Path, adapter: &AdapterConfig) -> TrainableModel {
-    TrainableModel::load(dir, adapter, 5, &Device::cpu()).unwrap()
+    TrainableModel::load(dir, adapter, 5, &test_device()).unwrap()
 }
 
 /// Losses of ten updates, and the logits after them.
@@ -117,7 +118,7 @@ fn weight_that_is_no_number_is_not_quantised() {
         }
     });
     let adapter = AdapterConfig { quantization: Quantization::Nf4, ..AdapterConfig::default() };
-    let error = TrainableModel::load(dir.path(), &adapter, 0, &Device::cpu()).unwrap_err();
+    let error = TrainableModel::load(dir.path(), &adapter, 0, &test_device()).unwrap_err();
     assert!(error.to_string().contains(name), "{error}");
 }
 
@@ -126,9 +127,9 @@ fn weight_that_is_no_number_is_not_quantised() {
 /// bits give back of the weights.
 fn greatest_errors(quantization: Quantization, precision: Precision) -> (f64, f64) {
     let adapter = AdapterConfig { r: 8, alpha: 16.0, quantization, ..AdapterConfig::default() };
-    let cpu = Device::cpu();
+    let device = test_device();
     let model =
-        TrainableModel::load_with_precision(&smollm2(), &adapter, 0, &cpu, precision).unwrap();
+        TrainableModel::load_with_precision(&smollm2(), &adapter, 0, &device, precision).unwrap();
     let mut model = start_from_reference(model);
     let reference = reference("adapters/quantized_lora.json");
     let word = serde_json::to_value(quantization).unwrap();

@@ -3,7 +3,8 @@
 use tunesmith_engine::Device;
 
 /// The device that `TUNESMITH_TEST_DEVICE` names, `cpu` unless it is set. `cuda` or `cuda:N` runs
-/// the suite on a GPU; `portable` runs what a GPU runs on the CPU.
+/// the suite on a GPU; `portable` runs the portable forms on the CPU, and `wgpu` a GPU's kernels where
+/// there is any driver for them.
 pub(crate) fn test_device() -> Device {
     Device::parse(&test_device_name()).unwrap()
 }

@@ -9,11 +9,11 @@ use tunesmith_core::dataset::{Message, Role};
 use tunesmith_core::hyperparameters::{AdapterConfig, Quantization};
 use tunesmith_engine::export::export_merged;
 use tunesmith_engine::sample::{self, answer};
-use tunesmith_engine::{Device, NamedTensor, TrainableModel};
+use tunesmith_engine::{NamedTensor, TrainableModel};
 
 use crate::device::test_device;
 use crate::support::{
-    Bench, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, device_for, finish,
+    Bench, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUE_HEADS, LAYERS, finish,
     read_safetensors, weights,
 };
 
@@ -25,8 +25,7 @@ fn logits(model: &TrainableModel) -> Vec<f32> {
 }
 
 fn load(dir: &Path, adapter: &AdapterConfig) -> TrainableModel {
-    let device = Device::parse(&device_for(adapter)).expect("a device");
-    TrainableModel::load(dir, adapter, 0, &device).expect("a model")
+    TrainableModel::load(dir, adapter, 0, &test_device()).expect("a model")
 }
 
 fn json_file(path: &Path) -> Value {

@@ -12,7 +12,9 @@ use tunesmith_core::dataset::{
 };
 use tunesmith_core::hyperparameters::AdapterConfig;
 use tunesmith_engine::import::import_source;
-use tunesmith_engine::{Device, ModelConfig, TrainableModel};
+use tunesmith_engine::{ModelConfig, TrainableModel};
+
+use crate::device::test_device;
 
 const FAMILIES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"];
 
@@ -32,7 +34,7 @@ fn imported(name: &str) -> TempDir {
 
 fn logits(dir: &Path) -> Vec<f32> {
     let model =
-        TrainableModel::load(dir, &AdapterConfig::full(), 0, &Device::cpu()).expect("a model");
+        TrainableModel::load(dir, &AdapterConfig::full(), 0, &test_device()).expect("a model");
     let ids: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % 300).collect();
     model.logits(&ids, &(0..ids.len()).collect::<Vec<_>>()).expect("logits").concat()
 }

@@ -10,7 +10,7 @@ use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
-use tunesmith_core::hyperparameters::{AdapterConfig, DataFacts, Hyperparameters, Quantization};
+use tunesmith_core::hyperparameters::{DataFacts, Hyperparameters};
 use tunesmith_core::job::TrainSpec;
 use tunesmith_core::metrics::{RowLoss, StepMetrics};
 use tunesmith_core::protocol::{CheckpointWritten, FromTrainer, Note, Started, TrainRequest};
@@ -196,7 +196,6 @@ impl Bench {
         assert!(unknown.is_empty(), "{unknown:?}");
         let facts = DataFacts { examples: self.rows, context_length: CONTEXT };
         let hyperparameters = parsed.resolve(&facts);
-        let device = device_for(&hyperparameters.adapter);
         TrainRequest {
             job_id: "ftjob-test".into(),
             start_from: None,
@@ -212,16 +211,8 @@ impl Bench {
             validation_file: None,
             resume_from: None,
             output_dir,
-            device,
+            device: test_device_name(),
         }
-    }
-}
-
-/// The device that tests compute on, but for quantised weights the CPU: they are computed there only.
-pub(crate) fn device_for(adapter: &AdapterConfig) -> String {
-    match adapter.quantization {
-        Quantization::None => test_device_name(),
-        _ => "cpu".to_owned(),
     }
 }
 

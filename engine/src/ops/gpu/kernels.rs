@@ -12,24 +12,22 @@ use crate::ops::gated_activation::{GELU_CUBIC, GELU_SCALE};
 
 /// Threads of a block.
 pub(super) const UNITS: u32 = 256;
-/// Threads that sum without shared memory.
-const PLANE: u32 = 32;
-const PLANES: u32 = UNITS / PLANE;
+/// The most groups of them that sum without shared memory: a GPU has 8 threads or more in one.
+const MOST_PLANES: u32 = UNITS / 8;
 /// Rows that a thread of [`add_low_rank`] goes through with its column of the factor.
 pub(super) const LOW_RANK_ROWS: u32 = 32;
 
 /// The sum of every thread's value, for all of them.
 #[cube]
 fn sum_of_block(value: f32) -> f32 {
-    let mut parts = Shared::<[f32]>::new_slice(comptime!(PLANES as usize));
+    let mut parts = Shared::<[f32]>::new_slice(comptime!(MOST_PLANES as usize));
     let sum = plane_sum(value);
-    let lane = UNIT_POS_X % PLANE;
-    if lane == 0 {
-        parts[(UNIT_POS_X / PLANE) as usize] = sum;
+    if UNIT_POS_X % PLANE_DIM == 0 {
+        parts[(UNIT_POS_X / PLANE_DIM) as usize] = sum;
     }
     sync_cube();
     let mut total = 0.0f32;
-    for i in 0..comptime!(PLANES as usize) {
+    for i in 0..(UNITS / PLANE_DIM) as usize {
         total += parts[i];
     }
     sync_cube();
@@ -39,15 +37,14 @@ fn sum_of_block(value: f32) -> f32 {
 /// The greatest of every thread's values, for all of them.
 #[cube]
 fn greatest_of_block(value: f32) -> f32 {
-    let mut parts = Shared::<[f32]>::new_slice(comptime!(PLANES as usize));
+    let mut parts = Shared::<[f32]>::new_slice(comptime!(MOST_PLANES as usize));
     let most = plane_max(value);
-    let lane = UNIT_POS_X % PLANE;
-    if lane == 0 {
-        parts[(UNIT_POS_X / PLANE) as usize] = most;
+    if UNIT_POS_X % PLANE_DIM == 0 {
+        parts[(UNIT_POS_X / PLANE_DIM) as usize] = most;
     }
     sync_cube();
     let mut total = parts[0];
-    for i in 1..comptime!(PLANES as usize) {
+    for i in 1..(UNITS / PLANE_DIM) as usize {
         total = max(total, parts[i]);
     }
     sync_cube();
@@ -494,6 +491,44 @@ pub(super) fn add_low_rank<Z: Float>(
             sum *= dropout_factor(at, stream, threshold, keep_scale);
         }
         y[at] += sum;
+    }
+}
+
+/// The numbers that a matrix's codes stand for. A byte is a number of −127 to 127, or two codes of
+/// `values`, the first in its upper half; each `block` of a row has a scale.
+#[cube(launch)]
+pub(super) fn decode_blocks<Y: Float>(
+    codes: &[u32],
+    scales: &[f32],
+    values: &[f32],
+    y: &mut [Y],
+    columns: u32,
+    row_bytes: u32,
+    block: u32,
+    #[comptime] is_nf4: bool,
+    #[define(Y)] _type: ElemType,
+) {
+    let index = ABSOLUTE_POS;
+    if index >= y.len() {
+        terminate!();
+    }
+    let columns = columns as usize;
+    let block = block as usize;
+    let (row, column) = (index / columns, index % columns);
+    let blocks = (columns + block - 1) / block;
+    let scale = scales[row * blocks + column / block];
+    let in_row = if comptime!(is_nf4) { column / 2 } else { column };
+    let byte = row * row_bytes as usize + in_row;
+    let code = (codes[byte / 4] >> (8 * (byte % 4) as u32)) & 255;
+    if comptime!(is_nf4) {
+        let shift = 4 * (1 - column % 2) as u32;
+        y[index] = Y::cast_from(values[((code >> shift) & 15) as usize] * scale);
+    } else {
+        let mut number = f32::cast_from(code);
+        if code > 127 {
+            number -= 256.0f32;
+        }
+        y[index] = Y::cast_from(number * (scale / 127.0f32));
     }
 }
 

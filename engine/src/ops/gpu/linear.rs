@@ -1,4 +1,4 @@
-//! GPU form of [`crate::ops::linear`]: of dense weights, without DoRA.
+//! GPU form of [`crate::ops::linear`], without DoRA.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,25 +8,31 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use burn_cubecl::Cube;
 use burn_cubecl::cubecl::prelude::{CubeCount, CubeDim};
 
 use super::kernels::{LOW_RANK_ROWS, UNITS};
+use super::quantized::decoded;
 use super::{
     absent, cast, contiguous, element, kernels, like_of, node, plain, primitive, product, tensor,
     thread_an_element, zeros,
 };
 use crate::ops::dropout::Dropout;
-use crate::ops::linear::{LowRank, LowRankPart};
+use crate::ops::linear::{LowRank, LowRankPart, Weight};
+use crate::ops::quantized::QuantizedMatrix;
 
 pub(in crate::ops) fn linear(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: Weight,
     residual: Option<Tensor<2>>,
     low_rank: Option<LowRank>,
 ) -> Tensor<2> {
-    let (x, weight) = (node(x), node(weight));
+    let x = node(x);
+    let (weight, blocks) = match weight {
+        Weight::Dense(weight) => (node(*weight), None),
+        Weight::Quantized { matrix, bf16 } => (absent(&x), Some((matrix, bf16))),
+    };
     let (residual, is_residual) = match residual {
         Some(residual) => (node(residual), true),
         None => (absent(&x), false),
@@ -44,10 +50,16 @@ pub(in crate::ops) fn linear(
         .compute_bound();
     let [x, weight, residual, a, b]: [Tensor<2>; 5] =
         [x, weight, residual, a, b].map(|operand| plain(operand.into_primitive()));
+    let weight = match blocks {
+        None => Matrix::Dense(weight),
+        Some((matrix, bf16)) => {
+            let dtype = if bf16 { DType::BF16 } else { DType::F32 };
+            Matrix::Blocks { matrix, dtype, device: x.device() }
+        }
+    };
     let x_dtype = x.dtype();
-    let dtype = weight.dtype();
-    let x = cast(x, dtype);
-    let mut y = product(x.clone(), weight.clone().transpose(), DType::F32);
+    let x = cast(x, weight.dtype());
+    let mut y = product(x.clone(), weight.numbers().transpose(), DType::F32);
     if is_residual {
         y = y + cast(residual, DType::F32);
     }
@@ -137,6 +149,43 @@ fn add_low_rank(
 #[derive(Debug)]
 struct Linear;
 
+/// W.
+#[derive(Debug, Clone)]
+enum Matrix {
+    Dense(Tensor<2>),
+    /// As `dtype` on `device`, once decoded.
+    Blocks {
+        matrix: Arc<QuantizedMatrix>,
+        dtype: DType,
+        device: Device,
+    },
+}
+
+impl Matrix {
+    fn dtype(&self) -> DType {
+        match self {
+            Self::Dense(weight) => weight.dtype(),
+            Self::Blocks { dtype, .. } => *dtype,
+        }
+    }
+
+    /// Rows of W.
+    fn outputs(&self) -> usize {
+        match self {
+            Self::Dense(weight) => weight.dims()[0],
+            Self::Blocks { matrix, .. } => matrix.dims()[0],
+        }
+    }
+
+    /// W as products take it.
+    fn numbers(&self) -> Tensor<2> {
+        match self {
+            Self::Dense(weight) => weight.clone(),
+            Self::Blocks { matrix, dtype, device } => decoded(matrix, *dtype, device),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Branch {
     scale: f32,
@@ -205,7 +254,7 @@ struct Saved {
     x: Tensor<2>,
     /// As it came.
     x_dtype: DType,
-    weight: Tensor<2>,
+    weight: Matrix,
     kept: Option<Kept>,
 }
 
@@ -259,13 +308,13 @@ impl Backward<Cube, 5> for Linear {
         register(of_residual, &|| cast(dy.clone(), DType::F32));
         let dtype = weight.dtype();
         let dy = cast(dy, dtype);
-        let outputs = weight.dims()[0];
+        let outputs = weight.outputs();
         let dz = kept.as_ref().filter(|_| of_x.is_some() || of_a.is_some()).map(|kept| {
             let spread = kept.spread(outputs, dtype);
             product(dy.clone(), spread, DType::F32).mul_scalar(kept.branch.scale)
         });
         register(of_x, &|| {
-            let mut dx = product(dy.clone(), weight.clone(), DType::F32);
+            let mut dx = product(dy.clone(), weight.numbers(), DType::F32);
             if let (Some(kept), Some(dz)) = (&kept, &dz) {
                 dx = kept.branch.add_to_dx(dx, dz, &kept.a);
             }

@@ -5,6 +5,7 @@
 //! Products multiply bf16 where the weights are that, and f32 otherwise; sums are f32 in both. What
 //! becomes an operand of a bf16 product is written in that, and so is its gradient; all others are f32.
 
+#[cfg(feature = "cuda")]
 mod cublas;
 mod kernels;
 
@@ -14,7 +15,9 @@ pub(super) mod gated_activation;
 pub(super) mod head;
 pub(super) mod linear;
 pub(crate) mod product;
+pub(super) mod quantized;
 pub(super) mod rms_norm;
+pub(super) mod token_nll;
 
 use burn::backend::Autodiff;
 use burn::backend::tensor::FloatTensor;

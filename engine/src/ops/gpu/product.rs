@@ -24,7 +24,9 @@ use cubek::matmul::multi_level::routines::batch::simple_unit::SimpleUnitSelectio
 use cubek::matmul::routine::BlueprintStrategy::Inferred;
 use cubek::std::InputBinding;
 
-use super::{cast, cublas, node, plain, primitive, tensor};
+#[cfg(feature = "cuda")]
+use super::cublas;
+use super::{cast, node, plain, primitive, tensor};
 
 /// a·b, without autodiff, as `out`.
 ///
@@ -33,6 +35,7 @@ use super::{cast, cublas, node, plain, primitive, tensor};
 pub(super) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>, out: DType) -> Tensor<D> {
     let (a, b) = (primitive(a), primitive(b));
     let y = init_matmul_output(&a, &b, out);
+    #[cfg(feature = "cuda")]
     if cublas::multiply(&a, &b, &y) {
         return plain(y);
     }
