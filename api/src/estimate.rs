@@ -2,8 +2,8 @@
 
 use schemars::JsonSchema;
 use serde::Serialize;
-use tunesmith_core::dataset::FileReport;
-use tunesmith_core::hyperparameters::{Precision, ResolvedHyperparameters};
+use tunesmith_core::dataset::{Bin, FileReport, Shape, TokenCounts};
+use tunesmith_core::hyperparameters::{Method, Precision, ResolvedHyperparameters};
 use tunesmith_core::memory::{MemoryEstimate, ModelSize, PassSize, Size, TOKENS_PER_PASS};
 use tunesmith_store::base_models::BaseModel;
 use tunesmith_store::metrics::TrainingSpeed;
@@ -74,6 +74,7 @@ pub(crate) fn estimates(
     base: &BaseModel,
     resolved: &ResolvedHyperparameters,
     training: &FileReport,
+    validation: Option<&FileReport>,
     speed: Option<TrainingSpeed>,
     prices: &Prices,
 ) -> Estimates {
@@ -90,7 +91,7 @@ pub(crate) fn estimates(
     let time = time(tokens.value, speed, base);
     Estimates {
         cost: cost(tokens.value, time.value, prices),
-        memory: memory(base, resolved, training),
+        memory: memory(base, resolved, training, validation),
         steps,
         tokens,
         time,
@@ -142,15 +143,28 @@ fn time(tokens: Option<f64>, speed: Option<TrainingSpeed>, base: &BaseModel) -> 
     }
 }
 
-fn memory(base: &BaseModel, resolved: &ResolvedHyperparameters, training: &FileReport) -> Memory {
+fn memory(
+    base: &BaseModel,
+    resolved: &ResolvedHyperparameters,
+    training: &FileReport,
+    validation: Option<&FileReport>,
+) -> Memory {
     let Some(size) = ModelSize::from_config(&base.config) else {
         let basis = format!("The config.json of {} does not say every size.", base.name);
         return Memory { peak_bytes: None, parts: None, basis };
     };
-    let counts = training.tokens.as_ref();
-    let longest = counts.map_or(0, |counts| counts.longest.min(counts.max_seq_length));
+    let together = if resolved.packing { resolved.batch_size } else { 1 };
+    let largest = |file: &FileReport, examples: u64| {
+        let counts = file.tokens.as_ref();
+        counts.map_or(0, |counts| tokens_of_a_pass(counts, file.shape, resolved.method, examples))
+    };
+    let measured = match validation {
+        Some(file) => largest(file, file.examples as u64),
+        None => largest(training, resolved.held_out_rows(training.examples) as u64),
+    };
     let pass = PassSize {
-        tokens: TOKENS_PER_PASS.max(longest) as u64,
+        tokens: largest(training, together),
+        measured_tokens: measured,
         several: resolved.rows_per_step() > 1,
         recompute: false,
     };
@@ -173,6 +187,34 @@ fn memory(base: &BaseModel, resolved: &ResolvedHyperparameters, training: &FileR
     }
 }
 
+/// The most tokens in a pass of `examples` examples of a file.
+fn tokens_of_a_pass(
+    counts: &TokenCounts,
+    shape: Option<Shape>,
+    method: Method,
+    examples: u64,
+) -> u64 {
+    if examples == 0 {
+        return 0;
+    }
+    // Of a pair each answer is cut by itself, with its prompt.
+    let parts = if method == Method::Dpo { 2 } else { 1 };
+    let longest = counts.longest.min(parts * counts.max_seq_length) as u64;
+    let together = if shape == Some(Shape::Text) {
+        // Its windows, which the histogram does not know.
+        examples * longest
+    } else {
+        let mut left = examples;
+        let of_bin = |bin: &Bin| {
+            let taken = left.min(bin.rows as u64);
+            left -= taken;
+            taken * bin.up_to.min(longest)
+        };
+        counts.histogram.iter().rev().map(of_bin).sum()
+    };
+    together.min(TOKENS_PER_PASS as u64).max(longest)
+}
+
 fn cost(tokens: Option<f64>, seconds: Option<f64>, prices: &Prices) -> Cost {
     let currency = prices.currency.clone();
     let (amount, basis) = match (prices.per_million_tokens, prices.per_gpu_hour) {
@@ -192,6 +234,25 @@ fn cost(tokens: Option<f64>, seconds: Option<f64>, prices: &Prices) -> Cost {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pass_has_the_longest_rows_together_and_no_more_than_a_pass_may() {
+        let bin = |up_to, rows| Bin { up_to, rows };
+        let counts = TokenCounts {
+            max_seq_length: 512,
+            longest: 700,
+            histogram: vec![bin(64, 90), bin(128, 7), bin(1024, 2)],
+            ..TokenCounts::default()
+        };
+        let of = |shape, method, examples| tokens_of_a_pass(&counts, shape, method, examples);
+        let chats = |examples| of(Some(Shape::Chat), Method::Supervised, examples);
+        assert_eq!([0, 1, 2, 4].map(chats), [0, 512, 1024, 1024 + 2 * 128]);
+        assert_eq!(chats(100), TOKENS_PER_PASS as u64);
+        // The two answers of a pair are cut one by one.
+        assert_eq!(of(Some(Shape::Preference), Method::Dpo, 2), 1400);
+        // A text may train in any number of windows.
+        assert_eq!(of(Some(Shape::Text), Method::Supervised, 3), 3 * 512);
+    }
 
     #[test]
     fn cost_follows_the_price_that_is_set() {

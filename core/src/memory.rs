@@ -45,8 +45,10 @@ pub struct ModelSize {
 /// How a run cuts its steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PassSize {
-    /// The most tokens in one pass.
+    /// The most tokens in one pass that trains.
     pub tokens: u64,
+    /// The most tokens in one pass that only measures.
+    pub measured_tokens: u64,
     /// Whether a step may have several passes, whose gradients are summed.
     pub several: bool,
     /// Whether the backward pass computes each layer again.
@@ -97,6 +99,9 @@ impl MemoryEstimate {
             (false, false) => activations.saturating_sub(gradients),
             (false, true) => activations.max(gradients),
         };
+        // An evaluation comes between steps, when no gradients are held.
+        let activations =
+            activations.max(size.forward(pass.measured_tokens).saturating_sub(gradients));
         let frozen = if bf16 { BF16 } else { F32 };
         let base = match hyperparameters.adapter.quantization.bits() {
             Some(bits) => {
@@ -327,6 +332,16 @@ impl ModelSize {
         pass.tokens * (kept + gradients) + head + head_gradient + rounded
     }
 
+    /// Bytes that a pass holds which leaves nothing for a backward pass.
+    fn forward(&self, tokens: u64) -> u64 {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        // The residual stream before and after a layer, and within it the widest that there is at
+        // a time.
+        let attention = hidden + 2 * (self.query_width + self.key_value_width) + self.query_width;
+        let numbers = 2 * hidden + attention.max(hidden + 3 * inner);
+        tokens * F32 * numbers + F32 * CHUNK_LOGITS.min(tokens * self.vocab_size)
+    }
+
     /// Weights of which a pass holds a copy in bf16 while what trains is f32.
     fn rounded_weights(&self, trained: &Trained, pass: PassSize) -> u64 {
         let head = if trained.vocabulary { self.vocab_size * self.hidden_size } else { 0 };
@@ -369,7 +384,7 @@ mod tests {
     }
 
     fn estimate_with(fields: &serde_json::Value, tokens: u64, recompute: bool) -> MemoryEstimate {
-        let pass = PassSize { tokens, several: false, recompute };
+        let pass = PassSize { tokens, measured_tokens: 0, several: false, recompute };
         MemoryEstimate::new(&SMOLLM2_135M, &resolved(fields), pass)
     }
 
@@ -477,7 +492,7 @@ mod tests {
     #[test]
     fn quantised_projections_take_their_bits_and_the_rest_is_as_it_was() {
         let mut resolved = resolved(&serde_json::json!({"precision": "fp32"}));
-        let pass = PassSize { tokens: 1, several: false, recompute: false };
+        let pass = PassSize { tokens: 1, measured_tokens: 0, several: false, recompute: false };
         let whole = MemoryEstimate::new(&SMOLLM2_135M, &resolved, pass);
         // 30 layers of q, k, v and o, and of gate, up and down.
         let projections = 30 * (576 * (2 * 576 + 2 * 192) + 3 * 576 * 1536);

@@ -36,8 +36,8 @@ pub struct OptimizerState {
 /// A decoder with what training needs: gradients, an optimiser, and names for the outside.
 ///
 /// All numbers are f32, except sums of losses and of squared gradients, which are f64, and what
-/// [`TrainableModel::load_with_precision`] keeps in bf16. The same
-/// calls on the same device with the same number of threads give bit-equal results.
+/// [`TrainableModel::load_with_precision`] keeps in bf16. The same calls on the same device give
+/// bit-equal results, whatever the number of threads.
 #[derive(Debug)]
 pub struct TrainableModel {
     decoder: Arc<Decoder>,
@@ -170,16 +170,24 @@ impl TrainableModel {
         dropout_key: DropoutKey,
     ) -> Result<(BatchOutcome, Vec<f64>), EngineError> {
         self.check(batch)?;
-        if self.gradient_checkpointing {
-            let Self { decoder, parameters, .. } = self;
-            let check = |head: &HeadLoss| Ok((outcome(head, batch)?, head.nll.clone()));
-            return decoder.backward_recomputed(parameters, batch, scale, dropout_key, check);
-        }
-        let head = self.decoder.loss(&self.parameters, batch, Some(dropout_key))?;
-        let outcome = outcome(&head, batch)?;
-        let mut gradients = head.loss.mul_scalar(scale).backward();
-        self.parameters.accumulate(&mut gradients);
-        Ok((outcome, head.nll))
+        self.backward(batch, dropout_key, |decoder, parameters, hidden| {
+            let head = decoder.head_loss(parameters, hidden, batch)?;
+            let outcome = outcome(&head, batch)?;
+            Ok((head.loss.mul_scalar(scale), (outcome, head.nll)))
+        })
+    }
+
+    /// Adds the gradients of a batch's loss, which `loss` makes of the final hidden states, to the
+    /// accumulated ones; where it fails, they are as before.
+    pub(crate) fn backward<T>(
+        &mut self,
+        batch: &Batch,
+        dropout: DropoutKey,
+        loss: impl FnOnce(&Decoder, &Parameters, Tensor<2>) -> Result<(Tensor<1>, T), EngineError>,
+    ) -> Result<T, EngineError> {
+        let Self { decoder, parameters, gradient_checkpointing: recompute, .. } = self;
+        let loss = |parameters: &Parameters, hidden| loss(decoder, parameters, hidden);
+        decoder.backward(parameters, batch, dropout, *recompute, loss)
     }
 
     /// The batch's loss and accuracy, without gradients and without dropout.
@@ -371,10 +379,6 @@ impl TrainableModel {
 
     pub(crate) fn parameters(&self) -> &Parameters {
         &self.parameters
-    }
-
-    pub(crate) fn parameters_mut(&mut self) -> &mut Parameters {
-        &mut self.parameters
     }
 
     fn check(&self, batch: &Batch) -> Result<(), EngineError> {

@@ -196,8 +196,14 @@ impl Preview {
         let resolved = asked_for.resolve(&facts);
         self.hyperparameters = Some(resolved.to_wire());
         let speed = state.store.training_speed(&base.id, &resolved).await?;
-        self.estimates =
-            Some(estimate::estimates(&base, &resolved, training, speed, &state.prices));
+        self.estimates = Some(estimate::estimates(
+            &base,
+            &resolved,
+            training,
+            self.validation_file.as_ref(),
+            speed,
+            &state.prices,
+        ));
         Ok(())
     }
 

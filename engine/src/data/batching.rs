@@ -32,6 +32,20 @@ impl Batching {
     /// beginning come together, where the first of them stands.
     #[must_use]
     pub fn micro_batches(&self, rows: &[TokenizedRow], numbers: &[usize]) -> Vec<Batch> {
+        self.passes(rows, numbers).iter().map(Pass::batch).collect()
+    }
+
+    /// How many tokens each of them has.
+    pub(crate) fn sizes(&self, rows: &[TokenizedRow], numbers: &[usize]) -> Vec<usize> {
+        self.passes(rows, numbers).iter().map(Pass::tokens).collect()
+    }
+
+    /// Passes that only measure: nothing in them is random, and only their tokens are limited.
+    pub(crate) fn measuring(self) -> Self {
+        Self { batch_size: usize::MAX, packing: true, share_prefixes: true, ..self }
+    }
+
+    fn passes<'a>(&self, rows: &'a [TokenizedRow], numbers: &[usize]) -> Vec<Pass<'a>> {
         let batch_size = if self.packing { self.batch_size } else { 1 };
         let mut passes: Vec<Pass<'_>> = Vec::new();
         for group in numbers.chunks(batch_size) {
@@ -44,7 +58,7 @@ impl Batching {
             }
             passes.push(pass);
         }
-        passes.iter().map(Pass::batch).collect()
+        passes
     }
 }
 
@@ -115,6 +129,11 @@ impl<'a> Pass<'a> {
             };
         }
         tokens
+    }
+
+    /// Tokens to compute.
+    fn tokens(&self) -> usize {
+        self.families.iter().map(|family| family.tokens(family.shared)).sum()
     }
 
     fn push(&mut self, sequence: Sequence<'a>) {

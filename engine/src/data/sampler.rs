@@ -48,26 +48,49 @@ impl Sampler {
         let (epoch, step) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let start = step as usize * self.rows_per_step;
         let end = (start + self.rows_per_step).min(self.rows);
+        self.order_of(epoch)[start..end].to_vec()
+    }
+
+    /// The rows of each of the first `steps` steps; an epoch's order is drawn once.
+    pub fn steps(&self, steps: u64) -> impl Iterator<Item = Vec<usize>> {
+        let (sampler, per_epoch) = (*self, self.steps_per_epoch());
+        (0..steps.div_ceil(per_epoch))
+            .flat_map(move |epoch| {
+                let order = sampler.order_of(epoch);
+                let steps = order.chunks(sampler.rows_per_step).map(<[usize]>::to_vec);
+                steps.collect::<Vec<_>>()
+            })
+            .take(steps as usize)
+    }
+
+    /// All rows, in the order of an epoch.
+    fn order_of(&self, epoch: u64) -> Vec<usize> {
         match self.order {
-            RowOrder::File => (start..end).collect(),
-            RowOrder::Shuffled => {
-                shuffled(self.rows, self.seed, Purpose::Epoch(epoch))[start..end].to_vec()
-            }
+            RowOrder::File => (0..self.rows).collect(),
+            RowOrder::Shuffled => shuffled(self.rows, self.seed, Purpose::Epoch(epoch)),
         }
     }
 }
 
-/// Splits `rows` rows into those that train and `held_out` that validate, each in file order.
+/// Splits rows into those that train and `held_out` that validate, each in file order. `parts` says
+/// how many rows each text gave: these stay together, but for those of one text at most, of which the
+/// last ones validate. A text that both trained and validated would look better than it is.
 #[must_use]
-pub fn split(rows: usize, held_out: usize, seed: u64) -> (Vec<usize>, Vec<usize>) {
-    let order = shuffled(rows, seed, Purpose::Split);
-    let (train, valid) = order.split_at(rows - held_out);
-    let sorted = |part: &[usize]| {
-        let mut part = part.to_vec();
-        part.sort_unstable();
-        part
-    };
-    (sorted(train), sorted(valid))
+pub fn split(parts: &[usize], held_out: usize, seed: u64) -> (Vec<usize>, Vec<usize>) {
+    let mut ends = Vec::with_capacity(parts.len());
+    let mut rows = 0;
+    for part in parts {
+        rows += part;
+        ends.push(rows);
+    }
+    let mut validates = vec![false; rows];
+    let mut missing = held_out;
+    for text in shuffled(parts.len(), seed, Purpose::Split).into_iter().rev() {
+        let taken = parts[text].min(missing);
+        validates[ends[text] - taken..ends[text]].fill(true);
+        missing -= taken;
+    }
+    (0..rows).partition(|&row| !validates[row])
 }
 
 /// The numbers `0..rows` in a random order (Fisher and Yates).
@@ -160,6 +183,17 @@ mod tests {
     }
 
     #[test]
+    fn all_steps_at_once_are_the_steps_one_by_one() {
+        for order in [RowOrder::Shuffled, RowOrder::File] {
+            let sampler = Sampler { order, ..sampler(13, 4) };
+            for steps in [0, 1, 4, 5, 11] {
+                let one_by_one = (0..steps).map(|step| sampler.rows_of_step(step));
+                assert!(sampler.steps(steps).eq(one_by_one), "{steps} steps");
+            }
+        }
+    }
+
+    #[test]
     fn file_order_is_the_files() {
         let sampler = Sampler { order: RowOrder::File, ..sampler(5, 2) };
         assert_eq!(rows_of_epoch(&sampler, 1), [0, 1, 2, 3, 4]);
@@ -167,12 +201,35 @@ mod tests {
 
     #[test]
     fn a_split_parts_the_rows_by_the_seed() {
-        let (train, valid) = split(20, 5, 1);
+        let (train, valid) = split(&[1; 20], 5, 1);
         assert_eq!((train.len(), valid.len()), (15, 5));
         let mut all = [train, valid.clone()].concat();
         all.sort_unstable();
         assert_eq!(all, (0..20).collect::<Vec<_>>());
-        assert_ne!(split(20, 5, 2).1, valid);
-        assert_eq!(split(3, 0, 1), (vec![0, 1, 2], vec![]));
+        assert_ne!(split(&[1; 20], 5, 2).1, valid);
+        assert_eq!(split(&[1; 3], 0, 1), (vec![0, 1, 2], vec![]));
+    }
+
+    #[test]
+    fn windows_of_a_text_stay_together_when_rows_are_split() {
+        let parts = [4, 1, 7, 3, 5];
+        let mut torn = 0;
+        for seed in 0..20 {
+            let (train, valid) = split(&parts, 6, seed);
+            assert_eq!((train.len(), valid.len()), (14, 6));
+            let mut start = 0;
+            for part in parts {
+                let held_out: Vec<usize> =
+                    (start..start + part).filter(|row| valid.contains(row)).collect();
+                start += part;
+                if !held_out.is_empty() && held_out.len() < part {
+                    torn += 1;
+                    // Its end, in one piece.
+                    assert_eq!(held_out, (start - held_out.len()..start).collect::<Vec<_>>());
+                }
+            }
+        }
+        assert!((1..=20).contains(&torn), "{torn} torn in 20");
+        assert_eq!(split(&[5], 2, 1), (vec![0, 1, 2], vec![3, 4]));
     }
 }

@@ -257,7 +257,7 @@ impl Decoder {
     }
 
     /// The loss of a batch whose final hidden states are `hidden`.
-    pub(super) fn head_loss(
+    pub(crate) fn head_loss(
         &self,
         parameters: &Parameters,
         hidden: Tensor<2>,
@@ -294,7 +294,16 @@ impl Decoder {
         targets: &[Target],
         dropout: Option<DropoutKey>,
     ) -> Result<TokenNll, EngineError> {
-        let hidden = self.hidden(parameters, batch, dropout, |_| {});
+        self.nll_of(parameters, self.hidden(parameters, batch, dropout, |_| {}), targets)
+    }
+
+    /// The same of a batch whose final hidden states are `hidden`.
+    pub(crate) fn nll_of(
+        &self,
+        parameters: &Parameters,
+        hidden: Tensor<2>,
+        targets: &[Target],
+    ) -> Result<TokenNll, EngineError> {
         token_nll(hidden, parameters.weight(self.head), self.final_softcap(), targets)
     }
 

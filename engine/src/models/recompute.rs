@@ -12,19 +12,34 @@ use super::decoder::{Decoder, Pass};
 use crate::batch::Batch;
 use crate::error::EngineError;
 use crate::ops::dropout::DropoutKey;
-use crate::ops::head::HeadLoss;
 use crate::parameter::Parameters;
 
 impl Decoder {
-    /// Adds the gradients of `scale` · the batch's loss to the accumulated ones, once `check` has
-    /// found the loss in order.
-    pub(crate) fn backward_recomputed<T>(
+    /// Adds the gradients of a batch's loss to the accumulated ones. `loss` makes it of the final
+    /// hidden states, with what else is then known; where it fails, the gradients are as before.
+    pub(crate) fn backward<T>(
         &self,
         parameters: &mut Parameters,
         batch: &Batch,
-        scale: f64,
         dropout: DropoutKey,
-        check: impl FnOnce(&HeadLoss) -> Result<T, EngineError>,
+        recompute: bool,
+        loss: impl FnOnce(&Parameters, Tensor<2>) -> Result<(Tensor<1>, T), EngineError>,
+    ) -> Result<T, EngineError> {
+        if recompute {
+            return self.backward_recomputed(parameters, batch, dropout, loss);
+        }
+        let hidden = self.hidden(parameters, batch, Some(dropout), |_| {});
+        let (loss, found) = loss(parameters, hidden)?;
+        parameters.accumulate(&mut loss.backward());
+        Ok(found)
+    }
+
+    fn backward_recomputed<T>(
+        &self,
+        parameters: &mut Parameters,
+        batch: &Batch,
+        dropout: DropoutKey,
+        loss: impl FnOnce(&Parameters, Tensor<2>) -> Result<(Tensor<1>, T), EngineError>,
     ) -> Result<T, EngineError> {
         let pass = Pass::new(self, batch, Some(dropout));
         let constants = parameters.frozen();
@@ -41,11 +56,10 @@ impl Decoder {
 
         let output = leaf(x);
         let hidden = self.final_norm(parameters, output.clone());
-        let head = self.head_loss(parameters, hidden, batch)?;
-        let checked = check(&head)?;
+        let (loss, found) = loss(parameters, hidden)?;
         // The head's part waits for the embedding's, which may be the same matrix: that the two are
         // added first and then to what was accumulated is part of the bits.
-        let mut head_gradients = head.loss.mul_scalar(scale).backward();
+        let mut head_gradients = loss.backward();
         let mut gradient = take(&output, &mut head_gradients);
         for (layer, input) in (first..self.num_layers()).zip(inputs).rev() {
             let input = leaf(input);
@@ -61,7 +75,7 @@ impl Decoder {
         } else {
             parameters.accumulate(&mut head_gradients);
         }
-        Ok(checked)
+        Ok(found)
     }
 }
 

@@ -47,7 +47,7 @@ impl PairBatch {
         share_prompts: bool,
     ) -> Self {
         let mut whole = Self {
-            batch: Batch { rows: numbers.to_vec(), ..Batch::default() },
+            batch: Batch::default(),
             targets: Vec::new(),
             places: Vec::new(),
             pairs: numbers.to_vec(),
@@ -63,6 +63,8 @@ impl PairBatch {
                 whole.batch.weights.extend(std::iter::repeat_n(prompt_weight, shared));
                 whole.batch.segments.push(Segment::whole(prefix.clone()));
             }
+            // Of each sequence: noise is drawn by the row, and a pair's answers have the same.
+            whole.batch.rows.extend([number; 2]);
             let place = |side| Place { pair, side, in_answer: true };
             whole.append(chosen, &prefix, place(Side::Chosen), prompt_weight);
             whole.append(rejected, &prefix, place(Side::Rejected), 0.0);
@@ -104,26 +106,20 @@ impl PairBatch {
         batching: &Batching,
         objective: &Objective,
     ) -> Vec<Self> {
-        let batch_size = if batching.packing { batching.batch_size } else { 1 };
-        let mut groups: Vec<Vec<usize>> = Vec::new();
-        for chunk in numbers.chunks(batch_size) {
-            let mut room = 0;
-            for &number in chunk {
-                let pair = &pairs[number];
-                let shared = if batching.share_prefixes { shared_tokens(pair) } else { 0 };
-                let tokens = tokens(pair) - shared;
-                match groups.last_mut() {
-                    Some(group) if room >= tokens => group.push(number),
-                    _ => {
-                        room = batching.tokens_per_pass.max(tokens);
-                        groups.push(vec![number]);
-                    }
-                }
-                room -= tokens;
-            }
-        }
         let share_prompts = batching.share_prefixes;
-        groups.iter().map(|group| Self::new(pairs, group, objective, share_prompts)).collect()
+        groups(pairs, numbers, batching)
+            .iter()
+            .map(|(group, _)| Self::new(pairs, group, objective, share_prompts))
+            .collect()
+    }
+
+    /// How many tokens each of these has.
+    pub(crate) fn sizes(
+        pairs: &[TokenizedPair],
+        numbers: &[usize],
+        batching: &Batching,
+    ) -> Vec<usize> {
+        groups(pairs, numbers, batching).into_iter().map(|(_, tokens)| tokens).collect()
     }
 
     /// The pairs' numbers in the data set.
@@ -139,6 +135,36 @@ impl PairBatch {
         let chosen = chosen.filter(|(_, place)| place.side == Side::Chosen);
         chosen.map(|(target, _)| f64::from(target.weight)).sum()
     }
+}
+
+/// The numbers of the pairs of each pass, and the tokens that are then computed.
+fn groups(
+    pairs: &[TokenizedPair],
+    numbers: &[usize],
+    batching: &Batching,
+) -> Vec<(Vec<usize>, usize)> {
+    let batch_size = if batching.packing { batching.batch_size } else { 1 };
+    let mut groups: Vec<(Vec<usize>, usize)> = Vec::new();
+    for chunk in numbers.chunks(batch_size) {
+        let mut room = 0;
+        for &number in chunk {
+            let pair = &pairs[number];
+            let shared = if batching.share_prefixes { shared_tokens(pair) } else { 0 };
+            let tokens = tokens(pair) - shared;
+            match groups.last_mut() {
+                Some((group, all)) if room >= tokens => {
+                    group.push(number);
+                    *all += tokens;
+                }
+                _ => {
+                    room = batching.tokens_per_pass.max(tokens);
+                    groups.push((vec![number], tokens));
+                }
+            }
+            room -= tokens;
+        }
+    }
+    groups
 }
 
 /// Tokens of both answers, each with its prompt.

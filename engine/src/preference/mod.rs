@@ -110,28 +110,23 @@ impl TrainableModel {
         dropout_key: DropoutKey,
     ) -> Result<PairOutcome, EngineError> {
         self.check_pairs(batch)?;
-        let nll = self.decoder().token_nll(
-            self.parameters(),
-            &batch.batch,
-            &batch.targets,
-            Some(dropout_key),
-        )?;
-        let (losses, outcome) = losses(batch, &nll, objective, references)?;
-        // d loss / d nll of each target, where nll is −log p.
-        let slopes = batch.places.iter().zip(&batch.targets).map(|(place, target)| {
-            let loss = &losses[place.pair];
-            let (compared, learned) = match place.side {
-                Side::Chosen => (-loss.d_chosen, f64::from(target.weight) * scale.chosen),
-                Side::Rejected => (-loss.d_rejected, 0.0),
-            };
-            let compared = if place.in_answer { compared * scale.pair } else { 0.0 };
-            (compared + learned) as f32
-        });
-        let slopes = TensorData::new(slopes.collect::<Vec<f32>>(), [batch.targets.len()]);
-        let slopes = Tensor::<1>::from_data(slopes, &nll.nll.device().inner()).autodiff();
-        let mut gradients = (nll.nll * slopes).sum().backward();
-        self.parameters_mut().accumulate(&mut gradients);
-        Ok(outcome)
+        self.backward(&batch.batch, dropout_key, |decoder, parameters, hidden| {
+            let nll = decoder.nll_of(parameters, hidden, &batch.targets)?;
+            let (losses, outcome) = losses(batch, &nll, objective, references)?;
+            // d loss / d nll of each target, where nll is −log p.
+            let slopes = batch.places.iter().zip(&batch.targets).map(|(place, target)| {
+                let loss = &losses[place.pair];
+                let (compared, learned) = match place.side {
+                    Side::Chosen => (-loss.d_chosen, f64::from(target.weight) * scale.chosen),
+                    Side::Rejected => (-loss.d_rejected, 0.0),
+                };
+                let compared = if place.in_answer { compared * scale.pair } else { 0.0 };
+                (compared + learned) as f32
+            });
+            let slopes = TensorData::new(slopes.collect::<Vec<f32>>(), [batch.targets.len()]);
+            let slopes = Tensor::<1>::from_data(slopes, &nll.nll.device().inner()).autodiff();
+            Ok(((nll.nll * slopes).sum(), outcome))
+        })
     }
 
     fn pair_nll(&self, batch: &PairBatch) -> Result<TokenNll, EngineError> {

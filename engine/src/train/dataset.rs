@@ -12,7 +12,6 @@ use tunesmith_core::protocol::TrainRequest;
 
 use crate::data::sampler;
 use crate::error::EngineError;
-use crate::preference::tokens;
 
 /// The request's parameters, by which an error names the file.
 const TRAINING_FILE: &str = "training_file";
@@ -32,11 +31,6 @@ impl Dataset<TokenizedRow> {
         Self::load_with(request, tokenize_windows)
     }
 
-    /// Tokens of the longest sequence of a row: what cannot be parted.
-    pub(super) fn longest_row(&self) -> usize {
-        self.train.iter().chain(&self.valid).map(TokenizedRow::longest_sequence).max().unwrap_or(0)
-    }
-
     /// Rows that were cut at the sequence length.
     pub(super) fn truncated(&self) -> usize {
         self.train.iter().chain(&self.valid).filter(|row| row.truncated).count()
@@ -44,11 +38,6 @@ impl Dataset<TokenizedRow> {
 }
 
 impl Dataset<TokenizedPair> {
-    /// Tokens of the longest pair, both answers with their prompt.
-    pub(super) fn longest_row(&self) -> usize {
-        self.train.iter().chain(&self.valid).map(tokens).max().unwrap_or(0)
-    }
-
     pub(super) fn load_pairs(request: &TrainRequest) -> Result<Self, EngineError> {
         Self::load_with(request, |tokenizer, row, options, param| {
             tokenize_pair(tokenizer, row, options, param).map(|pair| vec![pair])
@@ -60,31 +49,40 @@ impl Dataset<TokenizedPair> {
 type Tokenize<R> = fn(&ChatTokenizer, &Row, &TokenizeOptions, &str) -> Result<Vec<R>, ApiError>;
 
 impl<R> Dataset<R> {
+    /// The greatest of what `tokens` says of each row; 0 without rows.
+    pub(super) fn longest(&self, tokens: impl Fn(&R) -> usize) -> usize {
+        self.train.iter().chain(&self.valid).map(tokens).max().unwrap_or(0)
+    }
+
     fn load_with(request: &TrainRequest, tokenize: Tokenize<R>) -> Result<Self, EngineError> {
         let hyperparameters = &request.spec.hyperparameters;
         let tokenizer = ChatTokenizer::from_dir(&request.base_model_dir).map_err(|error| {
             EngineError::Model(format!("{}: {error}", request.base_model_dir.display()))
         })?;
         let options = TokenizeOptions::from(hyperparameters);
-        let load = |path: &Path, param: &str| -> Result<Vec<R>, EngineError> {
+        // With how many rows each text gave.
+        let load = |path: &Path, param: &str| -> Result<(Vec<R>, Vec<usize>), EngineError> {
             let file = File::open(path).map_err(EngineError::io(path))?;
             let is_text =
                 path.file_name().is_some_and(|name| is_text_name(&name.to_string_lossy()));
             let read = ReadOptions { method: Some(hyperparameters.method), is_text, param };
             let rows = read_rows_with(file, &read)?;
             let mut tokenized = Vec::with_capacity(rows.rows.len());
+            let mut parts = Vec::with_capacity(rows.rows.len());
             for row in &rows.rows {
-                tokenized.extend(tokenize(&tokenizer, row, &options, param)?);
+                let part = tokenize(&tokenizer, row, &options, param)?;
+                parts.push(part.len());
+                tokenized.extend(part);
             }
-            Ok(tokenized)
+            Ok((tokenized, parts))
         };
-        let rows = load(&request.training_file, TRAINING_FILE)?;
+        let (rows, parts) = load(&request.training_file, TRAINING_FILE)?;
         let mut valid = match &request.validation_file {
-            Some(file) => load(file, VALIDATION_FILE)?,
+            Some(file) => load(file, VALIDATION_FILE)?.0,
             None => Vec::new(),
         };
         let held_out = hyperparameters.held_out_rows(rows.len());
-        let (_, held_out) = sampler::split(rows.len(), held_out, request.spec.seed);
+        let (_, held_out) = sampler::split(&parts, held_out, request.spec.seed);
         let mut train = Vec::with_capacity(rows.len() - held_out.len());
         for (number, row) in rows.into_iter().enumerate() {
             let part =

@@ -45,15 +45,9 @@ pub(super) struct ValidationSet {
 }
 
 impl ValidationSet {
-    pub(super) fn new(rows: &[TokenizedRow], tokens_per_pass: usize) -> Self {
+    pub(super) fn new(rows: &[TokenizedRow], batching: &Batching) -> Self {
         let all: Vec<usize> = (0..rows.len()).collect();
-        let batching = Batching {
-            batch_size: usize::MAX,
-            packing: true,
-            share_prefixes: true,
-            tokens_per_pass,
-        };
-        Self { batches: batching.micro_batches(rows, &all) }
+        Self { batches: batching.measuring().micro_batches(rows, &all) }
     }
 
     /// The mean over all rows; `None` when there is no row, or when `stop` is set on the way.

@@ -7,6 +7,7 @@ use tunesmith_core::errors::{ApiError, ErrorCode};
 use tunesmith_core::hyperparameters::{AdapterType, Quantization, ResolvedHyperparameters};
 use tunesmith_core::memory::{MemoryEstimate, PassSize, Size};
 
+use super::pass_sizes::LargestPasses;
 use crate::error::EngineError;
 use crate::models::config::ModelConfig;
 
@@ -33,8 +34,6 @@ pub(super) struct Planner<'a> {
     pub(super) hyperparameters: &'a ResolvedHyperparameters,
     /// Passes that run at a time.
     pub(super) replicas: usize,
-    /// Whether the backward pass may compute layers again.
-    pub(super) may_recompute: bool,
     /// Bytes that are free; None where nobody can tell.
     pub(super) available: Option<u64>,
 }
@@ -42,7 +41,8 @@ pub(super) struct Planner<'a> {
 impl Planner<'_> {
     /// The largest passes of at most `tokens_per_pass` tokens that fit, and rather smaller ones
     /// than layers that are computed again. The size of a pass decides how sums are rounded, so a
-    /// run that goes on keeps the one that it began with: `fixed`.
+    /// run that goes on keeps the one that it began with: `fixed`. `largest` tells what passes a
+    /// limit gives.
     ///
     /// # Errors
     /// `out_of_memory` with the numbers, when not even the longest row fits by itself.
@@ -51,6 +51,7 @@ impl Planner<'_> {
         tokens_per_pass: usize,
         longest_row: usize,
         fixed: Option<usize>,
+        largest: impl Fn(usize) -> LargestPasses,
     ) -> Result<Plan, EngineError> {
         let sizes: Vec<usize> = match fixed {
             Some(tokens) => vec![tokens],
@@ -58,17 +59,15 @@ impl Planner<'_> {
                 .take_while(|&tokens| tokens >= MIN_TOKENS_PER_PASS.min(tokens_per_pass).max(1))
                 .collect(),
         };
-        let ways = if self.may_recompute { &[false, true][..] } else { &[false] };
-        let plans = ways.iter().flat_map(|&recompute| {
-            sizes.iter().map(move |&tokens_per_pass| (tokens_per_pass, recompute))
-        });
         let mut least = None;
-        for (tokens_per_pass, recompute) in plans {
-            let estimate = self.estimate(tokens_per_pass.max(longest_row), recompute);
-            if self.fits(&estimate) {
-                return Ok(Plan { tokens_per_pass, recompute, estimate });
+        for recompute in [false, true] {
+            for &tokens_per_pass in &sizes {
+                let estimate = self.estimate(largest(tokens_per_pass), recompute);
+                if self.fits(&estimate) {
+                    return Ok(Plan { tokens_per_pass, recompute, estimate });
+                }
+                least = Some(estimate);
             }
-            least = Some(estimate);
         }
         match least {
             Some(estimate) => Err(self.refusal(&estimate, longest_row)),
@@ -81,14 +80,19 @@ impl Planner<'_> {
     /// # Errors
     /// As [`Planner::plan`].
     pub(super) fn check_weights(&self) -> Result<(), EngineError> {
-        let estimate = self.estimate(1, self.may_recompute);
+        let estimate = self.estimate(LargestPasses { trained: 1, measured: 1 }, true);
         if self.fits(&estimate) { Ok(()) } else { Err(self.refusal(&estimate, 1)) }
     }
 
-    fn estimate(&self, tokens: usize, recompute: bool) -> MemoryEstimate {
+    fn estimate(&self, largest: LargestPasses, recompute: bool) -> MemoryEstimate {
         let several = self.hyperparameters.gradient_accumulation_steps > 1
             || self.hyperparameters.batch_size > 1;
-        let pass = PassSize { tokens: (tokens * self.replicas) as u64, several, recompute };
+        let pass = PassSize {
+            tokens: (largest.trained * self.replicas) as u64,
+            measured_tokens: largest.measured as u64,
+            several,
+            recompute,
+        };
         MemoryEstimate::new(&self.config.size(), self.hyperparameters, pass)
     }
 
@@ -124,17 +128,30 @@ pub(crate) fn usable(available: u64) -> u64 {
 }
 
 /// Bytes that this process may still take: what the machine has available, or what is left of the
-/// limit of its control group. None where the system does not say.
+/// limit of its control group, or of one above. None where the system does not say.
 pub(crate) fn available() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_of(&text));
     let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
         let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        let dir = Path::new("/sys/fs/cgroup").join(path);
-        let number = |file: &str| fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok();
-        let (limit, used): (u64, u64) = (number("memory.max")?, number("memory.current")?);
-        Some(limit.saturating_sub(used))
+        left_of_groups(Path::new("/sys/fs/cgroup"), Path::new(path))
     });
     [machine, group].into_iter().flatten().min()
+}
+
+/// The least that is left of the limits of a control group below `root` and of those above it.
+fn left_of_groups(root: &Path, group: &Path) -> Option<u64> {
+    let left = |dir: &Path| {
+        let read = |file: &str| fs::read_to_string(root.join(dir).join(file)).ok();
+        let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+        // Pages of files that nobody has read lately go when others are asked for; they are counted
+        // as used, and a worker has just written a model's files.
+        let files = read("memory.stat").and_then(|stat| {
+            stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok())
+        });
+        let used = number("memory.current")?.saturating_sub(files.unwrap_or(0));
+        Some(number("memory.max")?.saturating_sub(used))
+    };
+    group.ancestors().filter_map(left).min()
 }
 
 /// `MemAvailable` of `/proc/meminfo`, in bytes.
@@ -173,19 +190,31 @@ mod tests {
             config: &config(),
             hyperparameters: &hyperparameters(adapter),
             replicas: 1,
-            may_recompute: true,
             available,
         })
     }
 
+    /// Rows of up to 300 tokens, of which some fill any pass.
     fn plan(available: Option<u64>, fixed: Option<usize>) -> Result<Plan, EngineError> {
-        planned(AdapterConfig::default(), available, |planner| planner.plan(2048, 300, fixed))
+        plan_for(available, fixed, |tokens| tokens.max(300))
+    }
+
+    fn plan_for(
+        available: Option<u64>,
+        fixed: Option<usize>,
+        trained: fn(usize) -> usize,
+    ) -> Result<Plan, EngineError> {
+        let largest = |tokens| LargestPasses { trained: trained(tokens), measured: 0 };
+        planned(AdapterConfig::default(), available, |planner| {
+            planner.plan(2048, 300, fixed, largest)
+        })
     }
 
     /// The bytes that a pass of so many tokens needs.
     fn needed(tokens: usize, recompute: bool) -> Option<u64> {
+        let largest = LargestPasses { trained: tokens, measured: 0 };
         let estimate =
-            planned(AdapterConfig::default(), None, |planner| planner.estimate(tokens, recompute));
+            planned(AdapterConfig::default(), None, |planner| planner.estimate(largest, recompute));
         Some((estimate.total() as f64 / USABLE) as u64 + 1)
     }
 
@@ -210,6 +239,16 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_fill_no_pass_are_planned_by_what_they_have() {
+        let room = needed(300, false);
+        assert!(room < needed(2048, false));
+        for fixed in [None, Some(2048)] {
+            let plan = plan_for(room, fixed, |_| 300).unwrap();
+            assert_eq!((plan.tokens_per_pass, plan.recompute), (2048, false));
+        }
+    }
+
+    #[test]
     fn a_run_that_goes_on_keeps_its_passes() {
         assert_eq!(plan(None, Some(512)).unwrap().tokens_per_pass, 512);
         let tight = plan(needed(512, true), Some(512)).unwrap();
@@ -227,6 +266,27 @@ mod tests {
         let full =
             planned(AdapterConfig::full(), Some(70 << 20), |planner| planner.check_weights());
         assert!(full.unwrap_err().to_string().contains("adapter.type"));
+    }
+
+    #[test]
+    fn a_groups_limit_counts_without_files_that_may_go_and_so_do_those_above() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |dir: &str, file: &str, text: &str| {
+            fs::create_dir_all(root.path().join(dir)).unwrap();
+            fs::write(root.path().join(dir).join(file), text).unwrap();
+        };
+        let left = || left_of_groups(root.path(), Path::new("work/job"));
+        assert_eq!(left(), None);
+        write("work/job", "memory.max", "max\n");
+        write("work/job", "memory.current", "700\n");
+        assert_eq!(left(), None);
+        write("work/job", "memory.max", "1000\n");
+        assert_eq!(left(), Some(300));
+        write("work/job", "memory.stat", "anon 100\nfile 600\ninactive_file 500\nslab 3\n");
+        assert_eq!(left(), Some(800));
+        write("work", "memory.max", "1500\n");
+        write("work", "memory.current", "1400\n");
+        assert_eq!(left(), Some(100));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod dataset;
 mod divergence;
 mod evaluation;
 pub(crate) mod memory;
+mod pass_sizes;
 mod preference;
 mod run;
 mod verdicts;

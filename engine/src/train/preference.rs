@@ -54,10 +54,6 @@ impl Preference {
         Self { objective: hyperparameters.into(), train, valid, batching }
     }
 
-    pub(super) fn rows(&self) -> usize {
-        self.train.len()
-    }
-
     pub(super) fn valid_rows(&self) -> usize {
         self.valid.len()
     }
@@ -91,7 +87,8 @@ impl Preference {
             (&self.train, rows, &mut references.train),
             (&self.valid, valid.as_slice(), &mut references.valid),
         ] {
-            for pass in PairBatch::passes(pairs, rows, &self.full_passes(), &self.objective) {
+            for pass in PairBatch::passes(pairs, rows, &self.batching.measuring(), &self.objective)
+            {
                 if stop.is_set() {
                     return Ok(None);
                 }
@@ -148,7 +145,9 @@ impl Preference {
     ) -> Result<Option<Evaluation>, EngineError> {
         let all: Vec<usize> = (0..self.valid.len()).collect();
         let mut sum = PairOutcome::default();
-        for pass in PairBatch::passes(&self.valid, &all, &self.full_passes(), &self.objective) {
+        for pass in
+            PairBatch::passes(&self.valid, &all, &self.batching.measuring(), &self.objective)
+        {
             if stop.is_set() {
                 return Ok(None);
             }
@@ -156,11 +155,6 @@ impl Preference {
             sum += model.evaluate_pairs(&pass, &self.objective, &references)?;
         }
         Ok((!all.is_empty()).then(|| self.mean(&sum)))
-    }
-
-    /// Passes that are limited by their tokens alone.
-    fn full_passes(&self) -> Batching {
-        Batching { batch_size: usize::MAX, packing: true, ..self.batching }
     }
 
     fn mean(&self, sum: &PairOutcome) -> Evaluation {

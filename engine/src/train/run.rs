@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
-use tunesmith_core::dataset::{TokenizedPair, TokenizedRow};
+use tunesmith_core::dataset::TokenizedRow;
 use tunesmith_core::hyperparameters::{AdapterType, Method, Precision, ResolvedHyperparameters};
 use tunesmith_core::metrics::{MAX_ROW_LOSSES, RowLoss, StepMetrics};
 use tunesmith_core::protocol::{
@@ -18,6 +18,7 @@ use super::dataset::Dataset;
 use super::divergence::{self, WayBack};
 use super::evaluation::{Evaluation, ValidationSet};
 use super::memory::{self, Planner};
+use super::pass_sizes::Examples;
 use super::preference::{FailedPass, Preference};
 use super::{Outcome, Sink, StopFlag, TrainOptions};
 use crate::batch::{Batch, BatchOutcome};
@@ -113,10 +114,7 @@ impl<'a> Run<'a> {
         } else {
             (1, devices.iter().map(Device::free_memory).min().flatten())
         };
-        // The passes of pairs keep all activations.
-        let may_recompute = hyperparameters.method == Method::Supervised;
-        let planner =
-            Planner { config: &config, hyperparameters, replicas, may_recompute, available };
+        let planner = Planner { config: &config, hyperparameters, replicas, available };
         planner.check_weights()?;
         // Making tokens keeps one core busy, and reading weights mostly waits for memory.
         let (data, model) = thread::scope(|scope| {
@@ -134,7 +132,7 @@ impl<'a> Run<'a> {
             (data.join().unwrap_or_else(|panic| resume_unwind(panic)), model)
         });
         // Of two errors the data's is told: it is the one that a job's owner can mend.
-        let ((data, pairs), mut model) = (data?, model?);
+        let (examples, mut model) = (data?, model?);
         checkpoint::remove_merged(request)?;
         model.set_optimizer(hyperparameters.optimizer, hyperparameters.muon_adjust_lr_fn);
         model.set_neftune_noise_alpha(hyperparameters.neftune_noise_alpha);
@@ -147,28 +145,45 @@ impl<'a> Run<'a> {
                 Progress::default()
             }
         };
-        let longest_row =
-            pairs.as_ref().map_or(data.longest_row(), Dataset::<TokenizedPair>::longest_row);
-        let plan = planner.plan(options.tokens_per_pass, longest_row, progress.tokens_per_pass)?;
+        let sampler = Sampler {
+            rows: examples.count(),
+            rows_per_step: hyperparameters.rows_per_step() as usize,
+            seed: spec.seed,
+            order: options.order,
+        };
+        let total_steps = hyperparameters.total_steps(examples.count());
+        let batching = |tokens_per_pass| Batching {
+            batch_size: hyperparameters.batch_size as usize,
+            packing: hyperparameters.packing,
+            share_prefixes: !has_token_noise(hyperparameters),
+            tokens_per_pass,
+        };
+        let plan = planner.plan(
+            options.tokens_per_pass,
+            examples.longest(),
+            progress.tokens_per_pass,
+            |tokens| {
+                let batching = batching(tokens);
+                examples.largest_passes(&sampler, total_steps, devices.len(), &batching)
+            },
+        )?;
         tracing::info!(
             tokens_per_pass = plan.tokens_per_pass,
             recompute = plan.recompute,
             estimate = %plan.estimate,
+            estimated_bytes = plan.estimate.total(),
             "memory is planned"
         );
         progress.tokens_per_pass = Some(plan.tokens_per_pass);
         model.set_gradient_checkpointing(plan.recompute);
-        let batching = Batching {
-            batch_size: hyperparameters.batch_size as usize,
-            packing: hyperparameters.packing,
-            share_prefixes: !has_token_noise(hyperparameters),
-            tokens_per_pass: plan.tokens_per_pass,
+        let batching = batching(plan.tokens_per_pass);
+        let (data, preference) = match examples {
+            Examples::Rows(data) => (data, None),
+            Examples::Pairs(Dataset { train, valid }) => {
+                let preference = Preference::new(hyperparameters, train, valid, batching);
+                (Dataset { train: Vec::new(), valid: Vec::new() }, Some(preference))
+            }
         };
-        let preference = pairs.map(|Dataset { train, valid }| {
-            Preference::new(hyperparameters, train, valid, batching)
-        });
-        let rows = preference.as_ref().map_or(data.train.len(), Preference::rows);
-        let total_steps = hyperparameters.total_steps(rows);
         Ok(Self {
             request,
             fingerprint,
@@ -177,13 +192,8 @@ impl<'a> Run<'a> {
             precision,
             valid_rows: preference.as_ref().map_or(data.valid.len(), Preference::valid_rows),
             truncated_rows: preference.as_ref().map_or(data.truncated(), Preference::truncated),
-            validation: ValidationSet::new(&data.valid, plan.tokens_per_pass),
-            sampler: Sampler {
-                rows,
-                rows_per_step: hyperparameters.rows_per_step() as usize,
-                seed: spec.seed,
-                order: options.order,
-            },
+            validation: ValidationSet::new(&data.valid, &batching),
+            sampler,
             train: data.train,
             preference,
             batching,
@@ -271,8 +281,7 @@ impl<'a> Run<'a> {
     fn find_references(&mut self, stop: &StopFlag) -> Result<(), EngineError> {
         let Some(preference) = &self.preference else { return Ok(()) };
         let steps = self.total_steps.min(self.sampler.steps_per_epoch());
-        let mut rows: Vec<usize> =
-            (0..steps).flat_map(|step| self.sampler.rows_of_step(step)).collect();
+        let mut rows: Vec<usize> = self.sampler.steps(steps).flatten().collect();
         rows.sort_unstable();
         self.progress.references = preference
             .references(&self.model, &rows, stop)
@@ -501,15 +510,11 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The job's rows: examples, or none of these and pairs.
-type Rows = (Dataset<TokenizedRow>, Option<Dataset<TokenizedPair>>);
-
-fn load_data(request: &TrainRequest) -> Result<Rows, EngineError> {
-    if request.spec.hyperparameters.method == Method::Supervised {
-        return Ok((Dataset::load(request)?, None));
-    }
-    let pairs = Dataset::load_pairs(request)?;
-    Ok((Dataset { train: Vec::new(), valid: Vec::new() }, Some(pairs)))
+fn load_data(request: &TrainRequest) -> Result<Examples, EngineError> {
+    Ok(match request.spec.hyperparameters.method {
+        Method::Supervised => Examples::Rows(Dataset::load(request)?),
+        Method::Dpo => Examples::Pairs(Dataset::load_pairs(request)?),
+    })
 }
 
 /// Whether something random is drawn for each token of a row, so that two rows differ even where
