@@ -217,6 +217,27 @@ fn pairs_in_two_passes_have_the_gradient_of_one_pass() {
 }
 
 #[test]
+fn layers_computed_again_give_pairs_the_same_bits() {
+    let dropout = AdapterConfig { dropout: 0.3, ..lora() };
+    for adapter in [lora(), dropout, AdapterConfig::full()] {
+        for loss in LOSSES {
+            let objective = objective(loss);
+            let batch = PairBatch::new(&pairs(), &[0, 1, 2], &objective, true);
+            let scale = PairScale::new(std::slice::from_ref(&batch), &objective);
+            let [kept, again] = [false, true].map(|recompute| {
+                let mut model = stirred(&adapter);
+                model.set_gradient_checkpointing(recompute);
+                let references = references();
+                let passed =
+                    model.forward_backward_pairs(&batch, &objective, &references, scale, KEY);
+                (passed.unwrap(), gradients(model))
+            });
+            assert_eq!(kept, again, "{adapter:?} {loss:?}");
+        }
+    }
+}
+
+#[test]
 fn a_shared_prompt_changes_neither_losses_nor_gradients() {
     let answer = |tokens: usize, seed: u64| TokenizedAnswer {
         ids: tiny_ids(20, 8).into_iter().chain(tiny_ids(tokens, seed)).collect(),

@@ -1,6 +1,7 @@
 //! The trainer from its request to its files, on tiny random models.
 
 mod child;
+mod combinations;
 mod constrained;
 #[path = "../support/device.rs"]
 mod device;
