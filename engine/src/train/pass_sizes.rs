@@ -41,50 +41,56 @@ impl Examples {
         }
     }
 
-    /// The largest passes of the first `steps` steps, shared among `replicas`, and of evaluations.
-    pub(super) fn largest_passes(
-        &self,
-        sampler: &Sampler,
-        steps: u64,
-        replicas: usize,
-        batching: &Batching,
-    ) -> LargestPasses {
-        let measuring = batching.measuring();
-        let most = |sizes: Vec<usize>| sizes.into_iter().max().unwrap_or(0);
-        let all = |count: usize| (0..count).collect::<Vec<_>>();
+    /// The largest passes of the run's steps and of what it measures.
+    pub(super) fn largest_passes(&self, run: &Cut<'_>) -> LargestPasses {
         match self {
-            Self::Rows(Dataset { train, valid }) => {
-                let of_step = |rows: Vec<usize>| {
-                    let tokens = |row: usize| train[row].ids.len();
-                    deal(&rows, tokens, replicas, |share| batching.sizes(train, share)).0
-                };
-                LargestPasses {
-                    trained: sampler
-                        .steps(steps)
-                        .map(|rows| most(of_step(rows)))
-                        .max()
-                        .unwrap_or(0),
-                    measured: most(measuring.sizes(valid, &all(valid.len()))),
-                }
-            }
+            Self::Rows(Dataset { train, valid }) => run.largest(
+                train,
+                &[valid],
+                |row| row.ids.len(),
+                |batching, rows, numbers| batching.sizes(rows, numbers),
+            ),
+            // What answers are compared with is measured once, on all pairs.
             Self::Pairs(Dataset { train, valid }) => {
-                let of_step = |rows: Vec<usize>| {
-                    let tokens = |row: usize| tokens(&train[row]);
-                    deal(&rows, tokens, replicas, |share| PairBatch::sizes(train, share, batching))
-                        .0
-                };
-                // What answers are compared with is measured once, on all pairs.
-                let measured = [train, valid]
-                    .map(|pairs| most(PairBatch::sizes(pairs, &all(pairs.len()), &measuring)));
-                LargestPasses {
-                    trained: sampler
-                        .steps(steps)
-                        .map(|rows| most(of_step(rows)))
-                        .max()
-                        .unwrap_or(0),
-                    measured: measured.into_iter().max().unwrap_or(0),
-                }
+                run.largest(train, &[train, valid], tokens, |batching, pairs, numbers| {
+                    PairBatch::sizes(pairs, numbers, batching)
+                })
             }
+        }
+    }
+}
+
+/// How a run's examples are cut.
+#[derive(Debug)]
+pub(super) struct Cut<'a> {
+    pub(super) sampler: &'a Sampler,
+    pub(super) steps: u64,
+    /// Among which a step's examples are shared.
+    pub(super) replicas: usize,
+    pub(super) batching: Batching,
+}
+
+impl Cut<'_> {
+    /// Of examples with that many `tokens`, and passes of those `sizes`.
+    fn largest<E>(
+        &self,
+        trained: &[E],
+        measured: &[&Vec<E>],
+        tokens: impl Fn(&E) -> usize,
+        sizes: impl Fn(&Batching, &[E], &[usize]) -> Vec<usize>,
+    ) -> LargestPasses {
+        let of_step = |numbers: Vec<usize>| {
+            let tokens = |number: usize| tokens(&trained[number]);
+            let share = |share: &[usize]| sizes(&self.batching, trained, share);
+            deal(&numbers, tokens, self.replicas, share).0
+        };
+        let of_all = |examples: &&Vec<E>| {
+            let numbers: Vec<usize> = (0..examples.len()).collect();
+            sizes(&self.batching.measuring(), examples, &numbers)
+        };
+        LargestPasses {
+            trained: self.sampler.steps(self.steps).flat_map(of_step).max().unwrap_or(0),
+            measured: measured.iter().flat_map(of_all).max().unwrap_or(0),
         }
     }
 }

@@ -18,7 +18,7 @@ use super::dataset::Dataset;
 use super::divergence::{self, WayBack};
 use super::evaluation::{Evaluation, ValidationSet};
 use super::memory::{self, Planner};
-use super::pass_sizes::Examples;
+use super::pass_sizes::{Cut, Examples};
 use super::preference::{FailedPass, Preference};
 use super::{Outcome, Sink, StopFlag, TrainOptions};
 use crate::batch::{Batch, BatchOutcome};
@@ -163,8 +163,12 @@ impl<'a> Run<'a> {
             examples.longest(),
             progress.tokens_per_pass,
             |tokens| {
-                let batching = batching(tokens);
-                examples.largest_passes(&sampler, total_steps, devices.len(), &batching)
+                examples.largest_passes(&Cut {
+                    sampler: &sampler,
+                    steps: total_steps,
+                    replicas: devices.len(),
+                    batching: batching(tokens),
+                })
             },
         )?;
         tracing::info!(

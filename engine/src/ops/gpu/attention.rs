@@ -82,27 +82,11 @@ impl Rotation {
 
     /// q̂, k̂ and v, each `[heads, tokens, dim]`.
     fn split(&self, qkv: Tensor<2>, heads: Heads, dtype: DType) -> [Tensor<3>; 3] {
-        let [tokens, stride] = qkv.dims();
+        let tokens = qkv.dims()[0];
         let qkv = contiguous(qkv);
-        parts(heads).map(|(first_column, count, turns)| {
-            let y = like_of(&qkv, &[count, tokens, heads.dim], dtype);
-            let (blocks, threads) = thread_an_element(count * tokens * heads.dim);
-            kernels::split_heads::launch(
-                &qkv.client,
-                blocks,
-                threads,
-                qkv.clone().into_buffer_arg(),
-                self.cosines.clone().into_buffer_arg(),
-                self.sines.clone().into_buffer_arg(),
-                self.positions.clone().into_buffer_arg(),
-                y.clone().into_buffer_arg(),
-                tokens as u32,
-                stride as u32,
-                first_column as u32,
-                heads.dim as u32,
-                if turns { self.pairs as u32 } else { 0 },
-                [element(&qkv), element(&y)],
-            );
+        parts(heads).map(|part| {
+            let y = like_of(&qkv, &[part.count, tokens, heads.dim], dtype);
+            self.turn(&qkv, &y, heads, &part, false);
             plain(y)
         })
     }
@@ -112,36 +96,51 @@ impl Rotation {
         let gradients = gradients.map(contiguous);
         let tokens = gradients[0].meta.shape()[1];
         let y = like_of(&gradients[0], &[tokens, heads.qkv_width()], DType::F32);
-        for (x, (first_column, count, turns)) in gradients.into_iter().zip(parts(heads)) {
-            let (blocks, threads) = thread_an_element(count * tokens * heads.dim);
-            kernels::join_heads::launch(
-                &y.client,
-                blocks,
-                threads,
-                x.clone().into_buffer_arg(),
-                self.cosines.clone().into_buffer_arg(),
-                self.sines.clone().into_buffer_arg(),
-                self.positions.clone().into_buffer_arg(),
-                y.clone().into_buffer_arg(),
-                tokens as u32,
-                heads.qkv_width() as u32,
-                first_column as u32,
-                heads.dim as u32,
-                if turns { self.pairs as u32 } else { 0 },
-                [element(&x), element(&y)],
-            );
+        for (x, part) in gradients.iter().zip(parts(heads)) {
+            self.turn(x, &y, heads, &part, true);
         }
         y
     }
+
+    /// Takes a part of rows `x` to its heads `y`, or with `joins` heads `x` to their part of rows `y`.
+    fn turn(&self, x: &CubeTensor, y: &CubeTensor, heads: Heads, part: &Part, joins: bool) {
+        let rows = if joins { y } else { x };
+        let tokens = rows.meta.shape()[0];
+        let (blocks, threads) = thread_an_element(part.count * tokens * heads.dim);
+        kernels::turn_heads::launch(
+            &y.client,
+            blocks,
+            threads,
+            x.clone().into_buffer_arg(),
+            self.cosines.clone().into_buffer_arg(),
+            self.sines.clone().into_buffer_arg(),
+            self.positions.clone().into_buffer_arg(),
+            y.clone().into_buffer_arg(),
+            tokens as u32,
+            heads.qkv_width() as u32,
+            part.first_column as u32,
+            heads.dim as u32,
+            if part.turns { self.pairs as u32 } else { 0 },
+            joins,
+            [element(x), element(y)],
+        );
+    }
 }
 
-/// First column, how many heads, and whether they are turned: of queries, keys and values.
-fn parts(heads: Heads) -> [(usize, usize, bool); 3] {
+/// The queries, the keys or the values of rows.
+struct Part {
+    first_column: usize,
+    /// Heads.
+    count: usize,
+    turns: bool,
+}
+
+fn parts(heads: Heads) -> [Part; 3] {
     let (queries, keys) = (heads.query_width(), heads.key_value_width());
     [
-        (0, heads.query, true),
-        (queries, heads.key_value, true),
-        (queries + keys, heads.key_value, false),
+        Part { first_column: 0, count: heads.query, turns: true },
+        Part { first_column: queries, count: heads.key_value, turns: true },
+        Part { first_column: queries + keys, count: heads.key_value, turns: false },
     ]
 }
 

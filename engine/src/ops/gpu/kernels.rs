@@ -9,6 +9,7 @@ use cubecl::prelude::*;
 
 use crate::ops::dropout::{MIX_FIRST, MIX_INCREMENT, MIX_SECOND};
 use crate::ops::gated_activation::{GELU_CUBIC, GELU_SCALE};
+use crate::ops::quantized::BLOCK;
 
 /// Threads of a block.
 pub(super) const UNITS: u32 = 256;
@@ -22,7 +23,8 @@ pub(super) const LOW_RANK_ROWS: u32 = 32;
 fn sum_of_block(value: f32) -> f32 {
     let mut parts = Shared::<[f32]>::new_slice(comptime!(MOST_PLANES as usize));
     let sum = plane_sum(value);
-    if UNIT_POS_X % PLANE_DIM == 0 {
+    let lane = UNIT_POS_X % PLANE_DIM;
+    if lane == 0 {
         parts[(UNIT_POS_X / PLANE_DIM) as usize] = sum;
     }
     sync_cube();
@@ -39,7 +41,8 @@ fn sum_of_block(value: f32) -> f32 {
 fn greatest_of_block(value: f32) -> f32 {
     let mut parts = Shared::<[f32]>::new_slice(comptime!(MOST_PLANES as usize));
     let most = plane_max(value);
-    if UNIT_POS_X % PLANE_DIM == 0 {
+    let lane = UNIT_POS_X % PLANE_DIM;
+    if lane == 0 {
         parts[(UNIT_POS_X / PLANE_DIM) as usize] = most;
     }
     sync_cube();
@@ -129,10 +132,11 @@ pub(super) fn rms_norm_backward<X: Float, Y: Float>(
     }
 }
 
-/// Heads of rows `[tokens, stride]`, turned by their tokens' rotations, as `[heads, tokens, dim]`.
-/// A row of the tables has `pairs` entries. With `pairs` 0 the heads are only moved.
+/// Heads of rows `[tokens, stride]`, turned by their tokens' rotations, as `[heads, tokens, dim]`; or
+/// with `joins` the inverse, for gradients. A row of the tables has `pairs` entries. With `pairs` 0 the
+/// heads are only moved.
 #[cube(launch)]
-pub(super) fn split_heads<X: Float, Y: Float>(
+pub(super) fn turn_heads<X: Float, Y: Float>(
     x: &[X],
     cosines: &[f32],
     sines: &[f32],
@@ -143,67 +147,35 @@ pub(super) fn split_heads<X: Float, Y: Float>(
     first_column: u32,
     dim: u32,
     pairs: u32,
+    #[comptime] joins: bool,
     #[define(X, Y)] _types: [ElemType; 2],
 ) {
-    let index = ABSOLUTE_POS;
-    if index >= y.len() {
+    let of_heads = ABSOLUTE_POS;
+    let count = if comptime!(joins) { x.len() } else { y.len() };
+    if of_heads >= count {
         terminate!();
     }
     let dim = dim as usize;
     let pairs = pairs as usize;
-    let element = index % dim;
-    let token = (index / dim) % tokens as usize;
-    let head = index / dim / tokens as usize;
-    let start = token * stride as usize + first_column as usize + head * dim;
-    let mut value = f32::cast_from(x[start + element]);
+    let element = of_heads % dim;
+    let token = (of_heads / dim) % tokens as usize;
+    let head = of_heads / dim / tokens as usize;
+    let of_rows = token * stride as usize + first_column as usize + head * dim + element;
+    let (from, to) = if comptime!(joins) { (of_heads, of_rows) } else { (of_rows, of_heads) };
+    let mut value = f32::cast_from(x[from]);
     if element < 2 * pairs {
         let table = positions[token] as usize * pairs + element % pairs;
+        let mut sine = sines[table];
+        if comptime!(joins) {
+            sine = 0.0f32 - sine;
+        }
         if element < pairs {
-            value =
-                value * cosines[table] - f32::cast_from(x[start + element + pairs]) * sines[table];
+            value = value * cosines[table] - f32::cast_from(x[from + pairs]) * sine;
         } else {
-            value =
-                value * cosines[table] + f32::cast_from(x[start + element - pairs]) * sines[table];
+            value = value * cosines[table] + f32::cast_from(x[from - pairs]) * sine;
         }
     }
-    y[index] = Y::cast_from(value);
-}
-
-/// The inverse of [`split_heads`], for gradients: `[heads, tokens, dim]` into rows, turned back.
-#[cube(launch)]
-pub(super) fn join_heads<X: Float, Y: Float>(
-    x: &[X],
-    cosines: &[f32],
-    sines: &[f32],
-    positions: &[u32],
-    y: &mut [Y],
-    tokens: u32,
-    stride: u32,
-    first_column: u32,
-    dim: u32,
-    pairs: u32,
-    #[define(X, Y)] _types: [ElemType; 2],
-) {
-    let index = ABSOLUTE_POS;
-    if index >= x.len() {
-        terminate!();
-    }
-    let dim = dim as usize;
-    let pairs = pairs as usize;
-    let element = index % dim;
-    let token = (index / dim) % tokens as usize;
-    let head = index / dim / tokens as usize;
-    let start = token * stride as usize + first_column as usize + head * dim;
-    let mut value = f32::cast_from(x[index]);
-    if element < 2 * pairs {
-        let table = positions[token] as usize * pairs + element % pairs;
-        if element < pairs {
-            value = value * cosines[table] + f32::cast_from(x[index + pairs]) * sines[table];
-        } else {
-            value = value * cosines[table] - f32::cast_from(x[index - pairs]) * sines[table];
-        }
-    }
-    y[start + element] = Y::cast_from(value);
+    y[to] = Y::cast_from(value);
 }
 
 /// λ·s, capped by `cap` unless that is 0.
@@ -495,7 +467,7 @@ pub(super) fn add_low_rank<Z: Float>(
 }
 
 /// The numbers that a matrix's codes stand for. A byte is a number of −127 to 127, or two codes of
-/// `values`, the first in its upper half; each `block` of a row has a scale.
+/// `values`, the first in its upper half; each of the `blocks` of a row has a scale.
 #[cube(launch)]
 pub(super) fn decode_blocks<Y: Float>(
     codes: &[u32],
@@ -504,7 +476,7 @@ pub(super) fn decode_blocks<Y: Float>(
     y: &mut [Y],
     columns: u32,
     row_bytes: u32,
-    block: u32,
+    blocks: u32,
     #[comptime] is_nf4: bool,
     #[define(Y)] _type: ElemType,
 ) {
@@ -513,10 +485,8 @@ pub(super) fn decode_blocks<Y: Float>(
         terminate!();
     }
     let columns = columns as usize;
-    let block = block as usize;
     let (row, column) = (index / columns, index % columns);
-    let blocks = (columns + block - 1) / block;
-    let scale = scales[row * blocks + column / block];
+    let scale = scales[row * blocks as usize + column / BLOCK];
     let in_row = if comptime!(is_nf4) { column / 2 } else { column };
     let byte = row * row_bytes as usize + in_row;
     let code = (codes[byte / 4] >> (8 * (byte % 4) as u32)) & 255;

@@ -51,7 +51,7 @@ pub(in crate::ops) fn linear(
     let [x, weight, residual, a, b]: [Tensor<2>; 5] =
         [x, weight, residual, a, b].map(|operand| plain(operand.into_primitive()));
     let weight = match blocks {
-        None => Matrix::Dense(weight),
+        None => Matrix::Dense(Box::new(weight)),
         Some((matrix, bf16)) => {
             let dtype = if bf16 { DType::BF16 } else { DType::F32 };
             Matrix::Blocks { matrix, dtype, device: x.device() }
@@ -152,7 +152,7 @@ struct Linear;
 /// W.
 #[derive(Debug, Clone)]
 enum Matrix {
-    Dense(Tensor<2>),
+    Dense(Box<Tensor<2>>),
     /// As `dtype` on `device`, once decoded.
     Blocks {
         matrix: Arc<QuantizedMatrix>,
@@ -180,7 +180,7 @@ impl Matrix {
     /// W as products take it.
     fn numbers(&self) -> Tensor<2> {
         match self {
-            Self::Dense(weight) => weight.clone(),
+            Self::Dense(weight) => (**weight).clone(),
             Self::Blocks { matrix, dtype, device } => decoded(matrix, *dtype, device),
         }
     }

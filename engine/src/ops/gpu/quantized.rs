@@ -54,7 +54,7 @@ pub(super) fn decoded(matrix: &QuantizedMatrix, dtype: DType, device: &Device) -
         y.clone().into_buffer_arg(),
         columns as u32,
         matrix.format().row_bytes(columns) as u32,
-        BLOCK as u32,
+        columns.div_ceil(BLOCK) as u32,
         matrix.format() == BlockFormat::Nf4,
         element(&y),
     );
