@@ -54,7 +54,7 @@ impl Sampler {
     /// The rows of each of the first `steps` steps; an epoch's order is drawn once.
     pub fn steps(&self, steps: u64) -> impl Iterator<Item = Vec<usize>> {
         let (sampler, per_epoch) = (*self, self.steps_per_epoch());
-        (0..steps.div_ceil(per_epoch))
+        (0..steps.div_ceil(per_epoch.max(1)))
             .flat_map(move |epoch| {
                 let order = sampler.order_of(epoch);
                 let steps = order.chunks(sampler.rows_per_step).map(<[usize]>::to_vec);
