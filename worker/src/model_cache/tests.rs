@@ -4,7 +4,7 @@ use futures::future::join_all;
 use std::ffi::OsStr;
 use std::fs as std_fs;
 use std::future::poll_fn;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::task::Poll;
 use tempfile::TempDir;
 use tunesmith_core::weights::{CheckpointPlace, ManifestFile};
@@ -84,19 +84,28 @@ impl World {
         model
     }
 
-    /// Goes on with the fetch of a tuned model until its directory is made, and leaves it there.
-    async fn begin(&self, number: u64, mut fetch: Pin<&mut impl Future<Output = CachedModel>>) {
+    /// The fetch of a tuned model whose directory is made and not all of it there. Where this thread
+    /// did not run meanwhile, the fetch may have gone on unseen: it is then begun anew.
+    async fn begun(&self, number: u64) -> Pin<Box<impl Future<Output = CachedModel>>> {
         let incoming = self.incoming(number);
-        poll_fn(|context| {
-            if incoming.exists() {
-                return Poll::Ready(());
+        for _ in 0..1000 {
+            let mut fetch = Box::pin(self.use_tuned(number));
+            let ended = poll_fn(|context| {
+                if incoming.exists() {
+                    return Poll::Ready(false);
+                }
+                fetch.as_mut().poll(context).map(|_| true)
+            });
+            if !ended.await {
+                if size_of_files(&incoming).is_some_and(|bytes| bytes < self.model.bytes()) {
+                    return fetch;
+                }
+                fetch.await;
             }
-            let polled = fetch.as_mut().poll(context);
-            assert!(polled.is_pending(), "it came to its end unseen");
-            Poll::Pending
-        })
-        .await;
-        assert!(size_of_files(&incoming) < self.model.bytes(), "not all of it is there");
+            std_fs::remove_dir_all(incoming.with_extension("")).expect("remove");
+            std_fs::remove_file(incoming.with_extension("lock")).expect("remove");
+        }
+        panic!("no fetch was seen on its way");
     }
 
     /// Where a tuned model is made.
@@ -122,9 +131,10 @@ impl World {
     }
 }
 
-fn size_of_files(dir: &Path) -> u64 {
-    let files = std_fs::read_dir(dir).expect("read");
-    files.map(|file| file.expect("file").metadata().expect("metadata").len()).sum()
+/// None where the directory is not there any more.
+fn size_of_files(dir: &Path) -> Option<u64> {
+    let files = std_fs::read_dir(dir).ok()?;
+    Some(files.map(|file| file.expect("file").metadata().expect("metadata").len()).sum())
 }
 
 #[tokio::test]
@@ -229,8 +239,7 @@ async fn what_was_cut_off_of_a_tuned_model_counts_and_goes_too() {
 async fn a_model_on_its_way_counts_whole_from_its_beginning() {
     let world = World::new().await;
     world.use_tuned(1).await;
-    let mut second = pin!(world.use_tuned(2));
-    world.begin(2, second.as_mut()).await;
+    let second = world.begun(2).await;
     let _third = world.use_tuned(3).await;
     assert_eq!(world.on_disk(), [3], "the first has made room, and the second cannot");
     second.await;
@@ -242,10 +251,7 @@ async fn what_a_killed_worker_had_begun_goes_before_any_model_that_is_whole() {
     let world = World::new().await;
     world.use_tuned(1).await;
     world.set_used(1, 1);
-    {
-        let mut second = pin!(world.use_tuned(2));
-        world.begin(2, second.as_mut()).await;
-    }
+    drop(world.begun(2).await);
     assert!(world.incoming(2).exists());
     world.use_tuned(3).await;
     assert_eq!(world.on_disk(), [1, 3]);
