@@ -28,18 +28,6 @@ enum Kind {
     Wgpu(usize),
 }
 
-/// The GPUs that an API lists: the probe, as forcing a device that is not there panics in a thread of
-/// the runtime, while a machine without a driver lists none.
-#[cfg(feature = "gpu")]
-fn gpus(api: burn::tensor::DeviceType) -> Vec<burn::tensor::Device> {
-    use cubecl_environment::stream::{StreamPolicy, set_policy};
-
-    // One stream for all threads of the process. By itself each thread has its own, and a
-    // tensor that one changes in place may be read by another before that is done.
-    set_policy(StreamPolicy::Single);
-    burn::tensor::Device::enumerate(api).into_vec()
-}
-
 impl Device {
     /// The CPU.
     #[must_use]
@@ -101,44 +89,50 @@ impl Device {
 
     #[cfg(feature = "cuda")]
     fn cuda(index: usize) -> Result<Self, EngineError> {
-        let mut found = gpus(burn::tensor::DeviceType::Cuda);
-        if index >= found.len() {
-            return Err(EngineError::Device(format!(
-                "device cuda:{index} was asked for, but {} CUDA devices were found: \
-                 check the NVIDIA driver, or use cpu",
-                found.len()
-            )));
-        }
-        Ok(Self { burn: found.swap_remove(index), kind: Kind::Cuda(index) })
+        let driver = "check the NVIDIA driver";
+        Self::gpu(burn::tensor::DeviceType::Cuda, index, Kind::Cuda(index), "CUDA devices", driver)
     }
 
     #[cfg(not(feature = "cuda"))]
     fn cuda(index: usize) -> Result<Self, EngineError> {
-        Err(EngineError::Device(format!(
-            "device cuda:{index} was asked for, but this build has no CUDA support: \
-             build with `--features cuda`, or use cpu"
-        )))
+        Err(not_built("cuda", "CUDA", index))
     }
 
     #[cfg(feature = "wgpu")]
     fn wgpu(index: usize) -> Result<Self, EngineError> {
-        let mut found = gpus(burn::tensor::DeviceType::Wgpu);
-        if index >= found.len() {
-            return Err(EngineError::Device(format!(
-                "device wgpu:{index} was asked for, but {} GPUs were found: \
-                 check the GPU's driver, or use cpu",
-                found.len()
-            )));
-        }
-        Ok(Self { burn: found.swap_remove(index), kind: Kind::Wgpu(index) })
+        let driver = "check the GPU's driver";
+        Self::gpu(burn::tensor::DeviceType::Wgpu, index, Kind::Wgpu(index), "GPUs", driver)
     }
 
     #[cfg(not(feature = "wgpu"))]
     fn wgpu(index: usize) -> Result<Self, EngineError> {
-        Err(EngineError::Device(format!(
-            "device wgpu:{index} was asked for, but this build has no wgpu support: \
-             build with `--features wgpu`, or use cpu"
-        )))
+        Err(not_built("wgpu", "wgpu", index))
+    }
+
+    /// Number `index` of the `devices` that an API lists.
+    #[cfg(feature = "gpu")]
+    fn gpu(
+        api: burn::tensor::DeviceType,
+        index: usize,
+        kind: Kind,
+        devices: &str,
+        advice: &str,
+    ) -> Result<Self, EngineError> {
+        use cubecl_environment::stream::{StreamPolicy, set_policy};
+
+        // One stream for all threads of the process. By itself each thread has its own, and a
+        // tensor that one changes in place may be read by another before that is done.
+        set_policy(StreamPolicy::Single);
+        // Listing is the probe: a machine without a driver lists none, while forcing a device
+        // that is not there panics in a thread of the runtime.
+        let mut found = burn::tensor::Device::enumerate(api).into_vec();
+        if index >= found.len() {
+            return Err(EngineError::Device(format!(
+                "device {kind} was asked for, but {} {devices} were found: {advice}, or use cpu",
+                found.len()
+            )));
+        }
+        Ok(Self { burn: found.swap_remove(index), kind })
     }
 
     /// Whether this is the CPU, whichever forms it takes.
@@ -186,16 +180,30 @@ impl Device {
     }
 }
 
+#[cfg(not(all(feature = "cuda", feature = "wgpu")))]
+fn not_built(feature: &str, name: &str, index: usize) -> EngineError {
+    EngineError::Device(format!(
+        "device {feature}:{index} was asked for, but this build has no {name} support: build with \
+         `--features {feature}`, or use cpu"
+    ))
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Portable => f.write_str("portable"),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(index) => write!(f, "wgpu:{index}"),
+        }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.kind {
-            Kind::Cpu => f.write_str("cpu"),
-            Kind::Portable => f.write_str("portable"),
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(index) => write!(f, "cuda:{index}"),
-            #[cfg(feature = "wgpu")]
-            Kind::Wgpu(index) => write!(f, "wgpu:{index}"),
-        }
+        self.kind.fmt(f)
     }
 }
 
