@@ -335,9 +335,10 @@ impl ModelSize {
     /// Bytes that a pass holds which leaves nothing for a backward pass.
     fn forward(&self, tokens: u64) -> u64 {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let qkv = self.query_width + 2 * self.key_value_width;
         // The residual stream before and after a layer, and within it the widest that there is at
-        // a time.
-        let attention = hidden + 2 * (self.query_width + self.key_value_width) + self.query_width;
+        // a time: what attention reads, with its turned queries, and what it makes of them.
+        let attention = hidden + qkv + 2 * self.query_width;
         let numbers = 2 * hidden + attention.max(hidden + 3 * inner);
         tokens * F32 * numbers + F32 * CHUNK_LOGITS.min(tokens * self.vocab_size)
     }

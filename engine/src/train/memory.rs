@@ -1,5 +1,6 @@
 //! How a run fits into memory: the size of a pass, and whether layers are computed again.
 
+use std::cell::LazyCell;
 use std::fs;
 use std::path::Path;
 
@@ -59,10 +60,17 @@ impl Planner<'_> {
                 .take_while(|&tokens| tokens >= MIN_TOKENS_PER_PASS.min(tokens_per_pass).max(1))
                 .collect(),
         };
+        // Each is counted once, and only when it comes to it.
+        let counted = |&tokens: &usize| {
+            let largest = &largest;
+            (tokens, LazyCell::new(move || largest(tokens)))
+        };
+        let sizes: Vec<_> = sizes.iter().map(counted).collect();
         let mut least = None;
         for recompute in [false, true] {
-            for &tokens_per_pass in &sizes {
-                let estimate = self.estimate(largest(tokens_per_pass), recompute);
+            for (tokens_per_pass, largest) in &sizes {
+                let (tokens_per_pass, largest) = (*tokens_per_pass, **largest);
+                let estimate = self.estimate(largest, recompute);
                 if self.fits(&estimate) {
                     return Ok(Plan { tokens_per_pass, recompute, estimate });
                 }
