@@ -17,6 +17,8 @@ struct Avx2<const ROUNDS: bool>;
 
 impl TileVector for Avx2<false> {
     const LANES: usize = LANES;
+    const STEPS: usize = 4;
+    const ROWS_PER_POINTER: usize = 3;
     type Sums = __m256;
     type Lanes = __m256;
 
@@ -214,7 +216,9 @@ const fn leaf(rounds: bool, pack: unsafe fn(&PackJob)) -> Leaf {
         columns: 2 * LANES,
         a_stride: 6,
         rounds,
-        steps: 320,
+        // More than the first-level cache holds of B: what is read from the second is ahead of a
+        // tile, and C is visited half as often.
+        steps: 640,
         packed: kernels::PACKED,
         direct: kernels::DIRECT,
         dots: kernels::DOTS,

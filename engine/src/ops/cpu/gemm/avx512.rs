@@ -27,6 +27,8 @@ pub(super) struct Pair<I>(core::marker::PhantomData<I>);
 macro_rules! common_tile_methods {
     () => {
         const LANES: usize = LANES;
+        const STEPS: usize = 1;
+        const ROWS_PER_POINTER: usize = usize::MAX;
         type Sums = I::V;
         type Lanes = I::V;
 

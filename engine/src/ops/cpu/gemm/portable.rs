@@ -15,6 +15,8 @@ struct Portable<const ROUNDS: bool>;
 
 impl TileVector for Portable<false> {
     const LANES: usize = LANES;
+    const STEPS: usize = 1;
+    const ROWS_PER_POINTER: usize = usize::MAX;
     type Sums = [f32; LANES];
     type Lanes = [f32; LANES];
 

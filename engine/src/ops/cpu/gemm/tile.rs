@@ -2,6 +2,11 @@
 //!
 //! R rows of N vectors stay in registers over all steps of k. A step loads the N vectors of B, and
 //! for each row broadcasts its lane of A and multiplies and adds.
+//!
+//! The fewer instructions beside these, the better a tile shares a core: where another program runs
+//! on the core's second thread, both together start as many a cycle as one did alone.
+
+use std::hint::black_box;
 
 use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
 
@@ -12,6 +17,12 @@ use super::leaf::{Lane, LanesOfA, LanesOfB, Target};
 pub(super) trait TileVector: Copy {
     /// Lanes of a vector.
     const LANES: usize;
+    /// Steps of k to one turn of the loop: several where a step takes so few cycles that counting
+    /// it counts.
+    const STEPS: usize;
+    /// Rows of a tile up to which one pointer serves where A is not packed; the others have a second
+    /// one. An address adds a register once, twice or four times.
+    const ROWS_PER_POINTER: usize;
     type Sums: Copy;
     type Lanes: Copy;
     unsafe fn zero() -> Self::Sums;
@@ -80,6 +91,40 @@ unsafe fn prefetch_b<V: TileVector, const FROM_MEMORY: bool>(lanes: *const Lane,
 #[repr(C, packed)]
 pub(super) struct Unaligned<V: Copy>(pub(super) V);
 
+/// Where the rows of A are at one step of k: pointers to the first, and to the one behind those that
+/// it serves.
+struct RowsOfA {
+    rows: [*const Lane; 2],
+    stride: usize,
+}
+
+impl RowsOfA {
+    #[inline(always)]
+    fn new<V: TileVector, const R: usize, const DIRECT: bool>(a: LanesOfA) -> Self {
+        if !DIRECT || R <= V::ROWS_PER_POINTER {
+            return Self { rows: [a.start; 2], stride: if DIRECT { a.row } else { 1 } };
+        }
+        // If the compiler knew how they are related, it would compute each row's address from the
+        // last one's, and every step would wait for all of these.
+        let second = black_box(a.start.wrapping_add(V::ROWS_PER_POINTER * a.row));
+        Self { rows: [a.start, second], stride: a.row }
+    }
+
+    #[inline(always)]
+    fn row<V: TileVector, const DIRECT: bool>(&self, i: usize) -> *const Lane {
+        if !DIRECT || i < V::ROWS_PER_POINTER {
+            self.rows[0].wrapping_add(i.wrapping_mul(self.stride))
+        } else {
+            self.rows[1].wrapping_add((i - V::ROWS_PER_POINTER).wrapping_mul(self.stride))
+        }
+    }
+
+    #[inline(always)]
+    fn advance(&mut self, lanes: usize) {
+        self.rows = self.rows.map(|row| row.wrapping_add(lanes));
+    }
+}
+
 /// Reads A where it lies, if `DIRECT`; asks for B as for what is in no cache, if `FROM_MEMORY`.
 ///
 /// # Safety
@@ -112,22 +157,34 @@ pub(super) unsafe fn tile<
             V::prefetch(line.wrapping_add(N * V::LANES - 1).cast());
         }
         let mut sums = [[V::zero(); N]; R];
-        let (mut a_lanes, mut b_lanes) = (a.start, b.start);
-        let a_row = if DIRECT { a.row } else { 1 };
-        for _ in 0..steps {
-            let mut columns = [B::load(b_lanes); N];
-            for j in 1..N {
-                columns[j] = B::load(b_lanes.wrapping_add(j * B::LANES));
-            }
-            prefetch_b::<V, FROM_MEMORY>(b_lanes, b.ahead);
-            for i in 0..R {
-                let row = V::splat(a_lanes.wrapping_add(i.wrapping_mul(a_row)));
-                for j in 0..N {
-                    sums[i][j] = V::multiply_add(sums[i][j], row, columns[j]);
+        let (mut rows, mut b_lanes) = (RowsOfA::new::<V, R, DIRECT>(a), b.start);
+        // A function would have `sums` go through the stack.
+        macro_rules! add_step {
+            () => {
+                let mut columns = [B::load(b_lanes); N];
+                for j in 1..N {
+                    columns[j] = B::load(b_lanes.wrapping_add(j * B::LANES));
                 }
+                prefetch_b::<V, FROM_MEMORY>(b_lanes, b.ahead);
+                for i in 0..R {
+                    let row = V::splat(rows.row::<V, DIRECT>(i));
+                    for j in 0..N {
+                        sums[i][j] = V::multiply_add(sums[i][j], row, columns[j]);
+                    }
+                }
+                rows.advance(if DIRECT { 1 } else { a.step });
+                b_lanes = b_lanes.wrapping_add(b.step);
+            };
+        }
+        for _ in 0..steps / V::STEPS {
+            for _ in 0..V::STEPS {
+                add_step!();
             }
-            a_lanes = a_lanes.wrapping_add(a.step);
-            b_lanes = b_lanes.wrapping_add(b.step);
+        }
+        if V::STEPS > 1 {
+            for _ in 0..steps % V::STEPS {
+                add_step!();
+            }
         }
         // The choice stays outside of the loops: inside of them the compiler would no longer keep
         // `sums` in registers and send the tile through the stack.
