@@ -16,6 +16,7 @@ mod schema;
 mod start;
 #[cfg(test)]
 mod tests;
+mod unused;
 
 pub use adapter::{
     AdapterConfig, AdapterType, InitLoraWeights, Quantization, TARGET_MODULES, fused_module_of,
@@ -294,7 +295,7 @@ impl Hyperparameters {
         }
     }
 
-    /// Sentences about values that are allowed and rarely meant.
+    /// Sentences about values that are allowed and rarely meant, or change nothing beside the others.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let rate = match self.learning_rate {
@@ -304,14 +305,15 @@ impl Hyperparameters {
             }
         };
         let (low, high) = SENSIBLE_LEARNING_RATES;
-        if (low..=high).contains(&rate) {
-            return Vec::new();
+        let mut warnings = unused::warnings(self);
+        if !(low..=high).contains(&rate) {
+            warnings.push(format!(
+                "The learning rate {rate:e} lies outside {low:e} to {high:e}, where fine-tuning \
+                 usually works: expect {}.",
+                if rate > high { "a loss that jumps or grows" } else { "a loss that hardly moves" }
+            ));
         }
-        vec![format!(
-            "The learning rate {rate:e} lies outside {low:e} to {high:e}, where fine-tuning \
-             usually works: expect {}.",
-            if rate > high { "a loss that jumps or grows" } else { "a loss that hardly moves" }
-        )]
+        warnings
     }
 
     /// Turns every `"auto"` into a value.

@@ -249,6 +249,61 @@ fn a_faster_b_is_refused_where_there_is_no_b() {
 }
 
 #[test]
+fn a_value_that_changes_nothing_beside_the_others_is_named_in_a_warning() {
+    let named = |fields: Value| -> Vec<String> {
+        let warnings = parse(&fields).expect("valid").warnings();
+        let name = |warning: &String| warning.split('\'').nth(1).map(str::to_owned);
+        warnings.iter().filter(|warning| warning.contains("no effect")).filter_map(name).collect()
+    };
+    let adam = json!({"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6});
+    let with = |mut fields: Value, name: &str, value: Value| {
+        fields[name] = value;
+        fields
+    };
+    let cases: [(Value, &[&str]); 7] = [
+        (json!({"decay_ratio": 0.1}), &["decay_ratio"]),
+        (json!({"min_lr_ratio": 0.1, "lr_scheduler": "constant"}), &["min_lr_ratio"]),
+        (json!({"muon_adjust_lr_fn": "original"}), &["muon_adjust_lr_fn"]),
+        (
+            with(adam.clone(), "optimizer", json!("adafactor")),
+            &["adam_beta1", "adam_beta2", "adam_epsilon"],
+        ),
+        (json!({"early_stopping_threshold": 0.1}), &["early_stopping_threshold"]),
+        (
+            json!({"adapter": {
+                "type": "full", "r": 8, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj"],
+                "use_rslora": true,
+            }}),
+            &[
+                "adapter.r",
+                "adapter.alpha",
+                "adapter.dropout",
+                "adapter.target_modules",
+                "adapter.use_rslora",
+            ],
+        ),
+        (
+            json!({"adapter": {"type": "full"}, "decay_ratio": 0.1, "optimizer": "muon"}),
+            &["decay_ratio"],
+        ),
+    ];
+    for (fields, names) in cases {
+        assert_eq!(named(fields.clone()), names, "{fields}");
+    }
+    for fields in [
+        json!({}),
+        json!({"decay_ratio": 0.1, "min_lr_ratio": 0.1, "lr_scheduler": "wsd"}),
+        json!({"decay_ratio": "auto", "min_lr_ratio": 0, "lr_scheduler": "constant"}),
+        adam,
+        json!({"early_stopping_threshold": 0.1, "early_stopping_patience": 2}),
+        json!({"adapter": {"type": "full"}, "optimizer": "muon", "muon_adjust_lr_fn": "original"}),
+        json!({"adapter": {"r": 8, "alpha": 8, "dropout": 0.1, "use_rslora": true}}),
+    ] {
+        assert_eq!(named(fields.clone()), Vec::<String>::new(), "{fields}");
+    }
+}
+
+#[test]
 fn only_the_layers_there_are_can_train() {
     for kind in ["lora", "full"] {
         let asked = parse(&json!({"adapter": {"type": kind, "trainable_layers": 3}}));

@@ -51,7 +51,8 @@ pub(super) fn operations(generator: &mut SchemaGenerator) -> [Operation; 7] {
         Operation::post("/v1/fine_tuning/jobs", (JOBS, "createJob"), "Create a job")
             .text(
                 "The reply comes before the files are read: the job ends as `failed` when they \
-                 break a rule. What is allowed and rarely meant is named in `x-tunesmith-warning`.",
+                 break a rule. What is allowed and rarely meant, or changes nothing, is named in \
+                 `x-tunesmith-warning`.",
             )
             .once(AS_BEFORE)
             .body(reference("CreateJob"), example_job())
